@@ -1,0 +1,350 @@
+"""Every flag of train_gpt.py, once: its type, range, default and help.
+
+`load_config` reads a preset (`--cfg`) and the command line, checks each value and how the values
+fit together, and returns one frozen `Config`. Mistakes are `UserError`s of one line. Nothing here
+imports torch, so that `--help` and a mistyped flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from cfg.errors import UserError, closest
+
+PRESETS = Path(__file__).resolve().parent
+
+
+def planned(default: Any, help: str, **kwargs: Any) -> Any:
+    """A flag whose name is settled but of which only the default works so far; others are refused."""
+    return Field(default, description=help, json_schema_extra={"only": default}, **kwargs)
+
+
+class Flags(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Flags):
+    """Model: the default is GPT-2 124M"""
+
+    n_layer: int = Field(12, ge=1, description="transformer blocks")
+    n_head: int = Field(12, ge=1, description="query heads per block")
+    n_kv_head: int = Field(0, ge=0, description="key/value heads (grouped-query attention); 0: n_head")
+    n_embd: int = Field(768, ge=1, description="width of the residual stream")
+    vocab_size: int = Field(50257, ge=2, description="true vocabulary; ids at or above it are refused")
+    vocab_pad: int = Field(64, ge=1, description="pad the embedding rows to a multiple of this; padding is never predicted")
+    n_positions: int = Field(0, ge=0, description="rows of the learned position table; 0: sequence_length")
+    positions: Literal["learned", "rotary"] = Field("learned", description="position encoding")
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon of the normalisation")
+    mlp: Literal["gelu", "swiglu", "relu2"] = Field("gelu", description="feed-forward: tanh-GELU, SwiGLU or ReLU squared")
+    mlp_hidden: int = Field(0, ge=0, description="feed-forward width; 0: 4*n_embd, for swiglu 8/3*n_embd rounded up to 64")
+    bias: bool = Field(True, description="biases in linear layers and LayerNorm")
+    tie_embeddings: bool = Field(True, description="the output head shares the token embedding")
+    qk_norm: bool = Field(False, description="RMSNorm on each query and key head")
+    logit_softcap: float = Field(0.0, ge=0, description="logits become c*tanh(logits/c); 0: off")
+    zero_init: bool = Field(False, description="output projections of attention and MLP start at zero")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability, also on attention weights")
+    flash: bool = Field(True, description="1: scaled_dot_product_attention; 0: plain masked softmax, the same numbers")
+    init_from: str = planned("scratch", "where the initial weights come from")
+
+
+class DataConfig(Flags):
+    """Data"""
+
+    input_train_bin: str = Field("data/tinyshakespeare/*_train.bin", min_length=1, description="glob of the training shards")
+    input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
+    tokenizer: Literal["gpt2"] = Field("gpt2", description="tokenizer of the shards, for samples and bits per byte")
+    shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
+    check_data: bool = Field(False, description="check every token id at start, not a sample of them")
+    doc_mask: bool = planned(False, "attend only within a document")
+
+
+class BatchConfig(Flags):
+    """Run length and batch"""
+
+    num_iterations: int = Field(1000, ge=1, description="optimizer steps in the whole run")
+    sequence_length: int = Field(1024, ge=1, description="tokens per sequence")
+    batch_size: int = Field(4, ge=1, description="sequences per rank per micro-step")
+    total_batch_size: int = Field(
+        0, ge=0, description="tokens per optimizer step over all ranks; 0: batch_size*sequence_length*ranks"
+    )
+    overfit_single_batch: bool = Field(False, description="train on the first batch only (sanity check)")
+    max_minutes: float = Field(0.0, ge=0, description="save and stop after this many minutes; 0: no limit")
+    seed: int = Field(1337, ge=0, lt=2**63, description="seed of weights, sample order and dropout")
+
+
+class OptimizerConfig(Flags):
+    """Optimizer and learning rate"""
+
+    optimizer: Literal["adamw"] = Field("adamw", description="optimizer")
+    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="shape of the learning rate after warm-up")
+    warmup_iters: int = Field(0, ge=0, description="steps of linear warm-up")
+    learning_rate_decay_frac: float = Field(0.1, ge=0, le=1, description="final learning rate as a fraction of the peak")
+    cooldown_frac: float = Field(0.2, gt=0, le=1, description="wsd: the last fraction of the run, over which the rate falls linearly")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on weights of two or more dimensions")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    grad_clip: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: off")
+
+
+class ComputeConfig(Flags):
+    """Device and precision"""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="compute dtype; weights stay float32")
+    tensorcores: bool = Field(False, description="TF32 for float32 matrix products on CUDA")
+    compile: bool = Field(False, description="torch.compile each block and the loss")
+
+
+class ParallelConfig(Flags):
+    """Strategy"""
+
+    zero_stage: int = planned(0, "0: DDP or a single process", ge=0, le=3)
+    replicas: int = planned(1, "replicate axis of a (replicate, shard) mesh", ge=1)
+    cpu_offload: bool = planned(False, "parameters and optimizer on the host")
+    activation_checkpointing: Literal["none", "block", "selective"] = planned("none", "recompute activations in backward")
+
+
+class EvalConfig(Flags):
+    """Evaluation and samples"""
+
+    val_loss_every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
+    val_max_steps: int = Field(20, ge=1, description="validation batches of total_batch_size tokens, fixed for the run")
+    sample_every: int = Field(0, ge=0, description="steps between samples; 0: none")
+    sample_tokens: int = Field(64, ge=1, description="tokens per sample")
+    sample_prompt: str = Field("", description="text that a sample continues; empty: a new document")
+    hellaswag_every: int = planned(0, "steps between HellaSwag evaluations", ge=0)
+
+
+class CheckpointConfig(Flags):
+    """Checkpoints and resume"""
+
+    output_dir: str = Field("outdir", min_length=1, description="everything the run writes")
+    save_every_niter: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end and when stopped")
+    keep_last: int = Field(3, ge=1, description="newest checkpoints to keep")
+    keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step is a multiple of this; 0: none")
+    resume: str = Field("auto", min_length=1, description="auto: go on from output_dir; never: refuse to; or a checkpoint's PATH")
+    async_save: bool = planned(False, "write checkpoints in the background")
+
+
+class LogConfig(Flags):
+    """Logging"""
+
+    log_every: int = Field(10, ge=1, description="steps between console lines (metrics.jsonl has every step)")
+    wandb_project_id: str = Field("", description="Weights & Biases project; empty: off; without a key: offline")
+    wandb_log_iters: int = Field(1, ge=1, description="steps between Weights & Biases records")
+    tensorboard: bool = Field(False, description="write TensorBoard events to output_dir/logs")
+
+
+GROUPS: tuple[type[Flags], ...] = (
+    ModelConfig,
+    DataConfig,
+    BatchConfig,
+    OptimizerConfig,
+    ComputeConfig,
+    ParallelConfig,
+    EvalConfig,
+    CheckpointConfig,
+    LogConfig,
+)
+
+
+class Config(
+    ModelConfig,
+    DataConfig,
+    BatchConfig,
+    OptimizerConfig,
+    ComputeConfig,
+    ParallelConfig,
+    EvalConfig,
+    CheckpointConfig,
+    LogConfig,
+):
+    """All flags of a run. `cfg` names the preset that was read, if any."""
+
+    cfg: str = Field("", description="preset name (a file in cfg/) or path to a YAML file; flags win over it")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message.replace('argument ', '')}; see --help")
+
+
+def type_name(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(field.annotation))
+    return {bool: "0|1", str: "TEXT", int: "INT", float: "FLOAT"}[field.annotation]  # type: ignore[index]
+
+
+def shown_default(field: FieldInfo) -> str:
+    value = int(field.default) if isinstance(field.default, bool) else field.default
+    return "''" if value == "" else str(value)
+
+
+def _help_line(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    note = "; only the default so far" if isinstance(extra, dict) and "only" in extra else ""
+    return f"{field.description} (default {shown_default(field)}{note})".replace("%", "%%")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train_gpt.py",
+        usage="train_gpt.py [--flag=value ...]",
+        description="Train a GPT. Flags take --flag=value or --flag value; booleans take 0/1/true/false.",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--cfg", metavar="NAME", help=_help_line(Config.model_fields["cfg"]))
+    for group in GROUPS:
+        section = parser.add_argument_group((group.__doc__ or "").strip())
+        for name, field in group.model_fields.items():
+            options: dict[str, Any] = {"metavar": type_name(field), "help": _help_line(field)}
+            if field.annotation is bool:
+                options |= {"nargs": "?", "const": "1"}
+            section.add_argument(f"--{name}", **options)
+    return parser
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    """Reads cfg/NAME.yaml, or NAME itself if it is a path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) or os.sep in name else PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+        near = closest(name, known)
+        hint = f"did you mean {near}?" if near else f"presets are {', '.join(known)}"
+        raise UserError(f"--cfg={name}: no such preset or file; {hint}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+        raise UserError(f"--cfg={name}: {path} is not readable as YAML: {e}") from e
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--cfg={name}: {path} must hold `flag: value` lines")
+    for key in values:
+        if key not in Config.model_fields:
+            raise UserError(f"--cfg={name}: unknown flag {key!r} in {path}{_did_you_mean(str(key))}")
+    return values
+
+
+def _did_you_mean(name: str) -> str:
+    near = closest(name, Config.model_fields)
+    return f"; did you mean {near}?" if near else "; see --help for all flags"
+
+
+def _validate(values: dict[str, Any]) -> Config:
+    try:
+        config = Config(**values)
+    except ValidationError as e:
+        lines = []
+        for error in e.errors():
+            name = str(error["loc"][0])
+            message = error["msg"][0].lower() + error["msg"][1:]
+            lines.append(f"--{name}={error['input']}: {message}")
+        raise UserError("; ".join(lines)) from e
+    for name, field in Config.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and "only" in extra and getattr(config, name) != extra["only"]:
+            raise UserError(f"--{name}={getattr(config, name)}: not available yet; leave it at {shown_default(field)}")
+    return config
+
+
+def _multiples(value: int, of: int) -> str:
+    below, above = value // of * of, -(-value // of) * of
+    return f"{below} or {above}" if below else str(above)
+
+
+def _check_model(c: ModelConfig) -> None:
+    if c.n_embd % c.n_head:
+        raise UserError(
+            f"--n_embd={c.n_embd} must be a multiple of --n_head={c.n_head}; nearest: {_multiples(c.n_embd, c.n_head)}"
+        )
+    if c.n_head % c.n_kv_head:
+        divisors = [d for d in range(1, c.n_head + 1) if c.n_head % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - c.n_kv_head))
+        raise UserError(f"--n_kv_head={c.n_kv_head} must divide --n_head={c.n_head}; nearest: {nearest}")
+    if c.positions == "rotary" and (c.n_embd // c.n_head) % 2:
+        raise UserError(
+            f"--positions=rotary needs an even head size, but n_embd/n_head is {c.n_embd // c.n_head};"
+            f" nearest --n_embd: {_multiples(c.n_embd, 2 * c.n_head)}"
+        )
+
+
+def _check_run(c: Config, world_size: int) -> None:
+    if c.positions == "learned" and c.sequence_length > c.n_positions:
+        raise UserError(
+            f"--sequence_length={c.sequence_length} exceeds --n_positions={c.n_positions};"
+            f" raise --n_positions or use --positions=rotary"
+        )
+    micro = c.batch_size * c.sequence_length * world_size
+    if c.total_batch_size % micro:
+        raise UserError(
+            f"--total_batch_size={c.total_batch_size} must be a multiple of batch_size × sequence_length × ranks"
+            f" = {c.batch_size} × {c.sequence_length} × {world_size} = {micro};"
+            f" nearest: {_multiples(c.total_batch_size, micro)}"
+        )
+    if c.device == "cpu" and c.dtype == "float16":
+        raise UserError("--dtype=float16 on --device=cpu is not supported; use float32 or bfloat16")
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """Replaces the zeros that mean "derive it" and checks how the flags fit together."""
+    c = config
+    hidden = 64 * -(-8 * c.n_embd // (3 * 64)) if c.mlp == "swiglu" else 4 * c.n_embd
+    c = c.model_copy(
+        update={
+            "n_kv_head": c.n_kv_head or c.n_head,
+            "n_positions": c.n_positions or c.sequence_length,
+            "mlp_hidden": c.mlp_hidden or hidden,
+            "total_batch_size": c.total_batch_size or c.batch_size * c.sequence_length * world_size,
+        }
+    )
+    _check_model(c)
+    _check_run(c, world_size)
+    return c
+
+
+def load_config(argv: list[str] | None = None, world_size: int | None = None) -> Config:
+    """Parses a command line (default: sys.argv) into a checked Config.
+
+    `world_size` defaults to what torchrun put into the environment. Raises UserError.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    known, rest = _parser().parse_known_args(argv)
+    if rest:
+        name = rest[0].split("=")[0]
+        what = "flag" if name.startswith("-") else "argument"
+        raise UserError(f"unknown {what} {name}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
+    flags = vars(known)
+    values = _read_preset(flags["cfg"]) if flags.get("cfg") else {}
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+    return resolve(_validate(values | flags), world_size)
+
+
+def flags_markdown() -> str:
+    """The table of flags as it stands in docs/flags.md."""
+    lines = ["# Flags of train_gpt.py", "", "Generated from `cfg/config.py` by `python scripts/flags_table.py`.", ""]
+    lines += [f"`--cfg NAME`: {Config.model_fields['cfg'].description}.", ""]
+    for group in GROUPS:
+        lines += [f"## {(group.__doc__ or '').strip()}", "", "| flag | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in group.model_fields.items():
+            kind = type_name(field).replace("|", "\\|")
+            only = isinstance(field.json_schema_extra, dict) and "only" in field.json_schema_extra
+            note = " *(only the default so far)*" if only else ""
+            lines.append(f"| `--{name}` | {kind} | `{shown_default(field)}` | {field.description}{note} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""The one exception for mistakes that the person at the keyboard can mend."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake in a flag or a file. The message is one line: what is wrong, where, and the way out."""
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` was most likely meant to be, or None if nothing is near."""
+    matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Prints the error as one line and leaves with exit code 2.
+
+    Under torchrun every rank meets the same mistake, and the launcher stops all of them as soon as
+    the first has gone. So rank 0 speaks, the others wait for it, and speak only if they are still
+    there, which means that the mistake was theirs alone. torchrun's closing report quotes the line
+    because it is left in the error file that torchrun reads.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    line = " ".join(str(error).split())
+    if rank:
+        time.sleep(10)
+        line = f"rank {rank}: {line}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(path, "w") as f:
+            json.dump({"message": line}, f)
+    # Not sys.exit: a thread that prefetches or a half-built process group must not delay the exit.
+    sys.stdout.flush()
+    os._exit(EXIT_USER_ERROR)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command's `main`; a UserError becomes its one line, Ctrl-C the customary 130."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,146 @@
+"""The decoder: GPT-2 by default, the Llama family and the modern small-GPT choices by switches.
+
+Parameter names are GPT-2's (wte, wpe, h.0.attn.c_attn, ... ln_f), so that a checkpoint reads like one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from cfg.config import ModelConfig
+from model.attention import CausalSelfAttention, Rotary
+from model.layers import MLP, make_norm, rotary_table
+from model.loss import linear_cross_entropy
+
+INIT_STD = 0.02  # GPT-2's
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.ln_1 = make_norm(config, config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), rotary)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer.
+
+    With tied embeddings the output head *is* `wte.weight` and there is no `lm_head`: one parameter
+    under one name for the optimizer, the checkpoint and any sharding.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        padded = -(-config.vocab_size // config.vocab_pad) * config.vocab_pad
+        self.wte = nn.Embedding(padded, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = make_norm(config, config.n_embd)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, padded, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V_padded, C)"""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) to the final normalised hidden states (B, T, C).
+
+        Raises ValueError if the ids are not a (B, T) batch or are longer than the position table.
+        """
+        if idx.dim() != 2:
+            raise ValueError(f"token ids must be (batch, time), not {tuple(idx.shape)}")
+        T = idx.size(1)
+        x = self.wte(idx)
+        rotary = None
+        if self.wpe is not None:
+            if T > self.wpe.num_embeddings:
+                raise ValueError(f"{T} tokens, but the position table has {self.wpe.num_embeddings} rows")
+            x = x + self.wpe(torch.arange(T, device=idx.device))
+        else:
+            head_dim = self.config.n_embd // self.config.n_head
+            rotary = rotary_table(T, head_dim, self.config.rope_base, idx.device)
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x, rotary)
+        return self.ln_f(x)
+
+    def loss(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss in nats and number of targets, for ids and targets (B, T); see `linear_cross_entropy`."""
+        x = self.hidden(idx)
+        c = self.config
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.head_weight, targets.flatten(), c.vocab_size, c.logit_softcap
+        )
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, last_only: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With targets: (loss sum, target count). Without: logits (B, T, vocab_size), or of the last position only."""
+        if targets is not None:
+            return self.loss(idx, targets)
+        x = self.hidden(idx)
+        x = x[:, -1:] if last_only else x
+        # Slicing after the product keeps the matrix shape aligned; the padding is dropped here.
+        logits = nn.functional.linear(x, self.head_weight)[..., : self.config.vocab_size]
+        if c := self.config.logit_softcap:
+            logits = c * torch.tanh(logits / c)
+        return logits
+
+    def num_params(self) -> int:
+        """Parameters of the true model: tied weights once, vocabulary padding left out (GPT-2 124M: 124,439,808)."""
+        padding = (self.wte.num_embeddings - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding * (1 if self.lm_head is None else 2)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Training FLOPs (forward and backward) per token: 6·N + 12·L·H·Q·T.
+
+        PaLM (Chowdhery et al. 2022), appendix B: N counts the parameters that are multiplied, so not
+        the embedding and position look-ups but the output head even when tied; L layers, H heads of
+        size Q, and T positions attended to, without halving for the causal mask. What is recomputed
+        does not count, so this is the model's work, not the machine's.
+        """
+        c = self.config
+        lookups = c.n_embd * (c.n_positions if self.wpe is not None else 0)
+        lookups += c.n_embd * c.vocab_size * (0 if self.lm_head is None else 1)
+        return 6 * (self.num_params() - lookups) + 12 * c.n_layer * c.n_embd * sequence_length
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The starting value of one parameter, fp32 on the CPU.
+
+    A pure function of seed, name and shape: each parameter has a generator of its own, so neither
+    ranks, nor sharding, nor the order of construction changes it. The distribution is GPT-2's:
+    N(0, 0.02²) for weights, scaled by 1/√(2·n_layer) where a residual branch ends; biases 0; norms 1.
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    ends_branch = name.endswith("c_proj.weight")
+    if ends_branch and config.zero_init:
+        return torch.zeros(shape)
+    std = INIT_STD / (2 * config.n_layer) ** 0.5 if ends_branch else INIT_STD
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def init_weights(model: GPT, seed: int) -> None:
+    """Fills every parameter with its `initial_value`."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))

@@ -1,0 +1,59 @@
+"""The feed-forward layers, the normalisation switch and the rotary position encoding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfg.config import ModelConfig
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """LayerNorm as in GPT-2, or RMSNorm (Zhang and Sennrich 2019) as in Llama."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+
+
+class MLP(nn.Module):
+    """Feed-forward: tanh-GELU (GPT-2), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020).
+
+    SwiGLU keeps gate and value in one matrix, `c_fc`: the first `mlp_hidden` rows are the gate.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.kind = config.mlp
+        width = 2 * config.mlp_hidden if config.mlp == "swiglu" else config.mlp_hidden
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = self.c_fc(x)
+        if self.kind == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        elif self.kind == "relu2":
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh")
+        return self.dropout(self.c_proj(x))
+
+
+def rotary_table(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each (length, head_dim/2), fp32.
+
+    RoFormer (Su et al. 2021): pair i turns by position / base^(2i/head_dim). Computed anew in each
+    forward: it is small beside a block, and there is no buffer to shard, cast or outgrow.
+    """
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x (B, H, T, D) by position. Dimension i is paired with i + D/2, as in Llama's released weights."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,125 @@
+"""Linear head and cross-entropy in one, in chunks, so that the full logits never exist.
+
+For a micro-batch of 16 × 1024 tokens and GPT-2's vocabulary the logits alone are 3.3 GB in fp32,
+and the usual code holds them two or three times. Here a few hundred rows at a time are projected,
+turned into loss and gradient, and dropped. The gradients are computed in the forward pass, where
+the chunk's logits are at hand: the loss is a sum, so backward only has to scale them by the one
+number that arrives from above. The number of matrix products is that of the plain version. (The
+idea of fusing the head with its loss: Liger Kernel, Hsu et al. 2024; Wijmans et al. 2024.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+# Logits of one chunk, in elements. 2^24 fp32 numbers are 64 MB; on CUDA larger chunks keep the
+# matrix units busy.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    softcap: float = 0.0,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `hidden @ weight.T` against `targets`, summed.
+
+    hidden (N, C); weight (V_padded, C), of which rows from `vocab_size` on are padding and get no
+    probability; targets (N,) int64, IGNORE_INDEX where there is nothing to predict. With a softcap c
+    logits are c·tanh(logits/c) (Gemma 2). Computes in the autocast dtype where autocast is on, with
+    softmax and the weight's gradient in fp32. Returns the summed loss in nats (fp32, differentiable)
+    and the number of targets counted (int64).
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS.get(device, 2**26) // weight.size(0))
+    count = (targets != IGNORE_INDEX).sum()
+    with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    # Inside, every dtype is explicit.
+    with torch.autocast(device, enabled=False):
+        if with_gradient:
+            loss = _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, softcap, chunk_rows)
+        else:
+            w = weight.to(hidden.dtype)
+            loss = torch.zeros((), device=hidden.device)
+            for x, t in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
+                loss += chunk_loss_and_grad(x @ w.t(), t, vocab_size, softcap, False)[0]
+    return loss, count
+
+
+def chunk_loss_and_grad(
+    logits: Tensor, targets: Tensor, vocab_size: int, softcap: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss sum of one chunk and, if asked, its gradient in the logits (R, V_padded), in their dtype.
+
+    Rows of ignored targets get a gradient too; the caller multiplies the other operand of each
+    matrix product by zero there, which is cheaper than another pass over the logits.
+    """
+    z = logits.float()
+    if softcap:
+        squashed = torch.tanh(z / softcap)
+        z = squashed * softcap
+    z[:, vocab_size:] = float("-inf")
+    log_p = F.log_softmax(z, dim=-1)
+    valid = targets != IGNORE_INDEX
+    index = targets.where(valid, 0)[:, None]
+    loss = -(log_p.gather(1, index).squeeze(1).where(valid, 0.0)).sum()
+    if not with_grad:
+        return loss, None
+    grad = log_p.exp_()  # softmax, then minus one at the target
+    grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
+    if softcap:
+        grad *= 1 - squashed.square()
+    return loss, grad.to(logits.dtype)
+
+
+_compiled_chunk: Any = None
+
+
+def compile_loss() -> None:
+    """Lets torch.compile fuse the element-wise part of each chunk, from now on."""
+    global _compiled_chunk
+    _compiled_chunk = _compiled_chunk or torch.compile(chunk_loss_and_grad, dynamic=False)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, chunk_rows: int
+    ) -> Tensor:
+        chunk_fn = _compiled_chunk or chunk_loss_and_grad
+        w = weight.to(hidden.dtype)
+        loss = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        chunks = zip(*(t.split(chunk_rows) for t in (hidden, targets, grad_hidden)), strict=True)
+        for x, t, grad_x in chunks:
+            chunk_loss, grad_logits = chunk_fn(x @ w.t(), t, vocab_size, softcap, True)
+            loss += chunk_loss
+            valid = (t != IGNORE_INDEX)[:, None]
+            torch.mm(grad_logits, w, out=grad_x)
+            grad_x *= valid
+            if w.dtype == weight.dtype:
+                grad_weight.addmm_(grad_logits.t(), x * valid)
+            else:
+                grad_weight += grad_logits.t() @ (x * valid)
+        ctx.gradients = (grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None, None, None, None

@@ -1,0 +1,130 @@
+"""Training speed and memory beside a plain loop: `python scripts/bench/train.py`.
+
+The reference is the usual small trainer, written here for the comparison: the same GPT-2 shape with
+scaled_dot_product_attention, full logits, F.cross_entropy, and torch's AdamW. Both sides run eager,
+in the same precision and on the same batch, in processes of their own that take turns, so that a
+noisy machine disturbs both alike. Prints one JSON line: the median of the rounds, and the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfg.config import Config, load_config
+from model.gpt import GPT, init_weights
+from train.optimizer import make_optimizer
+
+
+class ReferenceBlock(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.act = nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).contiguous().view(B, T, C))
+        return x + self.down(self.act(self.up(self.norm2(x))))
+
+
+class Reference(nn.Module):
+    def __init__(self, vocab: int, length: int, layers: int, heads: int, width: int):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocab, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(ReferenceBlock(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+        self.head.weight = self.tokens.weight
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        x = self.tokens(idx) + self.places(torch.arange(idx.size(1), device=idx.device))
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
+def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
+    """Trains `steps` steps on random tokens; tokens per second (median step) and peak memory of this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    torch.manual_seed(0)
+    padded = -(-config.vocab_size // config.vocab_pad) * config.vocab_pad
+    batch = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
+    x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    model: nn.Module
+    if side == "ours":
+        model = GPT(config)
+        init_weights(model, 0)
+        model.to(device)
+        optimizer: torch.optim.Optimizer = make_optimizer(model, config, device)[0]
+    else:
+        model = Reference(padded, config.sequence_length, config.n_layer, config.n_head, config.n_embd).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
+    seconds = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            if side == "ours":
+                loss_sum, count = model(x, y)
+                loss = loss_sum / count
+            else:
+                loss = model(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
+    return {"tok_per_s": x.numel() / statistics.median(seconds[1:]), "peak_mib": peak / 2**20}
+
+
+def peak_rss() -> int:
+    """Bytes. Linux counts in KiB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=["ours", "reference"], help="run one side only, in this process")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    args, flags = parser.parse_known_args()
+    defaults = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--batch_size=8", "--sequence_length=512"]
+    config = load_config(defaults + flags, world_size=1)
+    if args.side:
+        print(json.dumps(one_side(args.side, config, args.steps)))
+        return
+    results: dict[str, list[dict[str, float]]] = {"ours": [], "reference": []}
+    for _ in range(args.rounds):
+        for side, rows in results.items():
+            command = [sys.executable, __file__, f"--side={side}", f"--steps={args.steps}", *flags]
+            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            print(side, rows[-1], file=sys.stderr)
+    median = {s: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for s, rows in results.items()}
+    ratio = {k: median["ours"][k] / median["reference"][k] for k in median["ours"]}
+    print(json.dumps({"torch": torch.__version__, "flags": defaults + flags, **median, "ratio": ratio}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The engine room: ranks, strategy, optimizer, schedule, checkpoints, metrics."""

@@ -1,0 +1,41 @@
+"""From a plain model to one that trains on all ranks."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from cfg.config import Config
+from model.gpt import GPT
+from model.loss import compile_loss
+from train.distributed import Ranks
+
+
+def parallelize(model: GPT, config: Config, ranks: Ranks) -> torch.nn.Module:
+    """Compiles and wraps `model`, in the order compile each block → shard or replicate.
+
+    Blocks are compiled in place, so parameter names stay clean, and one by one, since they are alike
+    and the compiler then does the work once. Returns the module to call in training; `model` itself
+    stays the one to name parameters by, and to evaluate with.
+    """
+    if config.compile:
+        # The blocks differ only in their weights, but each is a module of its own to the cache.
+        torch._dynamo.config.cache_size_limit = max(64, 2 * config.n_layer)
+        for block in model.h:
+            block.compile()
+        compile_loss()
+    if ranks.world_size == 1:
+        return model
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def sync_gradients(model: torch.nn.Module, on: bool) -> None:
+    """Whether the next forward and backward end in a gradient all-reduce.
+
+    To be set before the forward pass: DDP decides there (huggingface/accelerate#1726).
+    """
+    if isinstance(model, DistributedDataParallel):
+        cast(DistributedDataParallel, model).require_backward_grad_sync = on
