@@ -1,0 +1,1 @@
+"""Tokens: assets, tokenizer, shards, and the loader that turns a step into a batch. Knows nothing of ranks."""

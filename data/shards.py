@@ -1,0 +1,162 @@
+"""The .bin token shard: reading, checking, writing, finding.
+
+256 little-endian int32: [0] magic, [1] version, [2] token count, the rest 0; then the tokens. Magic
+20240520 version 1 holds uint16 (llm.c's GPT-2 files), 20240801 version 7 uint32 (its Llama 3 files).
+nanoGPT's headerless uint16 files are read when they bear nanoGPT's names, train.bin and val.bin: any
+file is a valid headerless one, so a guess from the content would train on rubbish without a word.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cfg.errors import UserError, closest
+from data.assets import write_atomically
+
+HEADER_INTS = 256
+HEADER_BYTES = HEADER_INTS * 4
+FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+HEADERLESS_NAMES = ("train.bin", "val.bin")
+SAMPLE_BLOCKS, SAMPLE_BLOCK = 64, 16384  # what is looked at without --check_data
+READ_BLOCK = 2**24  # tokens at a time where a whole file is read
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A checked file of `count` tokens that start at byte `offset`."""
+
+    path: Path
+    count: int
+    dtype: np.dtype
+    offset: int
+
+    def read(self, start: int, length: int, fd: int | None = None) -> np.ndarray:
+        """Tokens [start, start + length), (length,). Raises UserError if the file has become shorter.
+
+        Reads with pread rather than a memory map: a map's touched pages count as the process's
+        memory, and a file truncated under it kills the process.
+        """
+        size, at = length * self.dtype.itemsize, self.offset + start * self.dtype.itemsize
+        opened = os.open(self.path, os.O_RDONLY) if fd is None else fd
+        try:
+            content = os.pread(opened, size, at)
+            while 0 < len(content) < size and (more := os.pread(opened, size - len(content), at + len(content))):
+                content += more  # Linux returns at most 2 GiB a call
+        finally:
+            if fd is None:
+                os.close(opened)
+        if len(content) != size:
+            raise UserError(f"{self.path}: {length} tokens at {start} are no longer there; the file changed under the run")
+        return np.frombuffer(content, self.dtype)
+
+
+def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
+    """Opens a shard after checking its header, its size, and its token ids against the vocabulary.
+
+    Ids are checked on a sample of blocks spread over the file, or all with `check_all`.
+    Raises UserError naming the file and what is wrong with it.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            header = np.frombuffer(f.read(HEADER_BYTES), "u1")
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    if size == 0:
+        raise UserError(f"{path}: empty file; make it again")
+    shard = _headerless(path, size, header) or _with_header(path, size, header)
+    _check_ids(shard, vocab_size, check_all)
+    return shard
+
+
+def _headerless(path: Path, size: int, header: np.ndarray) -> Shard | None:
+    if path.name not in HEADERLESS_NAMES:
+        return None
+    is_header = len(header) == HEADER_BYTES and not header[12:].any()  # text is never 500 times token 0
+    if is_header:
+        return None
+    if size % 2:
+        raise UserError(f"{path}: odd number of bytes ({size}), so not whole uint16 tokens; truncated?")
+    return Shard(path, size // 2, np.dtype("<u2"), 0)
+
+
+def _with_header(path: Path, size: int, header: np.ndarray) -> Shard:
+    if len(header) < HEADER_BYTES:
+        raise UserError(f"{path}: {size} bytes is less than a header of {HEADER_BYTES}; truncated, make it again")
+    magic, version, count = (int(n) for n in header.view("<i4")[:3])
+    if magic not in FORMATS:
+        names = " or ".join(HEADERLESS_NAMES)
+        raise UserError(
+            f"{path}: magic {magic} is not a token shard's ({' or '.join(map(str, FORMATS))});"
+            f" nanoGPT's headerless files are read under the names {names}"
+        )
+    expected_version, dtype = FORMATS[magic]
+    if version != expected_version:
+        raise UserError(f"{path}: version {version}, but magic {magic} goes with version {expected_version}")
+    expected = HEADER_BYTES + count * dtype.itemsize
+    if count < 0 or size != expected:
+        what = "truncated" if size < expected else "too long"
+        raise UserError(f"{path}: {what}: {count} tokens make {expected} bytes, the file has {size}; make it again")
+    return Shard(path, count, dtype, HEADER_BYTES)
+
+
+def _check_ids(shard: Shard, vocab_size: int, check_all: bool) -> None:
+    if check_all or shard.count <= SAMPLE_BLOCKS * SAMPLE_BLOCK:
+        starts, length = list(range(0, shard.count, READ_BLOCK)), READ_BLOCK
+    else:
+        starts, length = np.linspace(0, shard.count - SAMPLE_BLOCK, SAMPLE_BLOCKS, dtype=int).tolist(), SAMPLE_BLOCK
+    for start in starts:
+        tokens = shard.read(start, min(length, shard.count - start))
+        if int(tokens.max()) >= vocab_size:
+            at = int(tokens.argmax())
+            raise UserError(
+                f"{shard.path}: token id {tokens[at]} at position {start + at} is not below --vocab_size={vocab_size};"
+                f" another tokenizer's file, or a damaged one"
+            )
+
+
+def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Writes tokens (n,) with the header that fits the vocabulary; atomic. Raises ValueError for ids out of range."""
+    dtype = token_dtype(vocab_size)
+    if len(tokens) and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab_size):
+        raise ValueError(f"token ids must be in [0, {vocab_size})")
+    magic, version = next((m, v) for m, (v, d) in FORMATS.items() if d == dtype)
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = magic, version, len(tokens)
+    write_atomically(path, header.tobytes() + tokens.astype(dtype).tobytes())
+
+
+def find_shards(pattern: str, flag: str) -> list[Path]:
+    """Files that match a glob, in name order. Raises UserError with a hint if there is none."""
+    paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    if paths:
+        return paths
+    raise UserError(f"--{flag}={pattern} matches no file: {_no_match_hint(Path(pattern))}")
+
+
+def _no_match_hint(pattern: Path) -> str:
+    """Why a glob finds nothing, and the nearest thing that is there."""
+    parent = Path(pattern.anchor)
+    for part in pattern.parts[len(parent.parts) : -1]:
+        if glob.has_magic(part):
+            break
+        if not (parent / part).is_dir():
+            siblings = [d.name for d in parent.iterdir() if d.is_dir()] if parent.is_dir() else []
+            near = closest(part, siblings)
+            if near:
+                return f"there is no folder {parent / part}; did you mean {parent / near}?"
+            if closest(part, ["tinyshakespeare"]):
+                return f"there is no folder {parent / part}; python data/tiny_shakespeare.py makes data/tinyshakespeare"
+            return f"there is no folder {parent / part}"
+        parent = parent / part
+    there = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if parent.is_dir() else []
+    return f"{parent} holds {', '.join(there[:4]) + (', …' if len(there) > 4 else '') if there else 'nothing'}"

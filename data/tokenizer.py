@@ -1,0 +1,58 @@
+"""GPT-2's byte-pair encoding through tiktoken, from a verified rank file and without its network access."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data import assets
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+GPT2_END_OF_TEXT = 50256
+
+
+def load_tokenizer(name: str = "gpt2") -> Encoding:
+    """The tokenizer called `name`. Raises UserError if its rank file cannot be had."""
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    if name != "gpt2":
+        raise ValueError(f"unknown tokenizer {name!r}")
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=load_tiktoken_bpe(str(assets.fetch("gpt2.tiktoken"))),
+        special_tokens={"<|endoftext|>": GPT2_END_OF_TEXT},
+    )
+
+
+def token_bytes(tokenizer: Encoding, vocab_size: int) -> np.ndarray:
+    """UTF-8 bytes that each token id stands for, (vocab_size,) int64; special and unused ids count 0."""
+    lengths = np.zeros(vocab_size, dtype=np.int64)
+    for token in tokenizer.token_byte_values():
+        rank = tokenizer.encode_single_token(token)
+        if rank < vocab_size:
+            lengths[rank] = len(token)
+    return lengths
+
+
+def decode(tokenizer: Encoding, tokens: list[int]) -> str:
+    """Text of `tokens`; ids the tokenizer does not have (a larger --vocab_size) show as �."""
+    return "".join(
+        tokenizer.decode_bytes([t for t in run]).decode("utf-8", errors="replace") if known else "�" * len(run)
+        for known, run in _runs(tokens, tokenizer.n_vocab)
+    )
+
+
+def _runs(tokens: list[int], n_vocab: int) -> list[tuple[bool, list[int]]]:
+    runs: list[tuple[bool, list[int]]] = []
+    for t in tokens:
+        known = t < n_vocab
+        if not runs or runs[-1][0] != known:
+            runs.append((known, []))
+        runs[-1][1].append(t)
+    return runs
