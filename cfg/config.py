@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from cfg.errors import UserError, closest
+from cfg.errors import CommandParser, UserError, closest
 
 PRESETS = Path(__file__).resolve().parent
 
@@ -176,11 +176,6 @@ class Config(
     cfg: str = Field("", description="preset name (a file in cfg/) or path to a YAML file; flags win over it")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message.replace('argument ', '')}; see --help")
-
-
 def type_name(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "|".join(str(choice) for choice in get_args(field.annotation))
@@ -199,7 +194,7 @@ def _help_line(field: FieldInfo) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="train_gpt.py",
         usage="train_gpt.py [--flag=value ...]",
         description="Train a GPT. Flags take --flag=value or --flag value; booleans take 0/1/true/false.",
@@ -333,6 +328,11 @@ def load_config(argv: list[str] | None = None, world_size: int | None = None) ->
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
     return resolve(_validate(values | flags), world_size)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved flags as a preset that `--cfg=PATH` reads back."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def flags_markdown() -> str:

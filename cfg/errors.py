@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
 
@@ -45,12 +47,30 @@ def exit_with(error: UserError) -> NoReturn:
     os._exit(EXIT_USER_ERROR)
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command's `main`; a UserError becomes its one line, Ctrl-C the customary 130."""
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**({"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs))
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; see --help")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a UserError into its one line and exit code 2, Ctrl-C into the customary 130."""
     try:
-        sys.exit(main())
+        yield
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command's `main` and exits with what it returns."""
+    with one_line_errors():
+        sys.exit(main())
+    raise AssertionError("unreachable")

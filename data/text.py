@@ -16,7 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import UserError, run_command
+from cfg.errors import CommandParser, UserError, run_command
 from data import prepare
 from data.tokenizer import load_tokenizer
 
@@ -122,7 +122,7 @@ def write_shards(args: argparse.Namespace, files: list[Path], partial: Path) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("inputs", nargs="+", metavar="FILE_OR_GLOB")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--name", default="", help="first part of the shards' names (default: that of the folder)")

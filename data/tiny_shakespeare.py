@@ -6,14 +6,13 @@ nanoGPT, and each half is one document.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import run_command
+from cfg.errors import CommandParser, run_command
 from data import assets, prepare
 from data.tokenizer import load_tokenizer
 
@@ -21,7 +20,7 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parent / "tinyshakespeare"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--input", default="", help="a copy of tinyshakespeare.txt, if it cannot be fetched")
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,17 +35,26 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def share(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+    def sum_floats(self, values: list[float]) -> list[float]:
+        """Sums over ranks, element by element, in float64."""
         if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
-        return box[0]
+            return values
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def on_main(self, decide: Callable[[], T]) -> T:
+        """Runs `decide` on rank 0; its value, or its UserError, reaches every rank."""
+        if self.world_size == 1:
+            return decide()
+        box: list[Any] = [None]
+        if self.is_main:
+            try:
+                box = [decide()]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return cast(T, box[0])
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

@@ -1,0 +1,82 @@
+"""Text from a model: `python eval/generate.py --checkpoint RUN_OR_CHECKPOINT --prompt "..."`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cfg.errors import CommandParser, UserError, one_line_errors, run_command
+
+
+def parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="an output_dir, or one checkpoint in it")
+    parser.add_argument("--prompt", default="", help="text to continue; empty: a new document")
+    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
+    return parser
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import decode, load_tokenizer
+from model.gpt import GPT
+from model.weights import load_model
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int, generator: torch.Generator
+) -> Tensor:
+    """Continues token ids (B, T) by `max_new_tokens` each, returning (B, T + max_new_tokens).
+
+    The model sees at most the positions it was trained for. Draws on the CPU, so that a seed gives the
+    same text whatever device computed the logits. temperature 0 is greedy.
+    """
+    limit = model.config.n_positions
+    was_training = model.training
+    model.eval()
+    for _ in range(max_new_tokens):
+        logits = model(idx[:, -limit:], last_only=True)[:, -1].float().cpu()
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            if top_k:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, float("-inf"))
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        idx = torch.cat((idx, token.to(idx.device)), dim=1)
+    model.train(was_training)
+    return idx
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1 or args.num_samples < 1 or args.temperature < 0 or args.top_k < 0:
+        raise UserError("--max_new_tokens and --num_samples must be at least 1, --temperature and --top_k at least 0")
+    device = torch.device(args.device)
+    model, flags = load_model(args.checkpoint, device)
+    tokenizer = load_tokenizer(flags["tokenizer"])
+    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(args.prompt)]
+    idx = torch.tensor([prompt] * args.num_samples, device=device)
+    generator = torch.Generator().manual_seed(args.seed)
+    out = generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, generator)
+    for row in out.tolist():
+        print(decode(tokenizer, row[1:]))
+        print("-" * 40)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(args))

@@ -1,0 +1,133 @@
+"""Reading a checkpoint directory: which one, is it whole, and the model in it.
+
+A checkpoint is a directory `step_%08d` of safetensors and JSON files, described by a manifest with
+their sizes and hashes; train/checkpoint.py writes it. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cfg.config import ModelConfig
+from cfg.errors import UserError
+from model.gpt import GPT
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+STEP_NAME = re.compile(r"step_(\d{8,})")
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def step_of(path: Path) -> int:
+    match = STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint directories of a run, newest first, whole or not."""
+    found = [p for p in (run_dir / "checkpoints").glob("step_*") if STEP_NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises ValueError if there is none that can be read."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except OSError as e:
+        raise ValueError(f"{MANIFEST}: {e.strerror}") from e
+    except ValueError as e:
+        raise ValueError(f"{MANIFEST} is damaged") from e
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
+    return manifest
+
+
+def problem_with(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words, or None if every file is there and hashes as promised."""
+    try:
+        for name, facts in read_manifest(path)["files"].items():
+            file = path / name
+            if Path(name).name != name or not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+            if file_sha256(file) != facts["sha256"]:
+                return f"{name} is damaged (its hash differs)"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        return str(e) or type(e).__name__
+    return None
+
+
+def find_checkpoint(path: Path, report: Any = print) -> Path | None:
+    """The checkpoint that `path` stands for: itself, or the newest whole one of the run directory `path`.
+
+    None if a run directory holds no checkpoint. A damaged one is reported and passed over. Raises
+    UserError if `path` is not there, or all are damaged.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint or run directory")
+    own = (path / MANIFEST).exists() or step_of(path) >= 0
+    candidates = [path] if own else list_checkpoints(path)
+    for candidate in candidates:
+        problem = problem_with(candidate)
+        if problem is None:
+            return candidate
+        report(f"checkpoint {candidate} is passed over: {problem}")
+    if candidates:
+        raise UserError(f"{path}: no whole checkpoint is left (newest: {problem_with(candidates[0])}); move it away to start over")
+    return None
+
+
+def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
+    """All tensors of the files `{kind}*.safetensors` that the manifest lists, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name in read_manifest(path)["files"]:
+        if name.startswith(kind) and name.endswith(".safetensors"):
+            tensors |= load_file(path / name)
+    return tensors
+
+
+def copy_parameters(model: GPT, tensors: dict[str, Tensor]) -> None:
+    """Copies tensors into the parameters of the same name. Raises UserError at the first that does not fit."""
+    parameters = dict(model.named_parameters())
+    if missing := sorted(parameters.keys() ^ tensors.keys()):
+        raise UserError(f"the checkpoint is of another model: {missing[0]} is only in one of the two")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise UserError(
+                    f"the checkpoint is of another model: {name} has shape {tuple(tensors[name].shape)},"
+                    f" here {tuple(parameter.shape)}"
+                )
+            parameter.copy_(tensors[name])
+
+
+def load_model(path: Path, device: torch.device) -> tuple[GPT, dict[str, Any]]:
+    """The model of a checkpoint or run directory, in eval mode, and the flags it was trained with."""
+    found = find_checkpoint(path)
+    if found is None:
+        raise UserError(f"{path}: holds no checkpoint")
+    flags = read_manifest(found)["config"]
+    try:
+        config = ModelConfig(**{k: v for k, v in flags.items() if k in ModelConfig.model_fields})
+    except ValidationError as e:
+        raise UserError(f"{found}: its {MANIFEST} describes no model this version knows: {e.errors()[0]['msg']}") from e
+    model = GPT(config)
+    copy_parameters(model, read_tensors(found, "model"))
+    return model.to(device).eval(), flags

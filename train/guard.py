@@ -1,0 +1,69 @@
+"""What ends a run before its time: a signal, or the clock. And one run per output directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from cfg.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers that this rank was asked to stop; the loop lets all ranks agree on the step.
+
+    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask; a second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, max_minutes: float):
+        self.reason = ""
+        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def votes(self) -> list[float]:
+        """[was signalled, is out of time], as numbers that can be summed over ranks."""
+        return [float(bool(self.reason)), float(time.monotonic() > self._deadline)]
+
+
+_held_lock: IO[str] | None = None
+
+
+def claim_output_dir(output_dir: Path) -> None:
+    """Makes the run's directory and locks it for as long as this process lives.
+
+    The kernel drops the lock with the process, so none is left stale. Raises UserError if the
+    directory cannot be written, or another process trains into it.
+    """
+    global _held_lock
+    try:
+        for folder in ("checkpoints", "samples", "logs"):
+            (output_dir / folder).mkdir(parents=True, exist_ok=True)
+        lock = open(output_dir / ".lock", "a+")
+    except OSError as e:
+        raise UserError(f"--output_dir={output_dir} cannot be written: {e.strerror}") from e
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        raise UserError(
+            f"--output_dir={output_dir} is in use by another run (process {lock.read().strip() or 'unknown'});"
+            f" wait for it, or choose another"
+        ) from e
+    except OSError:
+        pass  # a file system without locks: better unlocked than not at all
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    _held_lock = lock

@@ -1,0 +1,241 @@
+"""What a run tells: metrics.jsonl always, a console line, a bar for a person, W&B and TensorBoard when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfg.config import Config
+from cfg.errors import UserError
+
+# Dense peak of the 16-bit matrix units with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets
+# and architecture white papers (bf16; fp16 where there is no bf16). The first key contained in the
+# device's name counts, so longer names stand first. MFU is quoted against this in any --dtype.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "B100": 1750, "GH200": 989, "H200": 989,
+    "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148,
+    "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150,
+    "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
+    "RTX 6000 Ada": 364, "RTX A6000": 155,
+    "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7,
+    "RTX 4090": 165.2, "RTX 4080 SUPER": 104.4, "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2,
+    "RTX 4070 SUPER": 71.0, "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2,
+    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080 Ti": 68.2, "RTX 3080": 59.5,
+    "RTX 3070 Ti": 43.5, "RTX 3070": 40.6, "RTX 3060 Ti": 32.4, "RTX 3060": 25.5,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a device by its name, or None if it is not in the table."""
+    words = device_name.replace("-", " ").split()
+    for key, tflops in PEAK_TFLOPS.items():
+        wanted = key.split()
+        if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
+            return tflops * 1e12
+    return None
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most ever allocated on a CUDA device, otherwise the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def duration(seconds: float) -> str:
+    seconds = int(seconds)
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; what is not a whole record (a line cut by a kill) is left out."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """One line; floats with all their digits, and null for what JSON has no number for."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(plain) + "\n"
+
+
+class Metrics:
+    """Writes the records of a run. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, config: Config, is_main: bool, step: int, wandb_id: str | None):
+        self.config, self.is_main, self.wandb_id = config, is_main, wandb_id
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+        self._bar: Any = None
+        if not is_main:
+            return
+        self.path = Path(config.output_dir) / "metrics.jsonl"
+        self._rewind(step)
+        self._file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=config.num_iterations, initial=step, unit="step", dynamic_ncols=True)
+        if config.wandb_project_id:
+            self._start_wandb()
+        if config.tensorboard:
+            self._start_tensorboard(step)
+
+    def _rewind(self, step: int) -> None:
+        """Drops records after `step`: they come again. They are kept in logs/, since they were measured."""
+        records = read_records(self.path)
+        kept = [r for r in records if r["step"] <= step]
+        self._last = kept[-1]["step"] if kept else 0
+        content = "".join(to_json(r) for r in kept)
+        if self.path.is_file() and self.path.read_text(errors="replace") != content:
+            with open(self.path.parent / "logs" / "metrics_superseded.jsonl", "a") as f:
+                f.writelines(to_json(r) for r in records[len(kept) :])
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(content)
+            os.replace(temporary, self.path)
+
+    def _start_wandb(self) -> None:
+        try:
+            import wandb
+        except ImportError as e:
+            raise UserError("--wandb_project_id needs the package wandb; pip install wandb") from e
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            mode = "offline"
+            self.say("wandb: no key found, so this run is logged offline; `wandb sync` uploads it later")
+        self.wandb_id = self.wandb_id or wandb.util.generate_id()
+        try:
+            self._wandb = wandb.init(
+                project=self.config.wandb_project_id,
+                id=self.wandb_id,
+                resume="allow",
+                dir=self.config.output_dir,
+                config=self.config.model_dump(),
+                mode=mode,  # type: ignore[arg-type]
+            )
+        except Exception as e:  # a logging service must not stop a run
+            self.say(f"wandb: could not start ({e}); going on without it")
+
+    def _start_tensorboard(self, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise UserError("--tensorboard needs the package tensorboard; pip install tensorboard") from e
+        # purge_step hides events of steps that a kill made us repeat.
+        self._tensorboard = SummaryWriter(Path(self.config.output_dir) / "logs", purge_step=step + 1)
+
+    def has(self, step: int) -> bool:
+        return not self.is_main or self._last >= step
+
+    def say(self, line: str) -> None:
+        """A line for the person at the console, above the bar if there is one. Rank 0 only."""
+        if not self.is_main:
+            return
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Records one step everywhere it is due."""
+        if not self.is_main:
+            return
+        self._file.write(to_json(record))
+        self._file.flush()
+        step, last = record["step"], self.config.num_iterations
+        self._last = step
+        if step % self.config.log_every == 0 or step in (1, last) or "skipped" in record:
+            self.say(self._line(record))
+        if "val_loss" in record:
+            self.say(self._val_line(record))
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(loss=f"{record['loss']:.4f}")
+        if self._wandb is not None and (step % self.config.wandb_log_iters == 0 or "val_loss" in record or step == last):
+            self._wandb.log(numbers, step=step)
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+
+    def _line(self, r: dict[str, Any]) -> str:
+        parts = [
+            f"step {r['step']}/{self.config.num_iterations}",
+            f"loss {r['loss']:.4f}",
+            f"lr {r['lr']:.2e}",
+            f"norm {r['grad_norm']:.3f}",
+            f"{r['tok_per_s']:,.0f} tok/s",
+            f"mfu {100 * r['mfu']:.1f}%" if r["mfu"] is not None else "",
+            f"{r['memory_bytes'] / 2**30:.2f} GiB",
+            f"eta {duration(r['elapsed_s'] / r['step'] * (self.config.num_iterations - r['step']))}",
+            "SKIPPED: loss or gradient not finite" if r.get("skipped") else "",
+        ]
+        return " | ".join(p for p in parts if p)
+
+    def _val_line(self, r: dict[str, Any]) -> str:
+        bpb = f" | {r['val_bpb']:.4f} bits/byte" if r.get("val_bpb") is not None else ""
+        perplexity = math.exp(min(r["val_loss"], 700.0))
+        return f"step {r['step']}/{self.config.num_iterations} | val loss {r['val_loss']:.4f} | perplexity {perplexity:.2f}{bpb}"
+
+    def flush(self) -> None:
+        """Has everything logged so far on disk, as a checkpoint is about to refer to it."""
+        if self.is_main:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if not self.is_main:
+            return
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def plot_losses(run_dir: Path) -> Path | None:
+    """Draws loss.png from metrics.jsonl. None if there is nothing to draw or no matplotlib to draw it."""
+    records = [r for r in read_records(run_dir / "metrics.jsonl") if r.get("loss") is not None]
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    if not records:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1, label="training")
+    validated = [r for r in records if r.get("val_loss") is not None]
+    if validated:
+        axes.plot([r["step"] for r in validated], [r["val_loss"] for r in validated], marker="o", markersize=3, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.resolve().name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "loss.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return run_dir / "loss.png"

@@ -1,0 +1,287 @@
+"""Train a GPT: `python train_gpt.py --flags`, or `torchrun --standalone --nproc_per_node=N train_gpt.py --flags`.
+
+The run is told here from top to bottom: configuration, ranks, data, model, strategy, optimizer,
+resume, loop. `--help` lists the flags; cfg/ holds presets (`--cfg=shakespeare`). Steps count from 1:
+step k is the k-th update of the weights, and checkpoint k holds the weights after it.
+"""
+
+from cfg.config import Config, load_config, to_yaml
+from cfg.errors import UserError, one_line_errors, run_command
+
+if __name__ == "__main__":
+    with one_line_errors():
+        config = load_config()  # before torch is imported, so that --help and mistakes are answered at once
+
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.loader import Loader, Prefetcher, check_same_data
+from data.shards import find_shards, open_shard
+from data.tokenizer import decode, load_tokenizer, token_bytes
+from eval.generate import generate
+from eval.perplexity import fixed_windows, summarize, windows_loss
+from model.gpt import GPT, init_weights
+from train import checkpoint, guard
+from train.distributed import Ranks, close_ranks, init_ranks
+from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot_losses, read_records
+from train.optimizer import make_optimizer, set_learning_rate
+from train.parallel import parallelize, sync_gradients
+from train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+EXIT_STOPPED = 4  # a signal ended the run early, and the checkpoint to go on from is written
+
+
+@dataclass
+class Run:
+    """What a run is made of, handed from one chapter to the next."""
+
+    config: Config
+    ranks: Ranks
+    train_data: Loader
+    val_data: Loader | None
+    tokenizer: "Encoding | None"
+    model: GPT  # names the parameters, evaluates, samples
+    train_model: torch.nn.Module  # the same parameters, compiled and wrapped: this one trains
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def autocast(self) -> AbstractContextManager[None]:
+        dtype = getattr(torch, self.config.dtype)
+        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def setup(config: Config) -> Run:
+    """Ranks, data, model, strategy, optimizer. What is wrong with the data is known before anything is written."""
+    ranks = init_ranks(config.device)
+    device = ranks.device
+    if config.dtype == "float16" and device.type == "cpu":
+        raise UserError("--dtype=float16 needs a GPU; on the CPU use float32 or bfloat16")
+    if config.tensorcores and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+    train_data = open_data(config, "input_train_bin", config.total_batch_size // config.sequence_length)
+    val_data = open_data(config, "input_val_bin", 1) if config.input_val_bin else None
+    tokenizer = open_tokenizer(config, ranks)
+    ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
+
+    model = GPT(config)
+    init_weights(model, config.seed)
+    model.to(device)
+    train_model = parallelize(model, config, ranks)
+    optimizer, line = make_optimizer(model, config, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    if ranks.is_main:
+        micro = config.batch_size * config.sequence_length
+        print(
+            f"{model.num_params():,} parameters, {config.dtype}, {ranks.world_size} × {device_name(device)}\n"
+            f"{len(train_data.stream):,} training tokens; {config.total_batch_size:,} a step"
+            f" = {micro:,} × {ranks.world_size} ranks × {config.total_batch_size // micro // ranks.world_size} micro-steps\n"
+            f"{line}"
+        )
+    return Run(config, ranks, train_data, val_data, tokenizer, model, train_model, optimizer, scaler)
+
+
+def open_data(config: Config, flag: str, sequences_per_batch: int) -> Loader:
+    """The checked shards behind --input_train_bin or --input_val_bin."""
+    paths = find_shards(getattr(config, flag), flag)
+    shards = [open_shard(path, config.vocab_size, config.check_data) for path in paths]
+    return Loader(shards, config.sequence_length, sequences_per_batch, config.seed, config.shuffle, flag)
+
+
+def open_tokenizer(config: Config, ranks: Ranks) -> "Encoding | None":
+    """The tokenizer, which only samples and bits per byte need; None, with a word about it, if it cannot be had."""
+    if not (config.sample_every or config.input_val_bin):
+        return None
+
+    def first() -> str:  # one rank fetches it, the others then find it in the cache
+        try:
+            load_tokenizer(config.tokenizer)
+            return ""
+        except UserError as error:
+            return str(error)
+
+    if problem := ranks.on_main(first):
+        if ranks.is_main:
+            print(f"no bits per byte, and samples as token ids: {problem}")
+        return None
+    return load_tokenizer(config.tokenizer)
+
+
+def resume(run: Run) -> dict[str, Any]:
+    """Loads the checkpoint to go on from and returns its state; that of an untrained model if there is none."""
+    config, output_dir = run.config, Path(run.config.output_dir)
+    path = run.ranks.on_main(lambda: checkpoint.choose(output_dir, config.resume))
+    if path is None:
+        return {"step": 0, "wandb_id": None, "record": {"elapsed_s": 0.0}}
+    changes = checkpoint.check_same_model(path, config)
+    state = checkpoint.load(path, run.model, run.optimizer)
+    check_same_data(state["data"], run.train_data.identity())
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    if run.ranks.is_main:
+        print(f"resuming from {path}" + (f" with {', '.join(changes)}" if changes else ""))
+    return state
+
+
+def train_step(run: Run, step: int, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """One update from `batch` (rows, T + 1), this rank's part of the global batch.
+
+    Returns the summed loss of these rows and the gradient norm before clipping. Micro-batch losses are
+    sums, divided by the tokens of the whole global batch; DDP averages over ranks, hence the world_size.
+    """
+    config, scaler = run.config, run.scaler
+    # Dropout is all that draws from the global generator: seeded per step and rank, it leaves nothing to save.
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, step, run.ranks.rank]).generate_state(1)[0]))
+    loss_sum = torch.zeros((), device=batch.device)
+    micro_batches = batch.split(config.batch_size)
+    for i, micro_batch in enumerate(micro_batches):
+        sync_gradients(run.train_model, on=i == len(micro_batches) - 1)
+        with run.autocast():
+            loss, _ = run.train_model(micro_batch[:, :-1], micro_batch[:, 1:])
+        scaler.scale(loss * (run.ranks.world_size / config.total_batch_size)).backward()
+        loss_sum += loss.detach()
+
+    scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    if config.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.grad_clip, norm)
+    set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
+    # The norm is that of the averaged gradients, so every rank takes the same branch. With float16
+    # the scaler has seen the overflow, skips the update itself and lowers its scale.
+    if scaler.is_enabled() or math.isfinite(norm.item()):
+        scaler.step(run.optimizer)
+    scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return loss_sum, norm
+
+
+def validate(run: Run, data: Loader) -> dict[str, float | None]:
+    """Loss over --val_max_steps batches, the same windows of the shards on any number of ranks."""
+    config, ranks = run.config, run.ranks
+    windows = fixed_windows(data.windows, config.val_max_steps * config.total_batch_size // config.sequence_length)
+    bytes_of = token_bytes(run.tokenizer, config.vocab_size) if run.tokenizer else None
+    share = windows[ranks.rank :: ranks.world_size]
+    rounds = -(-len(windows) // (config.batch_size * ranks.world_size))
+    with run.autocast():
+        sums = windows_loss(run.model, data, share, config.batch_size, rounds, ranks.device, bytes_of)
+    return summarize(*ranks.sum_floats(sums))
+
+
+def sample(run: Run, step: int) -> str:
+    """Text of a new document, also written to samples/. All ranks draw it: a sharded model needs them all."""
+    config, tokenizer = run.config, run.tokenizer
+    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(config.sample_prompt)] if tokenizer else [0]
+    idx = torch.tensor([prompt], device=run.ranks.device)
+    generator = torch.Generator().manual_seed(config.seed + step)
+    # To the compiler each length is a shape of its own, so samples are drawn uncompiled.
+    with torch.compiler.set_stance("force_eager"), run.autocast():
+        tokens = generate(run.model, idx, config.sample_tokens, 0.8, 50, generator)[0, 1:].tolist()
+    text = decode(tokenizer, tokens) if tokenizer else " ".join(map(str, tokens))
+    if run.ranks.is_main:
+        (Path(config.output_dir) / "samples" / f"step_{step:08d}.txt").write_text(text + "\n")
+    return text
+
+
+def save(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
+    """Writes the checkpoint of the step that `record` describes."""
+    metrics.flush()
+    state = {
+        "record": record,
+        "data": run.train_data.identity(),
+        "scaler": run.scaler.state_dict(),
+        "wandb_id": metrics.wandb_id,
+    }
+    checkpoint.save(run.ranks, run.config, record["step"], run.model, run.optimizer, state)
+
+
+def report(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
+    """Evaluates what is due after a step, and logs the step. It comes after the save: a kill here loses nothing."""
+    config, step = run.config, record["step"]
+    if run.val_data is not None and due(config, config.val_loss_every, step):
+        record |= validate(run, run.val_data)
+    metrics.log(record)
+    if config.sample_every and due(config, config.sample_every, step):
+        metrics.say(f"sample: {sample(run, step)}")
+
+
+def due(config: Config, every: int, step: int) -> bool:
+    return step == config.num_iterations or (every > 0 and step % every == 0)
+
+
+def main(config: Config) -> int:
+    run = setup(config)
+    ranks, device, output_dir = run.ranks, run.ranks.device, Path(config.output_dir)
+    state = resume(run)
+    step = start = state["step"]
+    ranks.on_main(lambda: checkpoint.prepare_dir(output_dir, to_yaml(config)))
+    metrics = Metrics(config, ranks.is_main, start, state["wandb_id"])
+    if start and not ranks.on_main(lambda: metrics.has(start)):
+        report(run, metrics, state["record"])  # the last run ended between saving this step and logging it
+
+    peak, flops_per_token = peak_flops(device_name(device)), run.model.flops_per_token(config.sequence_length)
+    batches = Prefetcher(
+        lambda k: run.train_data.batch(1 if config.overfit_single_batch else k, ranks.rank, ranks.world_size),
+        pin=device.type == "cuda",
+    )
+    stop, signalled, late = guard.StopRequest(config.max_minutes), 0.0, 0.0
+    clock = time.perf_counter() - state["record"]["elapsed_s"]
+    while step < config.num_iterations and not (signalled or late):
+        step += 1
+        before = time.perf_counter()
+        batch = batches.get(step).to(device, non_blocking=True).long()
+        loss_sum, norm = train_step(run, step, batch)
+        # One reduction brings the loss together and lets all ranks stop on the same step.
+        loss_sum, signalled, late = ranks.sum(torch.cat((loss_sum[None], loss_sum.new_tensor(stop.votes())))).tolist()
+        now = time.perf_counter()
+        tok_per_s = config.total_batch_size / (now - before)
+        record = {
+            "step": step,
+            "tokens": step * config.total_batch_size,
+            "loss": loss_sum / config.total_batch_size,
+            "lr": learning_rate(step, config.num_iterations, config),
+            "grad_norm": norm.item(),
+            "tok_per_s": tok_per_s,
+            "mfu": tok_per_s * flops_per_token / (peak * ranks.world_size) if peak else None,
+            "elapsed_s": now - clock,
+            "memory_bytes": peak_memory(device),
+        }
+        if signalled or late or due(config, config.save_every_niter, step):
+            save(run, metrics, record)
+        if not (signalled or late):
+            report(run, metrics, record)
+
+    batches.close()
+    metrics.close()
+    if ranks.is_main:
+        summarize_run(config, start, step, stop.reason or "--max_minutes")
+    close_ranks(ranks)
+    return EXIT_STOPPED if signalled else 0
+
+
+def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
+    """The last lines: what was done, where it is, how to go on. Draws the loss curve."""
+    output_dir = Path(config.output_dir)
+    if step < config.num_iterations:
+        print(f"stopped by {reason} after step {step} of {config.num_iterations}; the same command goes on from there")
+    elif start == config.num_iterations:
+        print(f"nothing left to do: all {step} steps were done before; raise --num_iterations to train on")
+    losses = [r["loss"] for r in read_records(output_dir / "metrics.jsonl") if r["loss"] is not None]
+    if losses:
+        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
+    plot = plot_losses(output_dir)
+    print(f"checkpoint: {output_dir / 'checkpoints' / f'step_{step:08d}'}" + (f", loss curve: {plot}" if plot else ""))
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(config))
