@@ -82,12 +82,11 @@ def setup(config: Config) -> Run:
     optimizer, line = make_optimizer(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     if ranks.is_main:
-        micro = config.batch_size * config.sequence_length
+        micro_steps = config.total_batch_size // (config.batch_size * config.sequence_length * ranks.world_size)
         print(
             f"{model.num_params():,} parameters, {config.dtype}, {ranks.world_size} × {device_name(device)}\n"
-            f"{len(train_data.stream):,} training tokens; {config.total_batch_size:,} a step"
-            f" = {micro:,} × {ranks.world_size} ranks × {config.total_batch_size // micro // ranks.world_size} micro-steps\n"
-            f"{line}"
+            f"{len(train_data.stream):,} training tokens; {config.total_batch_size:,} a step = {config.batch_size} ×"
+            f" {config.sequence_length} × {ranks.world_size} ranks × {micro_steps} micro-steps\n{line}"
         )
     return Run(config, ranks, train_data, val_data, tokenizer, model, train_model, optimizer, scaler)
 

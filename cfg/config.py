@@ -39,14 +39,20 @@ class ModelConfig(Flags):
     n_kv_head: int = Field(0, ge=0, description="key/value heads (grouped-query attention); 0: n_head")
     n_embd: int = Field(768, ge=1, description="width of the residual stream")
     vocab_size: int = Field(50257, ge=2, description="true vocabulary; ids at or above it are refused")
-    vocab_pad: int = Field(64, ge=1, description="pad the embedding rows to a multiple of this; padding is never predicted")
+    vocab_pad: int = Field(
+        64, ge=1, description="pad the embedding rows to a multiple of this; padding is never predicted"
+    )
     n_positions: int = Field(0, ge=0, description="rows of the learned position table; 0: sequence_length")
     positions: Literal["learned", "rotary"] = Field("learned", description="position encoding")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of the normalisation")
-    mlp: Literal["gelu", "swiglu", "relu2"] = Field("gelu", description="feed-forward: tanh-GELU, SwiGLU or ReLU squared")
-    mlp_hidden: int = Field(0, ge=0, description="feed-forward width; 0: 4*n_embd, for swiglu 8/3*n_embd rounded up to 64")
+    mlp: Literal["gelu", "swiglu", "relu2"] = Field(
+        "gelu", description="feed-forward: tanh-GELU, SwiGLU or ReLU squared"
+    )
+    mlp_hidden: int = Field(
+        0, ge=0, description="feed-forward width; 0: 4*n_embd, for swiglu 8/3*n_embd rounded up to 64"
+    )
     bias: bool = Field(True, description="biases in linear layers and LayerNorm")
     tie_embeddings: bool = Field(True, description="the output head shares the token embedding")
     qk_norm: bool = Field(False, description="RMSNorm on each query and key head")
@@ -60,7 +66,9 @@ class ModelConfig(Flags):
 class DataConfig(Flags):
     """Data"""
 
-    input_train_bin: str = Field("data/tinyshakespeare/*_train.bin", min_length=1, description="glob of the training shards")
+    input_train_bin: str = Field(
+        "data/tinyshakespeare/*_train.bin", min_length=1, description="glob of the training shards"
+    )
     input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
     tokenizer: Literal["gpt2"] = Field("gpt2", description="tokenizer of the shards, for samples and bits per byte")
     shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
@@ -87,10 +95,16 @@ class OptimizerConfig(Flags):
 
     optimizer: Literal["adamw"] = Field("adamw", description="optimizer")
     learning_rate: float = Field(6e-4, gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="shape of the learning rate after warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="shape of the learning rate after warm-up"
+    )
     warmup_iters: int = Field(0, ge=0, description="steps of linear warm-up")
-    learning_rate_decay_frac: float = Field(0.1, ge=0, le=1, description="final learning rate as a fraction of the peak")
-    cooldown_frac: float = Field(0.2, gt=0, le=1, description="wsd: the last fraction of the run, over which the rate falls linearly")
+    learning_rate_decay_frac: float = Field(
+        0.1, ge=0, le=1, description="final learning rate as a fraction of the peak"
+    )
+    cooldown_frac: float = Field(
+        0.2, gt=0, le=1, description="wsd: the last fraction of the run, over which the rate falls linearly"
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on weights of two or more dimensions")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
@@ -102,7 +116,9 @@ class ComputeConfig(Flags):
     """Device and precision"""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="compute dtype; weights stay float32")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="compute dtype; weights stay float32"
+    )
     tensorcores: bool = Field(False, description="TF32 for float32 matrix products on CUDA")
     compile: bool = Field(False, description="torch.compile each block and the loss")
 
@@ -113,7 +129,9 @@ class ParallelConfig(Flags):
     zero_stage: int = planned(0, "0: DDP or a single process", ge=0, le=3)
     replicas: int = planned(1, "replicate axis of a (replicate, shard) mesh", ge=1)
     cpu_offload: bool = planned(False, "parameters and optimizer on the host")
-    activation_checkpointing: Literal["none", "block", "selective"] = planned("none", "recompute activations in backward")
+    activation_checkpointing: Literal["none", "block", "selective"] = planned(
+        "none", "recompute activations in backward"
+    )
 
 
 class EvalConfig(Flags):
@@ -131,10 +149,14 @@ class CheckpointConfig(Flags):
     """Checkpoints and resume"""
 
     output_dir: str = Field("outdir", min_length=1, description="everything the run writes")
-    save_every_niter: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end and when stopped")
+    save_every_niter: int = Field(
+        1000, ge=0, description="steps between checkpoints; 0: only at the end and when stopped"
+    )
     keep_last: int = Field(3, ge=1, description="newest checkpoints to keep")
     keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step is a multiple of this; 0: none")
-    resume: str = Field("auto", min_length=1, description="auto: go on from output_dir; never: refuse to; or a checkpoint's PATH")
+    resume: str = Field(
+        "auto", min_length=1, description="auto: go on from output_dir; never: refuse to; or a checkpoint's PATH"
+    )
     async_save: bool = planned(False, "write checkpoints in the background")
 
 

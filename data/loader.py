@@ -170,9 +170,13 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
             )
     for old, new in zip(saved["shards"], now["shards"], strict=False):
         if old["name"] != new["name"]:
-            raise UserError(f"--input_train_bin: the checkpoint has {old['name']} where there is now {new['name']}; {_WAY_OUT}")
+            raise UserError(
+                f"--input_train_bin: the checkpoint has {old['name']} where there is now {new['name']}; {_WAY_OUT}"
+            )
         if old != new:
-            raise UserError(f"--input_train_bin: {new['name']} is not the file the checkpoint was trained on; {_WAY_OUT}")
+            raise UserError(
+                f"--input_train_bin: {new['name']} is not the file the checkpoint was trained on; {_WAY_OUT}"
+            )
     if len(saved["shards"]) != len(now["shards"]):
         longer = max(saved["shards"], now["shards"], key=len)
         odd = longer[min(len(saved["shards"]), len(now["shards"]))]["name"]
@@ -192,10 +196,10 @@ class Prefetcher:
         self._ahead: tuple[int, Future[Tensor]] | None = None
 
     def get(self, step: int) -> Tensor:
-        if self._ahead is not None and self._ahead[0] == step:
-            batch = self._ahead[1].result()
-        else:
-            batch = self._make(step)
+        # One worker, and every read is its own: the stream's open files need no lock.
+        ahead = self._ahead
+        future = ahead[1] if ahead is not None and ahead[0] == step else self._pool.submit(self._make, step)
+        batch = future.result()
         self._ahead = (step + 1, self._pool.submit(self._make, step + 1))
         return batch
 

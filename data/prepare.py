@@ -40,7 +40,9 @@ def encode_documents(documents: Iterable[str], tokenizer: Encoding) -> Iterator[
 class ShardWriter:
     """Collects tokens into shards of `shard_size` under one split name; `paths` are those written."""
 
-    def __init__(self, folder: Path, prefix: str, vocab_size: int, shard_size: int, numbered: bool = True, first: int = 0):
+    def __init__(
+        self, folder: Path, prefix: str, vocab_size: int, shard_size: int, numbered: bool = True, first: int = 0
+    ):
         self.folder, self.prefix, self.vocab_size = folder, prefix, vocab_size
         self.shard_size, self.numbered, self.number = shard_size, numbered, first
         self.paths: list[Path] = []
@@ -86,7 +88,9 @@ def begin(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
     if manifest.is_file():
         if _recipe(manifest) == recipe:
             return None
-        raise UserError(f"{output_dir} holds shards made from other input or options; choose another --output_dir or remove it")
+        raise UserError(
+            f"{output_dir} holds shards made from other input or options; choose another --output_dir or remove it"
+        )
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir={output_dir} is a file")
     if list(output_dir.glob("*.bin")):

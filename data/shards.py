@@ -20,7 +20,7 @@ from data.assets import write_atomically
 
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
-FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 HEADERLESS_NAMES = ("train.bin", "val.bin")
 SAMPLE_BLOCKS, SAMPLE_BLOCK = 64, 16384  # what is looked at without --check_data
 READ_BLOCK = 2**24  # tokens at a time where a whole file is read
@@ -55,7 +55,9 @@ class Shard:
             if fd is None:
                 os.close(opened)
         if len(content) != size:
-            raise UserError(f"{self.path}: {length} tokens at {start} are no longer there; the file changed under the run")
+            raise UserError(
+                f"{self.path}: {length} tokens at {start} are no longer there; the file changed under the run"
+            )
         return np.frombuffer(content, self.dtype)
 
 
@@ -127,7 +129,7 @@ def _check_ids(shard: Shard, vocab_size: int, check_all: bool) -> None:
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Writes tokens (n,) with the header that fits the vocabulary; atomic. Raises ValueError for ids out of range."""
     dtype = token_dtype(vocab_size)
-    if len(tokens) and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab_size):
+    if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
         raise ValueError(f"token ids must be in [0, {vocab_size})")
     magic, version = next((m, v) for m, (v, d) in FORMATS.items() if d == dtype)
     header = np.zeros(HEADER_INTS, "<i4")

@@ -72,7 +72,9 @@ def _parquet_column(path: Path, text_key: str) -> Iterator[str]:
     try:
         file = pq.ParquetFile(path)
         if text_key not in file.schema_arrow.names:
-            raise UserError(f"{path}: no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}; see --text_key")
+            raise UserError(
+                f"{path}: no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}; see --text_key"
+            )
         for rows in file.iter_batches(batch_size=prepare.DOCUMENTS_AT_ONCE, columns=[text_key]):
             yield from (text for text in rows.column(0).to_pylist() if text is not None)
     except ArrowException as e:
@@ -80,7 +82,7 @@ def _parquet_column(path: Path, text_key: str) -> Iterator[str]:
 
 
 def write_shards(args: argparse.Namespace, files: list[Path], partial: Path) -> tuple[list[prepare.ShardWriter], int]:
-    """Tokenizes all documents into a validation shard and training shards; returns their writers and the document count.
+    """Tokenizes all documents into a validation shard and training shards; returns their writers and the count.
 
     Validation gets the first `val_tokens` tokens, but never more than a tenth of the whole, so the
     first ten times that many are held back until it is known how many there are.
@@ -128,7 +130,9 @@ def main() -> None:
     parser.add_argument("--name", default="", help="first part of the shards' names (default: that of the folder)")
     parser.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
     parser.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")
-    parser.add_argument("--val_tokens", type=int, default=10**7, help="validation tokens, at most a tenth of all (default: 10,000,000)")
+    parser.add_argument(
+        "--val_tokens", type=int, default=10**7, help="validation tokens, at most a tenth of all (default: 10,000,000)"
+    )
     args = parser.parse_args()
     if args.shard_size < 1 or args.val_tokens < 0:
         raise UserError("--shard_size must be at least 1 and --val_tokens at least 0")

@@ -25,7 +25,11 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
 
-    recipe = {"source": "tinyshakespeare.txt", "sha256": assets.ASSETS["tinyshakespeare.txt"].sha256, "tokenizer": "gpt2"}
+    recipe = {
+        "source": "tinyshakespeare.txt",
+        "sha256": assets.ASSETS["tinyshakespeare.txt"].sha256,
+        "tokenizer": "gpt2",
+    }
     partial = prepare.begin(args.output_dir, recipe)
     if partial is None:
         print(f"{args.output_dir}: already there")

@@ -67,7 +67,7 @@ class GPT(nn.Module):
         x = self.wte(idx)
         rotary = None
         if self.wpe is not None:
-            if T > self.wpe.num_embeddings:
+            if self.wpe.num_embeddings < T:
                 raise ValueError(f"{T} tokens, but the position table has {self.wpe.num_embeddings} rows")
             x = x + self.wpe(torch.arange(T, device=idx.device))
         else:
@@ -82,9 +82,7 @@ class GPT(nn.Module):
         """Summed loss in nats and number of targets, for ids and targets (B, T); see `linear_cross_entropy`."""
         x = self.hidden(idx)
         c = self.config
-        return linear_cross_entropy(
-            x.flatten(0, 1), self.head_weight, targets.flatten(), c.vocab_size, c.logit_softcap
-        )
+        return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), c.vocab_size, c.logit_softcap)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, last_only: bool = False

@@ -53,14 +53,14 @@ def linear_cross_entropy(
             w = weight.to(hidden.dtype)
             loss = torch.zeros((), device=hidden.device)
             for x, t in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
-                loss += chunk_loss_and_grad(x @ w.t(), t, vocab_size, softcap, False)[0]
+                loss += chunk_loss_and_grad(x @ w.t(), t, vocab_size, softcap, with_grad=False)[0]
     return loss, count
 
 
 def chunk_loss_and_grad(
     logits: Tensor, targets: Tensor, vocab_size: int, softcap: float, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Loss sum of one chunk and, if asked, its gradient in the logits (R, V_padded), in their dtype.
+) -> tuple[Tensor, Tensor]:
+    """Loss sum of one chunk of logits (R, V_padded) and its gradient in them, in their dtype (empty if not asked).
 
     Rows of ignored targets get a gradient too; the caller multiplies the other operand of each
     matrix product by zero there, which is cheaper than another pass over the logits.
@@ -75,7 +75,7 @@ def chunk_loss_and_grad(
     index = targets.where(valid, 0)[:, None]
     loss = -(log_p.gather(1, index).squeeze(1).where(valid, 0.0)).sum()
     if not with_grad:
-        return loss, None
+        return loss, logits.new_empty(0)
     grad = log_p.exp_()  # softmax, then minus one at the target
     grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
     if softcap:

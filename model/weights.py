@@ -90,7 +90,9 @@ def find_checkpoint(path: Path, report: Any = print) -> Path | None:
             return candidate
         report(f"checkpoint {candidate} is passed over: {problem}")
     if candidates:
-        raise UserError(f"{path}: no whole checkpoint is left (newest: {problem_with(candidates[0])}); move it away to start over")
+        raise UserError(
+            f"{path}: no whole checkpoint is left (newest: {problem_with(candidates[0])}); move it away to start over"
+        )
     return None
 
 

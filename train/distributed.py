@@ -65,9 +65,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         raise UserError(f"--device={kind}: this machine has none; use --device=auto")
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"--nproc_per_node asks for more than the {torch.cuda.device_count()} GPUs of this machine"
-            )
+            raise UserError(f"--nproc_per_node asks for more than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device(kind)
@@ -75,7 +73,9 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 def init_ranks(wanted_device: str, timeout_minutes: float = 30) -> Ranks:
     """Joins the process group that torchrun describes in the environment, if there is one."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = choose_device(wanted_device, local_rank)
     if world_size > 1:
         if device.type == "mps":

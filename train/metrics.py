@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class Metrics:
         if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
             mode = "offline"
             self.say("wandb: no key found, so this run is logged offline; `wandb sync` uploads it later")
-        self.wandb_id = self.wandb_id or wandb.util.generate_id()
+        self.wandb_id = self.wandb_id or secrets.token_hex(4)
         try:
             self._wandb = wandb.init(
                 project=self.config.wandb_project_id,
@@ -174,7 +175,9 @@ class Metrics:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix(loss=f"{record['loss']:.4f}")
-        if self._wandb is not None and (step % self.config.wandb_log_iters == 0 or "val_loss" in record or step == last):
+        if self._wandb is not None and (
+            step % self.config.wandb_log_iters == 0 or "val_loss" in record or step == last
+        ):
             self._wandb.log(numbers, step=step)
         if self._tensorboard is not None:
             for key, value in numbers.items():
@@ -196,8 +199,9 @@ class Metrics:
 
     def _val_line(self, r: dict[str, Any]) -> str:
         bpb = f" | {r['val_bpb']:.4f} bits/byte" if r.get("val_bpb") is not None else ""
-        perplexity = math.exp(min(r["val_loss"], 700.0))
-        return f"step {r['step']}/{self.config.num_iterations} | val loss {r['val_loss']:.4f} | perplexity {perplexity:.2f}{bpb}"
+        perplexity = f"{math.exp(min(r['val_loss'], 700.0)):.2f}"
+        step = f"step {r['step']}/{self.config.num_iterations}"
+        return f"{step} | val loss {r['val_loss']:.4f} | perplexity {perplexity}{bpb}"
 
     def flush(self) -> None:
         """Has everything logged so far on disk, as a checkpoint is about to refer to it."""
@@ -232,7 +236,13 @@ def plot_losses(run_dir: Path) -> Path | None:
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1, label="training")
     validated = [r for r in records if r.get("val_loss") is not None]
     if validated:
-        axes.plot([r["step"] for r in validated], [r["val_loss"] for r in validated], marker="o", markersize=3, label="validation")
+        axes.plot(
+            [r["step"] for r in validated],
+            [r["val_loss"] for r in validated],
+            marker="o",
+            markersize=3,
+            label="validation",
+        )
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.resolve().name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lint, types and all tests; installs what they need. `--slow` adds the long ones; other arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/env.sh tests/requirements.txt
+export OMP_NUM_THREADS=1
+slow=(-m "not slow")
+if [ "${1:-}" = --slow ]; then slow=(); shift; fi
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "${slow[@]}" "$@"

@@ -1,0 +1,131 @@
+"""What tests share: tiny learnable shards and the real training command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.shards import write_shard
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB = 251
+TINY = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    f"--vocab_size={VOCAB}",
+    "--sequence_length=32",
+    "--batch_size=2",
+    "--total_batch_size=256",
+    "--num_iterations=20",
+    "--learning_rate=1e-3",
+    "--warmup_iters=4",
+    "--val_loss_every=5",
+    "--save_every_niter=5",
+    "--device=cpu",
+]
+# What a step's record says of the training, as opposed to how long it took.
+TRACE_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two training shards and one of validation: counting modulo the vocabulary, so it can be learned."""
+    folder = tmp_path_factory.mktemp("shards")
+    tokens = np.arange(20_000) % VOCAB
+    write_shard(folder / "count_val_000000.bin", tokens[:3000], VOCAB)
+    write_shard(folder / "count_train_000001.bin", tokens[3000:9000], VOCAB)
+    write_shard(folder / "count_train_000002.bin", tokens[9000:], VOCAB)
+    return folder
+
+
+class Trainer:
+    """Starts `train_gpt.py` on the tiny shards, directly or under torchrun."""
+
+    def __init__(self, shards: Path):
+        self.shards = shards
+
+    def command(self, output_dir: Path, *flags: str, ranks: int = 1) -> list[str]:
+        data = [f"--input_train_bin={self.shards}/*_train_*.bin", f"--input_val_bin={self.shards}/*_val_*.bin"]
+        python = [sys.executable]
+        if ranks > 1:
+            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        return [*python, str(ROOT / "train_gpt.py"), *TINY, *data, f"--output_dir={output_dir}", *flags]
+
+    def start(self, output_dir: Path, *flags: str, ranks: int = 1) -> subprocess.Popen[str]:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            self.command(output_dir, *flags, ranks=ranks),
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, output_dir: Path, *flags: str, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess[str]:
+        process = self.start(output_dir, *flags, ranks=ranks)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, f"exit {process.returncode} instead of {code}\n{out}\n{err}"
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def trainer(shards: Path) -> Trainer:
+    return Trainer(shards)
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    path = output_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="session")
+def metrics() -> Callable[[Path], list[dict]]:
+    return read_metrics
+
+
+@pytest.fixture(scope="session")
+def trace() -> Callable[[Path], list[dict]]:
+    """The numbers of a run that must not depend on how it was interrupted, in full precision."""
+    return lambda output_dir: [{k: r[k] for k in TRACE_KEYS if k in r} for r in read_metrics(output_dir)]
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., bool]:
+    def wait(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> bool:
+        """Polls until the condition holds (True) or the process has ended (False)."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            if process.poll() is not None:
+                return False
+            time.sleep(0.001)
+        raise TimeoutError("the run neither got there nor ended")
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def kill_all() -> Callable[[subprocess.Popen[str]], None]:
+    def kill(process: subprocess.Popen[str]) -> None:
+        """SIGKILLs a run, launcher and workers alike; torchrun puts each worker into a session of its own."""
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        for pid in [process.pid, *map(int, children.stdout.split())]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        process.communicate()
+
+    return kill

@@ -1,0 +1,154 @@
+"""The decoder: switches, initial values, sizes, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from cfg.config import load_config
+from model.gpt import GPT, init_weights, initial_value
+from model.layers import apply_rotary, rotary_table
+from train.parallel import parallelize
+from train.distributed import Ranks
+
+SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--sequence_length=48", "--vocab_size=301"]
+LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
+MODERN = ["--positions=rotary", "--norm=rmsnorm", "--mlp=relu2", "--bias=0", "--qk_norm=1", "--logit_softcap=15"]
+FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, MODERN], ids=["gpt2", "llama", "modern"])
+
+
+def make(*flags, seed=0):
+    config = load_config([*SMALL, *flags], world_size=1)
+    model = GPT(config)
+    init_weights(model, seed)
+    return model
+
+
+def batch(rows=3, length=48, vocab=301):
+    tokens = torch.randint(vocab, (rows, length + 1), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    loss, count = model(*batch())
+    (loss / count).backward()
+    return (loss / count).item(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def largest_difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@FAMILIES
+def test_flash_and_plain_attention_give_the_same_numbers(family):
+    flash, plain = make(*family, "--flash=1"), make(*family, "--flash=0")
+    assert (flash(batch()[0]) - plain(batch()[0])).abs().max() < 1e-5
+    (loss_a, grads_a), (loss_b, grads_b) = loss_and_gradients(flash), loss_and_gradients(plain)
+    assert abs(loss_a - loss_b) < 1e-5
+    assert largest_difference(grads_a, grads_b) < 1e-5
+
+
+@FAMILIES
+def test_compiled_gives_the_same_numbers_as_eager(family):
+    model = make(*family, "--compile=1")
+    eager_loss, eager = loss_and_gradients(model)
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    compiled_model = parallelize(model, model_config(family), ranks)
+    assert [n for n, _ in compiled_model.named_parameters()] == list(eager)  # no _orig_mod. in a name
+    compiled_loss, compiled = loss_and_gradients(compiled_model)
+    assert abs(compiled_loss - eager_loss) < 1e-5
+    assert largest_difference(compiled, eager) < 1e-5
+
+
+def model_config(family):
+    return load_config([*SMALL, *family, "--compile=1"], world_size=1)
+
+
+@FAMILIES
+def test_no_position_sees_the_future(family):
+    model = make(*family).eval()
+    x = batch(rows=1)[0]
+    changed = x.clone()
+    changed[0, 30:] = (changed[0, 30:] + 1) % 301
+    assert torch.equal(model(x)[0, :30], model(changed)[0, :30])
+    assert not torch.equal(model(x)[0, 30:], model(changed)[0, 30:])
+
+
+def test_last_only_gives_the_last_row():
+    model = make().eval()
+    assert torch.allclose(model(batch()[0], last_only=True), model(batch()[0])[:, -1:], atol=1e-6)
+
+
+def test_initial_value_depends_on_seed_name_and_shape_alone():
+    config = make().config
+    shape = torch.Size([8, 8])
+    first = initial_value("h.0.attn.c_attn.weight", shape, config, seed=1)
+    torch.manual_seed(99)
+    assert torch.equal(first, initial_value("h.0.attn.c_attn.weight", shape, config, seed=1))
+    assert not torch.equal(first, initial_value("h.1.attn.c_attn.weight", shape, config, seed=1))
+    assert not torch.equal(first, initial_value("h.0.attn.c_attn.weight", shape, config, seed=2))
+
+
+def test_deeper_models_share_the_weights_of_their_first_blocks():
+    shallow, deep = make("--n_layer=2"), make("--n_layer=3")
+    assert torch.equal(shallow.h[1].attn.c_attn.weight, deep.h[1].attn.c_attn.weight)
+
+
+def test_initial_scales_are_gpt2s():
+    model = make("--n_embd=256", "--vocab_size=5000")
+    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.h[0].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.02)
+    assert model.h[0].attn.c_attn.bias.abs().max() == 0
+    assert (model.ln_f.weight == 1).all()
+    assert make("--zero_init=1").h[0].attn.c_proj.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize("width", [128, 384, 768])
+def test_first_loss_is_that_of_a_uniform_guess_plus_half_the_variance_of_the_logits(width):
+    """Normalised states of width C times rows of variance 0.02² give logits of variance C·0.02²."""
+    config = load_config([f"--n_embd={width}", "--n_head=4", "--n_layer=2", "--sequence_length=128"], world_size=1)
+    model = GPT(config)
+    init_weights(model, 0)
+    with torch.no_grad():
+        loss, count = model(*batch(rows=4, length=128, vocab=50257))
+    expected = math.log(50257) + width * 0.02**2 / 2
+    assert (loss / count).item() == pytest.approx(expected, abs=0.05)
+    if width <= 384:
+        assert (loss / count).item() == pytest.approx(math.log(50257), abs=0.1)
+
+
+def test_dropout_acts_in_training_only():
+    model = make("--dropout=0.5")
+    x = batch()[0]
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    cos, sin = rotary_table(64, 16, 10000.0, torch.device("cpu"))
+
+    def score(i, j):
+        return (apply_rotary(q, cos[i : i + 1], sin[i : i + 1]) * apply_rotary(k, cos[j : j + 1], sin[j : j + 1])).sum()
+
+    assert score(5, 2).item() == pytest.approx(score(45, 42).item(), abs=1e-4)
+    assert score(0, 0).item() == pytest.approx((q * k).sum().item(), abs=1e-5)
+
+
+def test_flops_follow_the_formula():
+    model = make()
+    multiplied = model.num_params() - 48 * 64  # all but the position table; the tied embedding is the head
+    assert model.flops_per_token(48) == 6 * multiplied + 12 * 2 * 64 * 48
+    untied = make("--tie_embeddings=0")
+    assert untied.flops_per_token(48) == model.flops_per_token(48)
+
+
+def test_wrong_shapes_are_refused():
+    model = make()
+    with pytest.raises(ValueError, match="position table has 48 rows"):
+        model(torch.zeros(1, 49, dtype=torch.long))
+    with pytest.raises(ValueError, match="must be"):
+        model(torch.zeros(4, dtype=torch.long))

@@ -1,0 +1,93 @@
+"""The chunked loss against the plain one: value, gradients, ignored targets, memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import loss as loss_module
+from model.loss import IGNORE_INDEX, linear_cross_entropy
+
+VOCAB, PADDED, WIDTH, ROWS = 301, 320, 24, 37
+
+
+def inputs(ignored=0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, requires_grad=True)
+    weight = torch.randn(PADDED, WIDTH, generator=generator, requires_grad=True)
+    targets = torch.randint(VOCAB, (ROWS,), generator=generator)
+    targets[:ignored] = IGNORE_INDEX
+    return hidden, weight, targets
+
+
+def plain(hidden, weight, targets, softcap=0.0):
+    logits = (hidden @ weight.t())[:, :VOCAB]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("ignored", [0, 9, ROWS])
+@pytest.mark.parametrize("chunk_rows", [None, 1, 7, 37, 100])
+def test_value_and_gradients_equal_the_plain_version(softcap, ignored, chunk_rows):
+    hidden, weight, targets = inputs(ignored)
+    loss, count = linear_cross_entropy(hidden, weight, targets, VOCAB, softcap, chunk_rows)
+    expected = plain(hidden, weight, targets, softcap)
+    assert count.item() == ROWS - ignored
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    scale = 1 / max(1, count.item())
+    ours = torch.autograd.grad(loss * scale, (hidden, weight))
+    theirs = torch.autograd.grad(expected * scale, (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_without_gradients_the_value_is_the_same():
+    hidden, weight, targets = inputs(ignored=3)
+    with torch.no_grad():
+        without = linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_rows=8)[0]
+    assert without.item() == pytest.approx(linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_rows=8)[0].item())
+    assert not without.requires_grad
+
+
+def test_padding_rows_get_no_gradient_and_no_probability():
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        weight[VOCAB:] = 100.0  # would dominate if it counted
+    loss, _ = linear_cross_entropy(hidden, weight, targets, VOCAB)
+    assert loss.item() == pytest.approx(plain(hidden, weight, targets).item(), rel=1e-6)
+    loss.backward()
+    assert weight.grad[VOCAB:].abs().max() == 0
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_the_weight_gradient_in_float32():
+    hidden, weight, targets = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_rows=10)
+    loss.backward()
+    expected = plain(hidden, weight, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
+    assert weight.grad.dtype == torch.float32
+    reference = torch.autograd.grad(expected, weight)[0]
+    assert (weight.grad - reference).norm() / reference.norm() < 2e-2
+
+
+def test_the_largest_tensor_is_a_chunk_of_logits(monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 4 * PADDED)
+    shapes = []
+    original = loss_module.chunk_loss_and_grad
+    monkeypatch.setattr(
+        loss_module, "chunk_loss_and_grad", lambda logits, *rest: (shapes.append(logits.shape), original(logits, *rest))[1]
+    )
+    monkeypatch.setattr(loss_module, "_compiled_chunk", None)
+    hidden, weight, targets = inputs()
+    linear_cross_entropy(hidden, weight, targets, VOCAB)[0].backward()
+    assert {shape[0] for shape in shapes} == {4, 1} and sum(shape[0] for shape in shapes) == ROWS
+
+
+def test_the_gradients_are_handed_out_once():
+    hidden, weight, targets = inputs()
+    loss, _ = linear_cross_entropy(hidden, weight, targets, VOCAB)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call the loss again"):
+        loss.backward()
