@@ -105,7 +105,7 @@ def open_tokenizer(config: Config, ranks: Ranks) -> "Encoding | None":
 
     def first() -> str:  # one rank fetches it, the others then find it in the cache
         try:
-            load_tokenizer(config.tokenizer)
+            load_tokenizer(config.tokenizer, config.vocab_size)
             return ""
         except UserError as error:
             return str(error)
@@ -114,7 +114,7 @@ def open_tokenizer(config: Config, ranks: Ranks) -> "Encoding | None":
         if ranks.is_main:
             print(f"no bits per byte, and samples as token ids: {problem}")
         return None
-    return load_tokenizer(config.tokenizer)
+    return load_tokenizer(config.tokenizer, config.vocab_size)
 
 
 def resume(run: Run) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cfg.errors import UserError
 from data import assets
 
 if TYPE_CHECKING:
@@ -14,14 +15,19 @@ if TYPE_CHECKING:
 GPT2_END_OF_TEXT = 50256
 
 
-def load_tokenizer(name: str = "gpt2") -> Encoding:
-    """The tokenizer called `name`. Raises UserError if its rank file cannot be had."""
+def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Encoding:
+    """The tokenizer called `name`.
+
+    Raises UserError if its rank file cannot be had, or if a model of `vocab_size` lacks some of its ids.
+    """
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
     from tiktoken_ext.openai_public import r50k_pat_str
 
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}")
+    if vocab_size is not None and vocab_size <= GPT2_END_OF_TEXT:
+        raise UserError(f"--vocab_size={vocab_size} is too small for tokenizer gpt2 with {GPT2_END_OF_TEXT + 1} ids")
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=r50k_pat_str,

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--max_new_tokens and --num_samples must be at least 1, --temperature and --top_k at least 0")
     device = torch.device(args.device)
     model, flags = load_model(args.checkpoint, device)
-    tokenizer = load_tokenizer(flags["tokenizer"])
+    tokenizer = load_tokenizer(flags["tokenizer"], model.config.vocab_size)
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(args.prompt)]
     idx = torch.tensor([prompt] * args.num_samples, device=device)
     generator = torch.Generator().manual_seed(args.seed)

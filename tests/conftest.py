@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -120,12 +121,11 @@ def wait_for() -> Callable[..., bool]:
 def kill_all() -> Callable[[subprocess.Popen[str]], None]:
     def kill(process: subprocess.Popen[str]) -> None:
         """SIGKILLs a run, launcher and workers alike; torchrun puts each worker into a session of its own."""
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-        for pid in [process.pid, *map(int, children.stdout.split())]:
-            try:
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = listed.read_text().split() if listed.exists() else []
+        for pid in [process.pid, *map(int, children)]:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.communicate()
 
     return kill

@@ -82,6 +82,10 @@ def to_json(record: dict[str, Any]) -> str:
     return json.dumps(plain) + "\n"
 
 
+def _finite(record: dict[str, Any]) -> bool:
+    return math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+
+
 class Metrics:
     """Writes the records of a run. On ranks other than 0 every method does nothing."""
 
@@ -167,7 +171,7 @@ class Metrics:
         self._file.flush()
         step, last = record["step"], self.config.num_iterations
         self._last = step
-        if step % self.config.log_every == 0 or step in (1, last) or "skipped" in record:
+        if step % self.config.log_every == 0 or step in (1, last) or not _finite(record):
             self.say(self._line(record))
         if "val_loss" in record:
             self.say(self._val_line(record))
@@ -193,7 +197,7 @@ class Metrics:
             f"mfu {100 * r['mfu']:.1f}%" if r["mfu"] is not None else "",
             f"{r['memory_bytes'] / 2**30:.2f} GiB",
             f"eta {duration(r['elapsed_s'] / r['step'] * (self.config.num_iterations - r['step']))}",
-            "SKIPPED: loss or gradient not finite" if r.get("skipped") else "",
+            "" if _finite(r) else "loss or gradient not finite: weights left as they were",
         ]
         return " | ".join(p for p in parts if p)
 

@@ -1,0 +1,162 @@
+"""However a run is stopped, what it would have logged is what it logs: bit for bit on the same ranks."""
+
+import random
+import shutil
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+# Dropout, accumulation (256 tokens = 4 micro-steps of 2 × 32) and a stop past warm-up: what resume has to get right.
+FLAGS = ["--dropout=0.1", "--num_iterations=30", "--save_every_niter=5"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainer, trace, tmp_path_factory):
+    """Traces of the same run without interruption, by number of ranks."""
+    traces = {}
+    for ranks in (1, 2):
+        output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+        trainer.run(output_dir, *FLAGS, ranks=ranks)
+        traces[ranks] = (trace(output_dir), load_file(output_dir / "checkpoints/step_00000030/model.safetensors"))
+    return traces
+
+
+def assert_same_run(output_dir, trace, reference):
+    lines, parameters = reference
+    assert trace(output_dir) == lines  # ==: all digits
+    ours = load_file(output_dir / "checkpoints/step_00000030/model.safetensors")
+    assert all((ours[name] == value).all() for name, value in parameters.items())
+
+
+def steps_logged(output_dir):
+    path = output_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal(trainer, trace, wait_for, undisturbed, tmp_path, ranks, number):
+    output_dir = tmp_path / "run"
+    process = trainer.start(output_dir, *FLAGS, ranks=ranks)
+    assert wait_for(lambda: steps_logged(output_dir) >= 11, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == (4 if ranks == 1 else 1), err  # torchrun answers 1 whatever its workers say
+    stopped_at = int((output_dir / "checkpoints/latest").read_text().strip().removeprefix("step_"))
+    assert 11 <= stopped_at < 30
+    assert f"after step {stopped_at} of 30" in out
+    trainer.run(output_dir, *FLAGS, ranks=ranks)
+    assert_same_run(output_dir, trace, undisturbed[ranks])
+
+
+def test_stopped_by_the_clock(trainer, trace, undisturbed, tmp_path):
+    output_dir = tmp_path / "run"
+    done = trainer.run(output_dir, *FLAGS, "--max_minutes=0.001")
+    assert "stopped by --max_minutes after step" in done.stdout
+    trainer.run(output_dir, *FLAGS)
+    assert_same_run(output_dir, trace, undisturbed[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_ten_times(trainer, trace, wait_for, kill_all, undisturbed, tmp_path, ranks):
+    """SIGKILL at seeded random moments, on every third occasion in the middle of a save."""
+    output_dir = tmp_path / "run"
+    moments = random.Random(ranks)
+    during_saves = 0
+    for attempt in range(10):
+        process = trainer.start(output_dir, *FLAGS, "--save_every_niter=3", ranks=ranks)
+        if attempt % 3 == 0:
+            saving = wait_for(lambda: any((output_dir / "checkpoints").glob(".saving_*")), process)
+            during_saves += saving
+        else:
+            # From a moment after start-up on: the first steps, an evaluation, a save, whatever comes.
+            goal = steps_logged(output_dir) + moments.randint(0, 3)
+            wait_for(lambda: steps_logged(output_dir) > goal, process)  # noqa: B023
+            wait_for(lambda: moments.random() < 0.02, process)
+        kill_all(process)
+    assert during_saves >= 2
+    trainer.run(output_dir, *FLAGS, "--save_every_niter=3", ranks=ranks)
+    assert_same_run(output_dir, trace, undisturbed[ranks])
+    assert not list((output_dir / "checkpoints").glob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.parametrize("first,then", [(1, 2), (2, 1), (2, 4)])
+def test_on_other_ranks_it_goes_on_with_the_same_samples(trainer, trace, tmp_path, first, then):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer.run(whole, ranks=1)
+    trainer.run(parts, ranks=first)
+    for late in (parts / "checkpoints").glob("step_*"):
+        if late.name > "step_00000010":
+            shutil.rmtree(late)
+    trainer.run(parts, ranks=then)
+    for ours, reference in zip(trace(parts), trace(whole), strict=True):
+        assert ours == pytest.approx(reference, abs=1e-5)
+
+
+@pytest.fixture
+def finished(trainer, tmp_path):
+    trainer.run(tmp_path / "run", "--num_iterations=10")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "lose", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over(trainer, trace, finished, damage):
+    newest = finished / "checkpoints" / "step_00000010"
+    reference = trace(finished)
+    model = newest / "model.safetensors"
+    if damage == "cut":
+        model.write_bytes(model.read_bytes()[:-100])
+    elif damage == "flip":
+        content = bytearray(model.read_bytes())
+        content[-50] ^= 1
+        model.write_bytes(content)
+    elif damage == "lose":
+        (newest / "optimizer.safetensors").unlink()
+    else:
+        (newest / "manifest.json").write_text('{"format": 1, "files": ')
+    done = trainer.run(finished, "--num_iterations=10")
+    assert f"{newest} is passed over" in done.stdout
+    assert "resuming from" in done.stdout and "step_00000005" in done.stdout
+    assert trace(finished) == reference
+    assert (finished / "checkpoints" / "damaged_step_00000010.1").is_dir()  # kept, not overwritten
+
+
+def test_when_all_are_damaged_it_does_not_start_over(trainer, finished):
+    for model in finished.glob("checkpoints/step_*/model.safetensors"):
+        model.write_bytes(b"")
+    done = trainer.run(finished, "--num_iterations=10", code=2)
+    assert "no whole checkpoint is left" in done.stderr
+
+
+def test_resume_never_and_by_path(trainer, trace, finished, tmp_path):
+    assert "--resume=never" in trainer.run(finished, "--resume=never", code=2).stderr
+    older = finished / "checkpoints" / "step_00000005"
+    assert "holds newer checkpoints" in trainer.run(finished, f"--resume={older}", code=2).stderr
+    assert "no such checkpoint" in trainer.run(tmp_path / "new", "--resume=nowhere", code=2).stderr
+    branch = tmp_path / "branch"
+    trainer.run(branch, f"--resume={older}", "--num_iterations=10")
+    assert trace(branch) == trace(finished)[5:]
+
+
+def test_another_model_or_other_data_is_refused_by_name(trainer, finished, tmp_path):
+    err = trainer.run(finished, "--n_layer=3", "--n_embd=64", code=2).stderr
+    assert "--n_layer=3 (checkpoint: 2)" in err and "--n_embd=64 (checkpoint: 32)" in err
+    assert "--seed=7" in trainer.run(finished, "--seed=7", code=2).stderr
+    assert "--total_batch_size=128" in trainer.run(finished, "--total_batch_size=128", code=2).stderr
+    only_one = f"--input_train_bin={trainer.shards}/*_train_000001.bin"
+    assert "count_train_000002.bin" in trainer.run(finished, only_one, code=2).stderr
+
+
+def test_a_longer_run_goes_on(trainer, metrics, finished):
+    done = trainer.run(finished, "--num_iterations=12", "--learning_rate=5e-4")
+    assert "learning_rate: 0.001 → 0.0005" in done.stdout
+    assert [r["step"] for r in metrics(finished)] == list(range(1, 13))
+
+
+def test_two_runs_do_not_share_an_output_dir(trainer, wait_for, kill_all, tmp_path):
+    first = trainer.start(tmp_path / "run", "--num_iterations=100000")
+    assert wait_for(lambda: steps_logged(tmp_path / "run") > 0, first)
+    second = trainer.run(tmp_path / "run", code=2)
+    kill_all(first)
+    assert f"in use by another run (process {first.pid})" in second.stderr

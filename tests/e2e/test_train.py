@@ -1,0 +1,92 @@
+"""The real command trains, tells what it did, and gives the same numbers on any number of ranks."""
+
+import math
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+RECORD_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "elapsed_s"}
+
+
+@pytest.fixture(scope="module")
+def one_rank(trainer, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("one_rank") / "run"
+    done = trainer.run(output_dir, "--sample_every=10", "--sample_tokens=8", "--tensorboard=1")
+    return output_dir, done.stdout
+
+
+def test_everything_is_in_the_output_dir(one_rank):
+    output_dir, _ = one_rank
+    config = yaml.safe_load((output_dir / "config.yaml").read_text())
+    assert config["n_positions"] == 32 and config["n_kv_head"] == 2  # resolved, not as given
+    assert (output_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in (output_dir / "samples").iterdir()) == ["step_00000010.txt", "step_00000020.txt"]
+    assert list((output_dir / "logs").glob("events.out.tfevents.*"))
+    kept = sorted(p.name for p in (output_dir / "checkpoints").iterdir())
+    assert kept == ["latest", "step_00000010", "step_00000015", "step_00000020"]
+    assert (output_dir / "checkpoints" / "latest").read_text().strip() == "step_00000020"
+
+
+def test_every_step_has_one_record(one_rank, metrics):
+    records = metrics(one_rank[0])
+    assert [r["step"] for r in records] == list(range(1, 21))
+    assert all(r.keys() >= RECORD_KEYS for r in records)
+    assert [r["tokens"] for r in records] == [256 * k for k in range(1, 21)]
+    assert [r["step"] for r in records if "val_loss" in r] == [5, 10, 15, 20]
+    assert all(r["mfu"] is None for r in records)  # a CPU is not in the table of peak rates
+
+
+def test_it_learns(one_rank, metrics):
+    records = metrics(one_rank[0])
+    assert records[0]["loss"] == pytest.approx(math.log(251), abs=0.1)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.2
+    assert records[-1]["val_loss"] < records[0]["loss"] - 0.2
+
+
+def test_a_second_run_finds_nothing_to_do(one_rank, trainer):
+    output_dir, _ = one_rank
+    before = (output_dir / "metrics.jsonl").read_bytes()
+    done = trainer.run(output_dir, "--sample_every=10", "--sample_tokens=8", "--tensorboard=1")
+    assert "nothing left to do" in done.stdout
+    assert (output_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("ranks,batch_size", [(1, 8), (2, 4), (2, 1), (4, 2)])
+def test_ranks_and_accumulation_change_nothing(one_rank, trainer, trace, tmp_path, ranks, batch_size):
+    """20 steps at the same total batch: losses, norms, validation and final parameters to 1e-5 in fp32."""
+    output_dir = tmp_path / "run"
+    trainer.run(output_dir, f"--batch_size={batch_size}", ranks=ranks)
+    for ours, reference in zip(trace(output_dir), trace(one_rank[0]), strict=True):
+        assert ours == pytest.approx(reference, abs=1e-5)
+    last = "checkpoints/step_00000020/model.safetensors"
+    ours, reference = load_file(output_dir / last), load_file(one_rank[0] / last)
+    assert ours.keys() == reference.keys()
+    assert max((ours[k] - reference[k]).abs().max().item() for k in ours) < 1e-5
+
+
+def test_one_batch_is_learned_by_heart(trainer, metrics, tmp_path):
+    flags = ["--overfit_single_batch=1", "--total_batch_size=64", "--num_iterations=60", "--learning_rate=1e-2"]
+    trainer.run(tmp_path / "run", *flags, "--save_every_niter=0")
+    assert metrics(tmp_path / "run")[-1]["loss"] < 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "modern"])
+def test_the_other_families_train_in_bfloat16_and_compiled(trainer, metrics, tmp_path, family):
+    switches = {
+        "llama": "--positions=rotary --norm=rmsnorm --mlp=swiglu --bias=0 --tie_embeddings=0 --n_kv_head=1",
+        "modern": "--positions=rotary --norm=rmsnorm --mlp=relu2 --bias=0 --qk_norm=1 --logit_softcap=15 --zero_init=1",
+    }[family]
+    flags = [*switches.split(), "--dtype=bfloat16", "--schedule=wsd", "--num_iterations=8", "--n_layer=1"]
+    trainer.run(tmp_path / "run", *flags, *(["--compile=1"] if family == "llama" else []), ranks=2)
+    records = metrics(tmp_path / "run")
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_wandb_logs_offline_and_keeps_its_run_id(trainer, tmp_path):
+    flags = ["--wandb_project_id=test", "--num_iterations=5"]
+    done = trainer.run(tmp_path / "run", *flags)
+    assert "offline" in done.stdout
+    trainer.run(tmp_path / "run", "--wandb_project_id=test", "--num_iterations=6")
+    runs = [p.name.rsplit("-", 1)[1] for p in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and len(set(runs)) == 1

@@ -1,0 +1,143 @@
+"""The checkpoint protocol: whole or absent, whatever fails on the way; and the optimizer by name."""
+
+import json
+
+import pytest
+import torch
+
+from cfg.config import load_config
+from cfg.errors import UserError
+from model.gpt import GPT, init_weights
+from model.weights import find_checkpoint, list_checkpoints, load_model, problem_with
+from train import checkpoint
+from train.distributed import Ranks
+from train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+
+RANKS = Ranks(0, 0, 1, torch.device("cpu"))
+FLAGS = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=50", "--sequence_length=8"]
+
+
+def setup(tmp_path, *flags):
+    config = load_config([*FLAGS, f"--output_dir={tmp_path}", *flags], world_size=1)
+    model = GPT(config)
+    init_weights(model, 0)
+    return config, model, make_optimizer(model, config, RANKS.device)[0]
+
+
+def step(model, optimizer, seed=0):
+    x = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(seed))
+    loss, count = model(x[:, :-1], x[:, 1:])
+    (loss / count).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def save(config, number, model, optimizer):
+    checkpoint.save(RANKS, config, number, model, optimizer, {"record": {"step": number}})
+
+
+def test_round_trip_is_exact_and_training_goes_on_alike(tmp_path):
+    config, model, optimizer = setup(tmp_path)
+    for k in range(3):
+        step(model, optimizer, k)
+    save(config, 3, model, optimizer)
+    _, other, other_optimizer = setup(tmp_path)
+    state = checkpoint.load(list_checkpoints(tmp_path)[0], other, other_optimizer)
+    assert state["step"] == 3
+    assert [step(model, optimizer, k) for k in range(3, 6)] == [step(other, other_optimizer, k) for k in range(3, 6)]
+
+
+def test_optimizer_state_is_keyed_by_parameter_name():
+    config, model, optimizer = setup("unused")
+    step(model, optimizer)
+    tensors = optimizer_tensors(optimizer, model)
+    names = {name for name, _ in model.named_parameters()}
+    assert {key.rsplit("/", 1)[0] for key in tensors} == names
+    assert {key.rsplit("/", 1)[1] for key in tensors} == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(tensors[f"{name}/step"] == 1 for name in names)
+    with pytest.raises(KeyError):
+        load_optimizer_tensors(optimizer, model, {k: v for k, v in tensors.items() if not k.startswith("wte")})
+
+
+def test_weight_decay_is_for_matrices_only():
+    _, model, optimizer = setup("unused")
+    decayed, plain = optimizer.param_groups
+    assert all(p.dim() >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
+    assert all(p.dim() < 2 for p in plain["params"]) and plain["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_write_json", "_flush", "file_sha256", "os.rename"])
+def test_a_refusal_of_the_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing):
+    config, model, optimizer = setup(tmp_path)
+    step(model, optimizer)
+    save(config, 1, model, optimizer)
+    step(model, optimizer)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if failing == "os.rename":
+            patch.setattr(checkpoint.os, "rename", full)
+        else:
+            patch.setattr(checkpoint, failing, full)
+        with pytest.raises(UserError, match="step 2 could not be written .No space left"):
+            save(config, 2, model, optimizer)
+    assert find_checkpoint(tmp_path).name == "step_00000001"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001"]
+    assert not list((tmp_path / "checkpoints").glob(".saving*"))
+    save(config, 2, model, optimizer)
+    assert find_checkpoint(tmp_path).name == "step_00000002"
+
+
+def test_a_whole_checkpoint_is_not_written_again(tmp_path):
+    config, model, optimizer = setup(tmp_path)
+    step(model, optimizer)
+    save(config, 1, model, optimizer)
+    before = (tmp_path / "checkpoints/step_00000001/model.safetensors").stat().st_mtime_ns
+    save(config, 1, model, optimizer)
+    assert (tmp_path / "checkpoints/step_00000001/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_pruning_keeps_the_last_and_every_mth(tmp_path):
+    config, model, optimizer = setup(tmp_path, "--keep_last=2", "--keep_every=4")
+    step(model, optimizer)
+    for k in range(1, 11):
+        save(config, k, model, optimizer)
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f"step_{k:08d}" for k in (10, 9, 8, 4)]
+
+
+def test_a_manifest_cannot_point_outside(tmp_path):
+    config, model, optimizer = setup(tmp_path)
+    step(model, optimizer)
+    save(config, 1, model, optimizer)
+    path = tmp_path / "checkpoints/step_00000001"
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = manifest["files"]["state.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert "missing" in problem_with(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1}', '{"format": 1, "files": {"a": 1}}'])
+def test_any_manifest_is_judged_without_a_traceback(tmp_path, content):
+    path = tmp_path / "step_00000001"
+    path.mkdir()
+    (path / "manifest.json").write_text(content)
+    assert problem_with(path)
+
+
+def test_the_model_alone_can_be_loaded(tmp_path):
+    config, model, optimizer = setup(tmp_path)
+    step(model, optimizer)
+    save(config, 1, model, optimizer)
+    loaded, flags = load_model(tmp_path, torch.device("cpu"))
+    x = torch.randint(50, (1, 8))
+    assert torch.equal(loaded(x), model.eval()(x)) and not loaded.training
+    assert flags["n_embd"] == 16
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_model(tmp_path / "nowhere", torch.device("cpu"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_model(tmp_path / "empty", torch.device("cpu"))

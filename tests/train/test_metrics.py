@@ -1,0 +1,108 @@
+"""metrics.jsonl, the console line, peak rates."""
+
+import json
+import math
+
+import pytest
+
+from cfg.config import load_config
+from train.metrics import Metrics, duration, peak_flops, plot_losses, read_records
+
+RECORD = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tok_per_s": 1e4, "mfu": None, "elapsed_s": 1.0, "memory_bytes": 1}
+
+
+def record(step, **extra):
+    return {"step": step, "tokens": step * 10, **RECORD, **extra}
+
+
+def start(tmp_path, step=0, *flags):
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    return Metrics(load_config([f"--output_dir={tmp_path}", *flags], world_size=1), True, step, None)
+
+
+def test_numbers_keep_all_their_digits(tmp_path):
+    metrics = start(tmp_path)
+    metrics.log(record(1, val_loss=1 / 3))
+    metrics.close()
+    assert read_records(tmp_path / "metrics.jsonl")[0]["val_loss"] == 1 / 3
+
+
+def test_what_is_not_a_number_is_null_and_the_file_stays_json(tmp_path, capsys):
+    metrics = start(tmp_path)
+    metrics.log(record(1) | {"loss": math.nan, "grad_norm": math.inf})
+    metrics.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is None and line["grad_norm"] is None
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_a_resume_drops_later_and_torn_lines_and_keeps_a_copy(tmp_path):
+    metrics = start(tmp_path)
+    for k in range(1, 6):
+        metrics.log(record(k))
+    metrics.close()
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "lo')
+    resumed = start(tmp_path, 3)
+    assert resumed.has(3) and not resumed.has(4)
+    resumed.log(record(4))
+    resumed.close()
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_records(tmp_path / "logs" / "metrics_superseded.jsonl")] == [4, 5]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    metrics = Metrics(load_config([f"--output_dir={tmp_path}"], world_size=1), False, 0, None)
+    metrics.log(record(1))
+    metrics.say("hello")
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_console_line_says_it_all(tmp_path, capsys):
+    metrics = start(tmp_path, 0, "--num_iterations=3601", "--log_every=1")
+    metrics.log(record(1, mfu=0.5) | {"memory_bytes": 2**30, "val_loss": 1.0, "val_bpb": 0.5})
+    metrics.close()
+    out = capsys.readouterr().out
+    for part in ("step 1/3601", "loss 2.5000", "lr 1.00e-03", "10,000 tok/s", "mfu 50.0%", "1.00 GiB", "eta 1h00m"):
+        assert part in out
+    assert "val loss 1.0000 | perplexity 2.72 | 0.5000 bits/byte" in out
+
+
+@pytest.mark.parametrize(
+    "name,tflops",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("Tesla T4", 65),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+    ],
+)
+def test_peak_rates(name, tflops):
+    assert peak_flops(name) == tflops * 1e12
+
+
+@pytest.mark.parametrize("name", ["cpu", "NVIDIA T400", "NVIDIA A1000", "AMD Instinct MI300X", "NVIDIA GeForce RTX 2080"])
+def test_an_unknown_device_has_no_peak(name):
+    assert peak_flops(name) is None
+
+
+def test_durations():
+    assert [duration(s) for s in (5, 65, 3700)] == ["0m05s", "1m05s", "1h01m"]
+
+
+def test_a_plot_needs_something_to_draw(tmp_path):
+    assert plot_losses(tmp_path) is None
+    metrics = start(tmp_path)
+    metrics.log(record(1, val_loss=2.0))
+    metrics.close()
+    assert plot_losses(tmp_path) == tmp_path / "loss.png"
