@@ -40,8 +40,9 @@ def exit_with(error: UserError) -> NoReturn:
         line = f"rank {rank}: {line}"
     print(f"error: {line}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
         with open(path, "w") as f:
-            json.dump({"message": line}, f)
+            json.dump({"message": {"message": line, "extraInfo": details}}, f)
     # Not sys.exit: a thread that prefetches or a half-built process group must not delay the exit.
     sys.stdout.flush()
     os._exit(EXIT_USER_ERROR)
