@@ -313,8 +313,6 @@ def _check_run(c: Config, world_size: int) -> None:
             f" = {c.batch_size} × {c.sequence_length} × {world_size} = {micro};"
             f" nearest: {_multiples(c.total_batch_size, micro)}"
         )
-    if c.device == "cpu" and c.dtype == "float16":
-        raise UserError("--dtype=float16 on --device=cpu is not supported; use float32 or bfloat16")
 
 
 def resolve(config: Config, world_size: int) -> Config:

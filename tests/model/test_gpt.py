@@ -8,8 +8,8 @@ import torch
 from cfg.config import load_config
 from model.gpt import GPT, init_weights, initial_value
 from model.layers import apply_rotary, rotary_table
-from train.parallel import parallelize
 from train.distributed import Ranks
+from train.parallel import parallelize
 
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--sequence_length=48", "--vocab_size=301"]
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]

@@ -77,7 +77,9 @@ def test_the_largest_tensor_is_a_chunk_of_logits(monkeypatch):
     shapes = []
     original = loss_module.chunk_loss_and_grad
     monkeypatch.setattr(
-        loss_module, "chunk_loss_and_grad", lambda logits, *rest: (shapes.append(logits.shape), original(logits, *rest))[1]
+        loss_module,
+        "chunk_loss_and_grad",
+        lambda logits, *rest: (shapes.append(logits.shape), original(logits, *rest))[1],
     )
     monkeypatch.setattr(loss_module, "_compiled_chunk", None)
     hidden, weight, targets = inputs()

@@ -9,7 +9,9 @@ from model.gpt import GPT, init_weights
 
 
 def make(*flags):
-    config = load_config(["--n_layer=3", "--n_embd=48", "--sequence_length=40", "--vocab_size=211", *flags], world_size=1)
+    config = load_config(
+        ["--n_layer=3", "--n_embd=48", "--sequence_length=40", "--vocab_size=211", *flags], world_size=1
+    )
     return GPT(config).eval()
 
 

@@ -120,7 +120,9 @@ def test_a_manifest_cannot_point_outside(tmp_path):
     assert "missing" in problem_with(path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1}', '{"format": 1, "files": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 2}', '{"format": 1}', '{"format": 1, "files": {"a": 1}}']
+)
 def test_any_manifest_is_judged_without_a_traceback(tmp_path, content):
     path = tmp_path / "step_00000001"
     path.mkdir()

@@ -91,7 +91,9 @@ def test_peak_rates(name, tflops):
     assert peak_flops(name) == tflops * 1e12
 
 
-@pytest.mark.parametrize("name", ["cpu", "NVIDIA T400", "NVIDIA A1000", "AMD Instinct MI300X", "NVIDIA GeForce RTX 2080"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "NVIDIA T400", "NVIDIA A1000", "AMD Instinct MI300X", "NVIDIA GeForce RTX 2080"]
+)
 def test_an_unknown_device_has_no_peak(name):
     assert peak_flops(name) is None
 

@@ -1,0 +1,351 @@
+"""Does this GPU compute the right numbers, and how fast? `bash scripts/bench/gpu_check.sh [--output FILE]`
+
+Checks come first: the same thing computed in two ways, and how far the two may lie apart. Then GPT-2
+124M is timed through train_gpt.py, and beside a plain loop (scripts/bench/train.py). It ends within
+8 minutes. Everything goes into one JSON file, which is rewritten after each part; a part that fails
+is recorded and the rest goes on. Exit code 1 if any failed. It needs no data and no network.
+
+`--device=cpu --quick` runs the checks alone, with tiny shapes and without a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfg.config import Config, load_config
+from cfg.errors import CommandParser, UserError, run_command
+from data.assets import write_atomically
+from data.shards import write_shard
+from model.gpt import GPT, init_weights
+from model.loss import IGNORE_INDEX
+from train.distributed import Ranks
+from train.metrics import device_name, peak_memory, read_records
+from train.parallel import parallelize
+
+MINUTES = 8.0  # for everything; what does not fit any more fails
+PERIOD = 251  # the data counts modulo this, which is learned in a few steps
+FULL = "--n_layer=4 --n_head=8 --n_embd=512 --sequence_length=512 --batch_size=4"
+QUICK = "--n_layer=1 --n_head=4 --n_embd=64 --sequence_length=32 --batch_size=2 --vocab_size=8100"
+FAMILIES = {
+    "gpt2": "",
+    "llama": "--positions=rotary --norm=rmsnorm --mlp=swiglu --bias=0 --tie_embeddings=0 --n_kv_head=2 --qk_norm=1"
+    " --logit_softcap=2",
+}
+# How far apart two ways of computing the same may lie: relative difference of the loss, and of the gradients
+# |a - b| / |b| in the parameter where it is largest. bfloat16 has 8 bits, and the ways round at different places.
+LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (1e-3, 1e-1)}
+
+# Something measured: its name, its value, and the most it may be; None if it is only reported.
+Figure = tuple[str, float, float | None]
+
+
+@dataclass
+class Bench:
+    """Where and how large to check, until when, and the commands run for the part at hand."""
+
+    device: str
+    quick: bool
+    folder: Path
+    deadline: float
+    commands: list[str] = field(default_factory=list)
+
+    def shape(self) -> list[str]:
+        return (QUICK if self.quick else FULL).split()
+
+    def config(self, *flags: str) -> Config:
+        return load_config([*self.shape(), f"--device={self.device}", *flags], world_size=1)
+
+    def many_rows(self) -> str:
+        """A batch whose logits take several chunks."""
+        return "--batch_size=128" if self.quick else "--batch_size=32"
+
+    def run(self, script: str, *flags: str) -> str:
+        """Standard output of one of the repository's commands. Raises RuntimeError with its last words if it fails."""
+        command = [sys.executable, str(ROOT / script), *flags]
+        self.commands.append(shlex.join(command))
+        left = max(0.0, self.deadline - time.perf_counter())
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{script} cut short: the {MINUTES:g} minutes are over") from None
+        if done.returncode:
+            raise RuntimeError(f"{script} exited with {done.returncode}: {done.stderr[-1000:].strip()}")
+        return done.stdout
+
+    def train(self, name: str, *flags: str) -> list[dict[str, Any]]:
+        """What metrics.jsonl says after `train_gpt.py` with these flags."""
+        output_dir = self.folder / "runs" / name
+        data = f"--input_train_bin={self.folder}/count_train_*.bin"
+        self.run("train_gpt.py", data, f"--output_dir={output_dir}", f"--device={self.device}", *flags)
+        return read_records(output_dir / "metrics.jsonl")
+
+
+def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
+    """Mean loss and the gradient of every parameter, float64 on the CPU, at the initial weights on a random batch.
+
+    Every seventh target is ignored. With `full_logits` the loss is the plain F.cross_entropy.
+    """
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    model = GPT(config)
+    init_weights(model, config.seed)
+    model.to(device)
+    train_model = parallelize(model, config, Ranks(0, 0, 1, device))
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.batch_size, config.sequence_length + 1)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+    idx, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[:, ::7] = IGNORE_INDEX
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        if full_logits:
+            logits = train_model(idx).float().flatten(0, 1)
+            loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
+        else:
+            loss_sum, count = train_model(idx, targets)
+            loss = loss_sum / count
+    loss.backward()
+    found = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {name: tensor.cpu().double() for name, tensor in found.items()}
+
+
+def two_ways(
+    bench: Bench, dtypes: list[str], ours: str, theirs: str = "", full_logits: bool = False
+) -> Iterator[Figure]:
+    """Compares loss and gradients of both families under flag `ours` with those under flag `theirs`."""
+    for family, dtype in itertools.product(FAMILIES, dtypes):
+        flags = [*FAMILIES[family].split(), f"--dtype={dtype}"]
+        one = gradients(bench.config(*flags, ours))
+        other = gradients(bench.config(*flags, theirs or ours), full_logits)
+        if one.keys() != other.keys():
+            raise ValueError(f"gradients of {sorted(one.keys() ^ other.keys())} on one side only")
+        apart = {name: (one[name] - b).norm() / b.norm() for name, b in other.items()}
+        loss_limit, gradient_limit = LIMITS[dtype]
+        yield f"{family} {dtype} loss", apart.pop("loss").item(), loss_limit
+        yield f"{family} {dtype} gradients", torch.stack(list(apart.values())).max().item(), gradient_limit
+
+
+def peak_bytes(device: torch.device) -> int:
+    """As train.metrics.peak_memory; but on Linux getrusage starts from what the parent process held, VmHWM does not."""
+    status = Path("/proc/self/status")
+    text = status.read_text() if status.exists() else ""
+    if device.type == "cuda" or "VmHWM:" not in text:
+        return peak_memory(device)
+    return 1024 * int(text.split("VmHWM:")[1].split()[0])
+
+
+def check_memory(bench: Bench) -> Iterator[Figure]:
+    """Peak memory of one pass with the loss in chunks and over full logits.
+
+    On the CPU this is the peak of the process, which never falls: the smaller side goes first, and so does this check.
+    """
+    config, device = bench.config(bench.many_rows(), "--n_layer=1", "--dtype=bfloat16"), torch.device(bench.device)
+    if bench.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    peaks = [peak_bytes(device)]
+    for full_logits in (False, True):
+        gradients(config, full_logits)
+        peaks.append(peak_bytes(device))
+    chunked, full = peaks[1] - peaks[0], peaks[2] - peaks[0]
+    yield "in chunks, MiB", chunked / 2**20, None
+    yield "full logits, MiB", full / 2**20, None
+    yield "in chunks / full logits", chunked / full, 0.6
+
+
+def check_device(bench: Bench) -> Iterator[Figure]:
+    return two_ways(bench, ["float32"], f"--device={bench.device}", "--device=cpu")
+
+
+def check_flash(bench: Bench) -> Iterator[Figure]:
+    return two_ways(bench, ["float32", "bfloat16"], "--flash=1", "--flash=0")
+
+
+def check_loss(bench: Bench) -> Iterator[Figure]:
+    return two_ways(bench, ["float32", "bfloat16"], bench.many_rows(), full_logits=True)
+
+
+def check_compile(bench: Bench) -> Iterator[Figure]:
+    """The loss stays compiled in this process, so no other check may come after this one and mean the eager one."""
+    return two_ways(bench, ["float32"] if bench.quick else ["float32", "bfloat16"], "--compile=1", "--compile=0")
+
+
+def check_resume(bench: Bench) -> Iterator[Figure]:
+    """Takes the second half of a run again from the checkpoint at its middle: the same numbers, bit for bit.
+
+    Where they are not, a second undisturbed run shows how much of it is the kernels' own doing (flash
+    attention may add up gradients in any order), and the resumed run may not stray further than twice that.
+    """
+    config = bench.config()
+    flags = [*bench.shape(), f"--total_batch_size={2 * config.batch_size * config.sequence_length}"]
+    flags += ["--num_iterations=20", "--save_every_niter=10", "--dropout=0.1", "--dtype=bfloat16"]
+
+    def second_half(name: str, flash: int) -> np.ndarray:
+        records = bench.train(name, *flags, f"--flash={flash}")
+        return np.array([(r["step"], r["loss"], r["grad_norm"]) for r in records if r["step"] > 10])
+
+    for flash in (1,) if bench.quick else (1, 0):
+        name = f"flash{flash}"
+        undisturbed, run_dir = second_half(name, flash), bench.folder / "runs" / name
+        shutil.rmtree(run_dir / "checkpoints" / "step_00000020")
+        (run_dir / "metrics.jsonl").unlink()
+        difference, spread = float(np.abs(second_half(name, flash) - undisturbed).max()), 0.0
+        if difference:
+            spread = float(np.abs(second_half(f"{name}-again", flash) - undisturbed).max())
+            yield f"flash={flash} undisturbed, twice", spread, None
+        yield f"flash={flash} undisturbed and resumed", difference, 2 * spread
+
+
+def check_half(bench: Bench) -> Iterator[Figure]:
+    """Twenty steps in float16 with its loss scaler; the CPU has bfloat16 instead."""
+    dtype = "float16" if bench.device == "cuda" else "bfloat16"
+    flags = [*bench.shape(), "--num_iterations=20", "--learning_rate=3e-3", f"--dtype={dtype}"]
+    losses = [record["loss"] for record in bench.train("half", *flags)]
+    yield f"{dtype} last loss / first", losses[-1] / losses[0], 0.9
+
+
+CHECKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
+    "memory: loss in chunks and over full logits": check_memory,
+    "numbers: this device and the CPU": check_device,
+    "numbers: flash attention and plain": check_flash,
+    "numbers: loss in chunks and over full logits": check_loss,
+    "numbers: compiled and eager": check_compile,
+    "training: resumed and undisturbed": check_resume,
+    "training: half precision learns": check_half,
+}
+
+
+def measure_training(bench: Bench, batch_size: int, compiled: int) -> Iterator[Figure]:
+    """GPT-2 124M (the default shape), 1024 tokens a sequence: 10 steps to warm up, then the median of 30."""
+    flags = ["--sequence_length=1024", f"--batch_size={batch_size}", "--dtype=bfloat16", f"--compile={compiled}"]
+    flags += ["--tensorcores=1", "--flash=1", "--num_iterations=40", "--save_every_niter=0", "--log_every=10"]
+    try:
+        records = bench.train(f"speed-{batch_size}-{compiled}", *flags)[10:]
+    except RuntimeError as error:
+        if batch_size > 16 and "out of memory" in str(error):
+            yield "out of memory", 1.0, None
+            return
+        raise
+    yield "tok/s", statistics.median(r["tok_per_s"] for r in records), None
+    if records[0]["mfu"] is not None:
+        yield "MFU", statistics.median(r["mfu"] for r in records), None
+    yield "peak memory, GiB", records[-1]["memory_bytes"] / 2**30, None
+
+
+def measure_beside_plain_loop(bench: Bench) -> Iterator[Figure]:
+    """scripts/bench/train.py at GPT-2 124M, both sides eager: above 1 is faster, or needs more memory."""
+    flags = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--sequence_length=1024", "--batch_size=8"]
+    output = bench.run("scripts/bench/train.py", "--steps=30", "--rounds=2", *flags, "--dtype=bfloat16")
+    result = json.loads(output.splitlines()[-1])
+    for side in ("ours", "reference"):
+        yield f"{side} tok/s", result[side]["tok_per_s"], None
+        yield f"{side} peak memory, GiB", result[side]["peak_mib"] / 2**10, None
+    yield "tok/s ratio", result["ratio"]["tok_per_s"], None
+    yield "memory ratio", result["ratio"]["peak_mib"], None
+
+
+MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
+    "GPT-2 124M, compiled, batch 16": lambda bench: measure_training(bench, 16, 1),
+    "GPT-2 124M, compiled, batch 32": lambda bench: measure_training(bench, 32, 1),
+    "GPT-2 124M, compiled, batch 64": lambda bench: measure_training(bench, 64, 1),
+    "GPT-2 124M, eager, batch 16": lambda bench: measure_training(bench, 16, 0),
+    "GPT-2 124M beside a plain loop, eager, batch 8": measure_beside_plain_loop,
+}
+
+
+def attempt(bench: Bench, name: str, part: Callable[[Bench], Iterator[Figure]]) -> dict[str, Any]:
+    """Runs one part and says how it went. Whatever it raises is its result."""
+    start, bench.commands = time.perf_counter(), []
+    result: dict[str, Any] = {"name": name, "passed": True, "figures": {}}
+    try:
+        for what, value, limit in part(bench):
+            number = value if math.isfinite(value) else None  # JSON has no other
+            result["figures"][what] = {"measured": number, "at_most": limit}
+            result["passed"] &= limit is None or value <= limit
+            bound = "" if limit is None else f" (at most {limit:g})"
+            print(f"    {what}: {value:{',.0f' if value >= 1000 else '.3g'}}{bound}")
+    except Exception as error:
+        result |= {"passed": False, "error": f"{type(error).__name__}: {error}"}
+        print(f"    {result['error']}")
+    shutil.rmtree(bench.folder / "runs", ignore_errors=True)
+    if bench.device == "cuda":
+        torch.cuda.empty_cache()
+    result |= {"seconds": round(time.perf_counter() - start, 1), "commands": bench.commands}
+    print(f"{'ok    ' if result['passed'] else 'FAILED'}  {name}  ({result['seconds']} s)", flush=True)
+    return result
+
+
+def describe(device: str) -> dict[str, Any]:
+    """What the numbers belong to."""
+    git = shutil.which("git")
+    head = subprocess.run([git, "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True) if git else None
+    return {
+        "hardware": device_name(torch.device(device)),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": head.stdout.strip() if head and head.returncode == 0 else None,
+        "command": shlex.join(sys.argv),
+    }
+
+
+def save(path: Path, report: dict[str, Any]) -> None:
+    try:
+        write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written: {error.strerror}") from error
+
+
+def main() -> int:
+    parser = CommandParser(prog="gpu_check.sh", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("outdir/gpu_check.json"), help="default: %(default)s")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, and no throughput")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: this machine has no CUDA device; --device=cpu --quick runs the checks without")
+    if args.device == "cpu" and not args.quick:
+        raise UserError("--device=cpu: the full shapes want a GPU; add --quick")
+
+    start = time.perf_counter()
+    torch.set_float32_matmul_precision("highest")  # no TF32 in what is compared
+    report: dict[str, Any] = {**describe(args.device), "passed": False, "checks": [], "throughput": []}
+    save(args.output, report)
+    parts = [("checks", *item) for item in CHECKS.items()]
+    parts += [("throughput", *item) for item in MEASUREMENTS.items()] if not args.quick else []
+    print(f"{report['hardware']}, torch {report['torch']}, CUDA {report['cuda']}, commit {report['commit']}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args.device, args.quick, Path(folder), start + 60 * MINUTES)
+        write_shard(Path(folder) / "count_train_000001.bin", np.arange(2_000_000) % PERIOD, 50257)
+        for kind, name, part in parts:
+            report[kind].append(attempt(bench, name, part))
+            report["seconds"] = round(time.perf_counter() - start, 1)
+            save(args.output, report)
+    failed = [result["name"] for result in report["checks"] + report["throughput"] if not result["passed"]]
+    report["passed"] = not failed
+    save(args.output, report)
+    print(f"{'all passed' if not failed else 'FAILED: ' + '; '.join(failed)}, {report['seconds']} s; {args.output}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

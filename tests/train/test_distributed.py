@@ -1,0 +1,39 @@
+"""Choosing a device, and deciding on rank 0."""
+
+import pytest
+import torch
+
+from cfg.errors import UserError
+from train.distributed import Ranks, choose_device
+
+
+def test_auto_takes_the_best_there_is(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", 0).type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto", 0).type == "mps"
+    assert choose_device("cpu", 0).type == "cpu"
+
+
+def test_cuda_gives_each_local_rank_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert choose_device("auto", 1) == torch.device("cuda", 1) and chosen == [1]
+    with pytest.raises(UserError, match="more than the 2 GPUs"):
+        choose_device("cuda", 2)
+
+
+def test_what_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device=cuda: this machine has none"):
+        choose_device("cuda", 0)
+
+
+def test_one_rank_needs_no_collective():
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    assert ranks.on_main(lambda: "chosen") == "chosen"
+    assert ranks.sum_floats([1.0, 2.0]) == [1.0, 2.0]
+    assert ranks.sum(torch.tensor(3.0)).item() == 3.0
