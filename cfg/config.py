@@ -245,7 +245,7 @@ def _read_preset(name: str) -> dict[str, Any]:
         raise UserError(f"--cfg={name}: no such preset or file; {hint}")
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+    except (yaml.YAMLError, ValueError, OSError) as e:
         raise UserError(f"--cfg={name}: {path} is not readable as YAML: {e}") from e
     if values is None:
         return {}
@@ -285,19 +285,14 @@ def _multiples(value: int, of: int) -> str:
 
 
 def _check_model(c: ModelConfig) -> None:
-    if c.n_embd % c.n_head:
-        raise UserError(
-            f"--n_embd={c.n_embd} must be a multiple of --n_head={c.n_head}; nearest: {_multiples(c.n_embd, c.n_head)}"
-        )
+    unit = c.n_head * (2 if c.positions == "rotary" else 1)  # rotary positions turn pairs
+    if c.n_embd % unit:
+        multiple = f"--n_head={c.n_head}" + (" times two, as --positions=rotary turns pairs" if unit > c.n_head else "")
+        raise UserError(f"--n_embd={c.n_embd} must be a multiple of {multiple}; nearest: {_multiples(c.n_embd, unit)}")
     if c.n_head % c.n_kv_head:
         divisors = [d for d in range(1, c.n_head + 1) if c.n_head % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - c.n_kv_head))
         raise UserError(f"--n_kv_head={c.n_kv_head} must divide --n_head={c.n_head}; nearest: {nearest}")
-    if c.positions == "rotary" and (c.n_embd // c.n_head) % 2:
-        raise UserError(
-            f"--positions=rotary needs an even head size, but n_embd/n_head is {c.n_embd // c.n_head};"
-            f" nearest --n_embd: {_multiples(c.n_embd, 2 * c.n_head)}"
-        )
 
 
 def _check_run(c: Config, world_size: int) -> None:

@@ -107,7 +107,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.chmod(f.name, 0o644)
             os.replace(f.name, path)
         except BaseException:
-            os.unlink(f.name)
+            Path(f.name).unlink(missing_ok=True)
             raise
 
 
@@ -155,7 +155,12 @@ def fetch(name: str, given: str = "") -> Path:
             failures.append(f"{source}: {e}")
             continue
         if asset.matches(content):
-            write_atomically(cached, content)
+            try:
+                write_atomically(cached, content)
+            except OSError as e:
+                raise UserError(
+                    f"{cached} cannot be written: {e.strerror}; set XDG_CACHE_HOME to another folder"
+                ) from e
             return cached
         failures.append(f"{source}: other bytes than expected")
     raise UserError(

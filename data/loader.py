@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cfg.errors import UserError
-from data.shards import Shard
+from data.shards import Shard, open_file
 
 FEISTEL_ROUNDS = 6
 MAX_OPEN_FILES = 64
@@ -88,7 +88,7 @@ class TokenStream:
         if i not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[i] = os.open(self.shards[i].path, os.O_RDONLY)
+            self._open[i] = open_file(self.shards[i].path)
         self._open.move_to_end(i)
         return self._open[i]
 

@@ -30,6 +30,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
+def open_file(path: Path) -> int:
+    """A file descriptor for reading. Raises UserError if there is no such file, or no leave to read it."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+
+
 @dataclass(frozen=True)
 class Shard:
     """A checked file of `count` tokens that start at byte `offset`."""
@@ -46,7 +54,7 @@ class Shard:
         memory, and a file truncated under it kills the process.
         """
         size, at = length * self.dtype.itemsize, self.offset + start * self.dtype.itemsize
-        opened = os.open(self.path, os.O_RDONLY) if fd is None else fd
+        opened = open_file(self.path) if fd is None else fd
         try:
             content = os.pread(opened, size, at)
             while 0 < len(content) < size and (more := os.pread(opened, size - len(content), at + len(content))):
@@ -138,7 +146,9 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def find_shards(pattern: str, flag: str) -> list[Path]:
-    """Files that match a glob, in name order. Raises UserError with a hint if there is none."""
+    """Files that match a glob, or the one file of that name, in name order. Raises UserError with a hint if none."""
+    if os.path.isfile(pattern):
+        return [Path(pattern)]
     paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     if paths:
         return paths

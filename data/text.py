@@ -27,7 +27,8 @@ def input_files(patterns: list[str]) -> list[Path]:
     """Files that the patterns name, in the order given, each once. Raises UserError for one that matches nothing."""
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        found = sorted(Path(p) for p in matches if Path(p).is_file())
         if not found:
             raise UserError(f"{pattern}: no such file")
         paths |= dict.fromkeys(found)
@@ -67,7 +68,7 @@ def _field(path: Path, number: int, line: str, text_key: str) -> str:
 
 def _parquet_column(path: Path, text_key: str) -> Iterator[str]:
     import pyarrow.parquet as pq
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, types
 
     try:
         file = pq.ParquetFile(path)
@@ -75,6 +76,9 @@ def _parquet_column(path: Path, text_key: str) -> Iterator[str]:
             raise UserError(
                 f"{path}: no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}; see --text_key"
             )
+        kind = file.schema_arrow.field(text_key).type
+        if not (types.is_string(kind) or types.is_large_string(kind)):
+            raise UserError(f"{path}: column {text_key!r} holds {kind}, not text; see --text_key")
         for rows in file.iter_batches(batch_size=prepare.DOCUMENTS_AT_ONCE, columns=[text_key]):
             yield from (text for text in rows.column(0).to_pylist() if text is not None)
     except ArrowException as e:
@@ -137,6 +141,8 @@ def main() -> None:
     if args.shard_size < 1 or args.val_tokens < 0:
         raise UserError("--shard_size must be at least 1 and --val_tokens at least 0")
     args.name = args.name or args.output_dir.resolve().name
+    if Path(args.name).name != args.name:
+        raise UserError(f"--name={args.name} must be a name, not a path")
 
     files = input_files(args.inputs)
     recipe = {

@@ -28,10 +28,12 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Encodin
         raise ValueError(f"unknown tokenizer {name!r}")
     if vocab_size is not None and vocab_size <= GPT2_END_OF_TEXT:
         raise UserError(f"--vocab_size={vocab_size} is too small for tokenizer gpt2 with {GPT2_END_OF_TEXT + 1} ids")
+    # tiktoken keeps copies in a shared temporary folder, and believes them unless it is told the hash.
+    ranks = load_tiktoken_bpe(str(assets.fetch("gpt2.tiktoken")), assets.ASSETS["gpt2.tiktoken"].sha256)
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=r50k_pat_str,
-        mergeable_ranks=load_tiktoken_bpe(str(assets.fetch("gpt2.tiktoken"))),
+        mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": GPT2_END_OF_TEXT},
     )
 

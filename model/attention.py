@@ -30,19 +30,21 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         sizes = [self.n_head * self.head_dim] + [self.n_kv_head * self.head_dim] * 2
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(sizes, dim=-1))
-        q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, D), (B, H_kv, T, D)
+        if self.qk_norm:  # q (B, H, T, D), k (B, H_kv, T, D); in fp32, the dtype of the norms' weights
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        # Under autocast a norm returns fp32, and attention wants one dtype.
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # attention wants one dtype
         dropout = self.dropout if self.training else 0.0
         if self.flash:
             y = F.scaled_dot_product_attention(

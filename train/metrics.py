@@ -51,7 +51,11 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: most ever allocated on a CUDA device, otherwise the largest resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux, bytes on macOS
+    # On Linux getrusage starts from what the parent process held at the fork; VmHWM (kB) does not.
+    status = Path("/proc/self/status")
+    if status.exists() and "VmHWM:" in (text := status.read_text()):
+        return 1024 * int(text.split("VmHWM:")[1].split()[0])
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB, but bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

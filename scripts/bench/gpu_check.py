@@ -145,15 +145,6 @@ def two_ways(
         yield f"{family} {dtype} gradients", torch.stack(list(apart.values())).max().item(), gradient_limit
 
 
-def peak_bytes(device: torch.device) -> int:
-    """As train.metrics.peak_memory; but on Linux getrusage starts from what the parent process held, VmHWM does not."""
-    status = Path("/proc/self/status")
-    text = status.read_text() if status.exists() else ""
-    if device.type == "cuda" or "VmHWM:" not in text:
-        return peak_memory(device)
-    return 1024 * int(text.split("VmHWM:")[1].split()[0])
-
-
 def check_memory(bench: Bench) -> Iterator[Figure]:
     """Peak memory of one pass with the loss in chunks and over full logits.
 
@@ -162,10 +153,10 @@ def check_memory(bench: Bench) -> Iterator[Figure]:
     config, device = bench.config(bench.many_rows(), "--n_layer=1", "--dtype=bfloat16"), torch.device(bench.device)
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    peaks = [peak_bytes(device)]
+    peaks = [peak_memory(device)]
     for full_logits in (False, True):
         gradients(config, full_logits)
-        peaks.append(peak_bytes(device))
+        peaks.append(peak_memory(device))
     chunked, full = peaks[1] - peaks[0], peaks[2] - peaks[0]
     yield "in chunks, MiB", chunked / 2**20, None
     yield "full logits, MiB", full / 2**20, None

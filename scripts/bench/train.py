@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from cfg.config import Config, load_config
 from model.gpt import GPT, init_weights
+from train.metrics import peak_memory
 from train.optimizer import make_optimizer
 
 
@@ -95,13 +95,7 @@ def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         loss.item()
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
-    return {"tok_per_s": x.numel() / statistics.median(seconds[1:]), "peak_mib": peak / 2**20}
-
-
-def peak_rss() -> int:
-    """Bytes. Linux counts in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"tok_per_s": x.numel() / statistics.median(seconds[1:]), "peak_mib": peak_memory(device) / 2**20}
 
 
 def main() -> None:

@@ -34,13 +34,13 @@ PLANNED = {
 # Zero stands for "derive it" or "off" in the others.
 NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length batch_size
     learning_rate cooldown_frac adam_eps replicas val_max_steps sample_tokens keep_last log_every
-    wandb_log_iters""".split()
+    wandb_log_iters"""
 CONTRACT = """input_train_bin input_val_bin output_dir num_iterations sequence_length batch_size total_batch_size
     learning_rate warmup_iters learning_rate_decay_frac weight_decay grad_clip dtype compile flash tensorcores
     overfit_single_batch val_loss_every val_max_steps sample_every save_every_niter zero_stage wandb_log_iters
     wandb_project_id cfg device seed resume max_minutes shuffle n_layer n_head n_kv_head n_embd vocab_size dropout
     positions norm mlp bias tie_embeddings qk_norm logit_softcap schedule optimizer replicas cpu_offload
-    activation_checkpointing async_save hellaswag_every doc_mask init_from tokenizer tensorboard""".split()
+    activation_checkpointing async_save hellaswag_every doc_mask init_from tokenizer tensorboard"""
 
 
 def load(*argv, world_size=1):
@@ -101,7 +101,7 @@ def test_what_is_no_number_or_out_of_range_is_refused_by_name(name, value):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", NOT_ZERO)
+@pytest.mark.parametrize("name", NOT_ZERO.split())
 def test_zero_is_refused_where_it_means_nothing(name):
     assert f"--{name}=0" in refusal(f"--{name}=0")
 
@@ -178,7 +178,7 @@ def test_an_argument_without_a_flag_and_a_flag_without_a_value():
     assert "--batch_size" in refusal("--batch_size")
 
 
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", CONTRACT.split())
 def test_every_settled_flag_exists(name):
     assert name in Config.model_fields
 
@@ -251,7 +251,7 @@ def test_rotary_positions_refuse_an_odd_head_size():
     flags = ["--n_head=4", "--n_embd=20"]
     assert load(*flags).n_embd == 20
     message = refusal(*flags, "--positions=rotary")
-    assert "even head size" in message and "16 or 24" in message
+    assert "rotary" in message and "16 or 24" in message
 
 
 def test_a_sequence_longer_than_the_position_table_is_refused():
@@ -260,10 +260,6 @@ def test_a_sequence_longer_than_the_position_table_is_refused():
     assert "--sequence_length=128" in message and "--n_positions=64" in message
     assert load(*flags, "--positions=rotary").sequence_length == 128
     assert load("--sequence_length=64", "--n_positions=128").n_positions == 128
-
-
-def test_half_precision_on_the_cpu_is_refused():
-    assert "--dtype=float16" in refusal("--dtype=float16", "--device=cpu")
 
 
 def test_zeros_that_mean_derive_it_are_filled_in():
@@ -303,7 +299,7 @@ def test_a_broken_preset_is_refused_by_name(tmp_path, text):
     assert "preset.yaml" in refusal(preset(tmp_path, text))
 
 
-@pytest.mark.parametrize("text", ["sample_prompt: 2020-13-45\n", "n_layer: 0x_\n", "seed: 0b\n"])
+@pytest.mark.parametrize("text", ["sample_prompt: 2020-13-45\n", "n_layer: 0x_\n", "seed: 0b_\n"])
 def test_a_preset_that_the_yaml_library_stumbles_over_is_refused_by_name(tmp_path, text):
     assert "--cfg=" in refusal(preset(tmp_path, text))
 

@@ -207,6 +207,13 @@ def test_a_shard_that_is_cut_under_a_run_is_named(tmp_path):
         data.batch(1)
 
 
+def test_a_shard_that_is_removed_under_a_run_is_named(tmp_path):
+    data = make_loader(tmp_path, 100, 100, shuffle=False, batch=24)
+    (tmp_path / "x_train_000001.bin").unlink()
+    with pytest.raises(UserError, match="x_train_000001.bin"):
+        data.batch(1)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
 def test_resident_memory_does_not_grow_with_steps(tmp_path):
     data = make_loader(tmp_path, *[4_000_000] * 4, T=1024, batch=8)

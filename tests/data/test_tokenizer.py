@@ -85,9 +85,11 @@ def test_a_model_must_have_room_for_every_id(vocab_size, fits):
 def test_the_ranks_are_those_that_were_verified(tmp_path, monkeypatch, tokenizer):
     """tiktoken keeps copies in a folder that everybody can write to, and believes them unless told a hash."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    copy = tmp_path / hashlib.sha1(str(assets.fetch("gpt2.tiktoken")).encode()).hexdigest()
-    swapped = assets.fetch("gpt2.tiktoken").read_text().replace(" 15496\n", " x\n").replace(" 995\n", " 15496\n")
-    copy.write_text(swapped.replace(" x\n", " 995\n"))
+    ranks = assets.fetch("gpt2.tiktoken")
+    content = ranks.read_text()
+    for old, new in ((" 15496\n", " x\n"), (" 995\n", " 15496\n"), (" x\n", " 995\n")):
+        content = content.replace(old, new)
+    (tmp_path / hashlib.sha1(str(ranks).encode()).hexdigest()).write_text(content)
     assert load_tokenizer().encode_ordinary("Hello world") == [15496, 995]
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -108,3 +110,11 @@ def test_a_plot_needs_something_to_draw(tmp_path):
     metrics.log(record(1, val_loss=2.0))
     metrics.close()
     assert plot_losses(tmp_path) == tmp_path / "loss.png"
+
+
+def test_memory_is_this_process_alone():
+    """A child of a large process must not be charged with its parent's size."""
+    ballast = bytearray(b"x" * 2**30)
+    code = "import torch; from train.metrics import peak_memory; print(peak_memory(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**26 < int(child.stdout) < len(ballast)

@@ -1,0 +1,90 @@
+"""Who may import whom, and that nothing heavy is imported before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"cfg", "model", "data", "train", "eval", "scripts", "train_gpt", "tests"}
+MAY_IMPORT = {
+    "cfg": {"cfg"},
+    "model": {"cfg", "model"},
+    "data": {"cfg", "data"},
+    "train": {"cfg", "model", "train"},
+    "eval": {"cfg", "model", "data", "eval"},
+    "scripts": {"cfg", "model", "data", "train", "eval"},
+    "train_gpt": {"cfg", "model", "data", "train", "eval"},
+}
+HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "pyarrow", "tensorboard", "tiktoken"}
+
+
+def files(room):
+    return [ROOT / "train_gpt.py"] if room == "train_gpt" else sorted((ROOT / room).rglob("*.py"))
+
+
+SOURCES = [(room, path) for room in MAY_IMPORT for path in files(room)]
+
+
+def for_types_only(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(node, at_import_time=False):
+    """Dotted names that a module imports: anywhere in it, or only what runs when it is imported."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            base = "." * child.level + (child.module or "")
+            yield from (f"{base}.{alias.name}" for alias in child.names)
+        elif at_import_time and (for_types_only(child) or isinstance(child, ast.FunctionDef | ast.Lambda)):
+            continue
+        else:
+            yield from imports(child, at_import_time)
+
+
+def parse(path):
+    return ast.parse(path.read_text(), str(path))
+
+
+@pytest.mark.parametrize("room, path", SOURCES, ids=[str(path.relative_to(ROOT)) for _, path in SOURCES])
+def test_a_room_imports_only_the_rooms_below_it(room, path):
+    names = set(imports(parse(path)))
+    assert not [name for name in names if name.startswith(".")]  # absolute, so that they can be searched for
+    assert {name.split(".")[0] for name in names} & OURS <= MAY_IMPORT[room]
+
+
+@pytest.mark.parametrize("room", ["model", "data"])
+def test_model_and_data_know_nothing_of_ranks(room):
+    for path in files(room):
+        assert not [name for name in imports(parse(path)) if name.startswith("torch.distributed")], path
+        assert "WORLD_SIZE" not in path.read_text() and "LOCAL_RANK" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("room", ["cfg", "model", "data", "train", "eval", "train_gpt"])
+def test_nothing_heavy_is_imported_at_import_time(room):
+    for path in files(room):
+        assert not {name.split(".")[0] for name in imports(parse(path), at_import_time=True)} & HEAVY, path
+
+
+def test_importing_everything_loads_nothing_heavy_and_prints_nothing():
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room, path in SOURCES
+        if room != "scripts" and path.name != "__init__.py"
+    ]
+    code = f"import sys, {', '.join(modules)}; assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_walk_tells_import_time_from_later():
+    tree = ast.parse(
+        "import a\nif TYPE_CHECKING:\n    import b\ntry:\n    from c.d import e\nexcept ImportError:\n    pass\n"
+        "class X:\n    import f\n    def g(self):\n        import h\nfrom . import i\n"
+    )
+    assert set(imports(tree)) == {"a", "b", "c.d.e", "f", "h", "..i"}
+    assert set(imports(tree, at_import_time=True)) == {"a", "c.d.e", "f", "..i"}
