@@ -13,6 +13,7 @@ if __name__ == "__main__":
         config = load_config()  # before torch is imported, so that --help and mistakes are answered at once
 
 import math
+import os
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -69,6 +70,10 @@ def setup(config: Config) -> Run:
         raise UserError("--dtype=float16 needs a GPU; on the CPU use float32 or bfloat16")
     if config.tensorcores and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
     train_data = open_data(config, "input_train_bin", config.total_batch_size // config.sequence_length)
     val_data = open_data(config, "input_val_bin", 1) if config.input_val_bin else None

@@ -120,6 +120,7 @@ class ComputeConfig(Flags):
         "float32", description="compute dtype; weights stay float32"
     )
     tensorcores: bool = Field(False, description="TF32 for float32 matrix products on CUDA")
+    deterministic: bool = Field(False, description="only kernels that repeat bit for bit; costs some speed on CUDA")
     compile: bool = Field(False, description="torch.compile each block and the loss")
 
 

@@ -180,8 +180,8 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if len(saved["shards"]) != len(now["shards"]):
         longer = max(saved["shards"], now["shards"], key=len)
         odd = longer[min(len(saved["shards"]), len(now["shards"]))]["name"]
-        what = "is missing" if longer is saved["shards"] else "was not there"
-        raise UserError(f"--input_train_bin: {odd} {what} when the checkpoint is compared; {_WAY_OUT}")
+        what = "is missing" if longer is saved["shards"] else "is new"
+        raise UserError(f"--input_train_bin: {odd} {what} since the checkpoint was written; {_WAY_OUT}")
 
 
 _WAY_OUT = "restore the shards, or start a new run in another --output_dir"

@@ -115,7 +115,7 @@ def finish(output_dir: Path, writers: list[ShardWriter], facts: dict[str, Any]) 
     files = []
     for writer in writers:
         writer.close()
-        files += [{"name": p.name, "bytes": p.stat().st_size, "sha256": _sha256(p)} for p in writer.paths]
+        files += [{"name": p.name, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in writer.paths]
     content = json.dumps({"format": 1, **facts, "files": files}, indent=1) + "\n"
     write_atomically(output_dir / PARTIAL / MANIFEST, content.encode())
     _publish(output_dir)
@@ -129,7 +129,7 @@ def _publish(output_dir: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(2**20):

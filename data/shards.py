@@ -149,7 +149,7 @@ def find_shards(pattern: str, flag: str) -> list[Path]:
     """Files that match a glob, or the one file of that name, in name order. Raises UserError with a hint if none."""
     if os.path.isfile(pattern):
         return [Path(pattern)]
-    paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    paths = sorted({Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)})
     if paths:
         return paths
     raise UserError(f"--{flag}={pattern} matches no file: {_no_match_hint(Path(pattern))}")

@@ -77,6 +77,7 @@ def _parquet_column(path: Path, text_key: str) -> Iterator[str]:
                 f"{path}: no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}; see --text_key"
             )
         kind = file.schema_arrow.field(text_key).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(kind) or types.is_large_string(kind)):
             raise UserError(f"{path}: column {text_key!r} holds {kind}, not text; see --text_key")
         for rows in file.iter_batches(batch_size=prepare.DOCUMENTS_AT_ONCE, columns=[text_key]):
@@ -138,15 +139,17 @@ def main() -> None:
         "--val_tokens", type=int, default=10**7, help="validation tokens, at most a tenth of all (default: 10,000,000)"
     )
     args = parser.parse_args()
-    if args.shard_size < 1 or args.val_tokens < 0:
-        raise UserError("--shard_size must be at least 1 and --val_tokens at least 0")
+    if not 1 <= args.shard_size < 2**31 or not 0 <= args.val_tokens < 2**31:
+        raise UserError(
+            "--shard_size must be from 1 and --val_tokens from 0 to 2,147,483,647, which a header can count"
+        )
     args.name = args.name or args.output_dir.resolve().name
     if Path(args.name).name != args.name:
         raise UserError(f"--name={args.name} must be a name, not a path")
 
     files = input_files(args.inputs)
     recipe = {
-        "source": [{"name": p.name, "bytes": p.stat().st_size} for p in files],
+        "source": [{"name": p.name, "sha256": prepare.file_sha256(p)} for p in files],
         "tokenizer": "gpt2",
         **{key: getattr(args, key) for key in ("name", "text_key", "shard_size", "val_tokens")},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,15 +22,15 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Encodin
     Raises UserError if its rank file cannot be had, or if a model of `vocab_size` lacks some of its ids.
     """
     import tiktoken
-    from tiktoken.load import load_tiktoken_bpe
     from tiktoken_ext.openai_public import r50k_pat_str
 
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}")
     if vocab_size is not None and vocab_size <= GPT2_END_OF_TEXT:
         raise UserError(f"--vocab_size={vocab_size} is too small for tokenizer gpt2 with {GPT2_END_OF_TEXT + 1} ids")
-    # tiktoken keeps copies in a shared temporary folder, and believes them unless it is told the hash.
-    ranks = load_tiktoken_bpe(str(assets.fetch("gpt2.tiktoken")), assets.ASSETS["gpt2.tiktoken"].sha256)
+    # Not tiktoken's own reader: it keeps copies in a temporary folder that everybody can write to.
+    lines = assets.fetch("gpt2.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=r50k_pat_str,

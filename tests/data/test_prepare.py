@@ -177,6 +177,13 @@ def test_another_field_holds_the_text(tmp_path, quick, tokenizer, suffix):
     assert documents_in(whole(tmp_path / "out"), tokenizer) == DOCUMENTS
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_every_way_of_holding_text_in_a_column(tmp_path, quick, tokenizer, kind):
+    pq.write_table(pa.table({"text": pa.array(DOCUMENTS).cast(kind)}), tmp_path / "a.parquet")
+    quick(tmp_path / "a.parquet", "--output_dir", tmp_path / "out")
+    assert documents_in(whole(tmp_path / "out"), tokenizer) == DOCUMENTS
+
+
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path, quick, tokenizer):
     (tmp_path / "part[1].txt").write_text("one")
     quick(tmp_path / "part[1].txt", "--output_dir", tmp_path / "out")
