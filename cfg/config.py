@@ -170,19 +170,6 @@ class LogConfig(Flags):
     tensorboard: bool = Field(False, description="write TensorBoard events to output_dir/logs")
 
 
-GROUPS: tuple[type[Flags], ...] = (
-    ModelConfig,
-    DataConfig,
-    BatchConfig,
-    OptimizerConfig,
-    ComputeConfig,
-    ParallelConfig,
-    EvalConfig,
-    CheckpointConfig,
-    LogConfig,
-)
-
-
 class Config(
     ModelConfig,
     DataConfig,
@@ -197,6 +184,9 @@ class Config(
     """All flags of a run. `cfg` names the preset that was read, if any."""
 
     cfg: str = Field("", description="preset name (a file in cfg/) or path to a YAML file; flags win over it")
+
+
+GROUPS: tuple[type[Flags], ...] = Config.__bases__  # as --help and docs/flags.md show them
 
 
 def type_name(field: FieldInfo) -> str:

@@ -42,7 +42,8 @@ def linear_cross_entropy(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS.get(device, 2**26) // weight.size(0))
+    # A power of two divides the usual batches, so that all chunks have one shape to compile.
+    chunk_rows = chunk_rows or 2 ** max(0, (CHUNK_ELEMENTS.get(device, 2**26) // weight.size(0)).bit_length() - 1)
     count = (targets != IGNORE_INDEX).sum()
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     # Inside, every dtype is explicit.

@@ -81,7 +81,8 @@ def init_ranks(wanted_device: str, timeout_minutes: float = 30) -> Ranks:
         if device.type == "mps":
             raise UserError("--device=mps trains with one process; use python train_gpt.py, or --device=cpu")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        device_id = device if device.type == "cuda" else None  # NCCL otherwise guesses it from the rank
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), device_id=device_id)
     return Ranks(rank, local_rank, world_size, device)
 
 

@@ -81,23 +81,36 @@ def test_killed_ten_times(trainer, trace, wait_for, kill_all, undisturbed, tmp_p
     assert not list((output_dir / "checkpoints").glob(".*"))  # nothing half-written is left
 
 
+@pytest.fixture(scope="module")
+def whole(trainer, tmp_path_factory):
+    """Runs of 20 steps without dropout, with their checkpoint of step 10, by number of ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    for ranks in (1, 2):
+        trainer.run(folder / str(ranks), "--keep_every=10", ranks=ranks)
+    return folder
+
+
 @pytest.mark.parametrize("first,then", [(1, 2), (2, 1), (2, 4)])
-def test_on_other_ranks_it_goes_on_with_the_same_samples(trainer, trace, tmp_path, first, then):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trainer.run(whole, ranks=1)
-    trainer.run(parts, ranks=first)
-    for late in (parts / "checkpoints").glob("step_*"):
+def test_on_other_ranks_it_goes_on_with_the_same_samples(trainer, trace, whole, tmp_path, first, then):
+    shutil.copytree(whole / str(first), tmp_path / "run")
+    for late in (tmp_path / "run" / "checkpoints").glob("step_*"):
         if late.name > "step_00000010":
             shutil.rmtree(late)
-    trainer.run(parts, ranks=then)
-    for ours, reference in zip(trace(parts), trace(whole), strict=True):
+    trainer.run(tmp_path / "run", ranks=then)
+    for ours, reference in zip(trace(tmp_path / "run"), trace(whole / "1"), strict=True):
         assert ours == pytest.approx(reference, abs=1e-5)
 
 
+@pytest.fixture(scope="module")
+def ten_steps(trainer, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("ten_steps") / "run"
+    trainer.run(output_dir, "--num_iterations=10")
+    return output_dir
+
+
 @pytest.fixture
-def finished(trainer, tmp_path):
-    trainer.run(tmp_path / "run", "--num_iterations=10")
-    return tmp_path / "run"
+def finished(ten_steps, tmp_path):
+    return shutil.copytree(ten_steps, tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "lose", "manifest"])
