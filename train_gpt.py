@@ -15,6 +15,8 @@ if __name__ == "__main__":
 import math
 import os
 import time
+
+STARTED = time.monotonic()  # --max_minutes count from here
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,7 @@ from train import checkpoint, guard
 from train.distributed import Ranks, close_ranks, init_ranks
 from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot_losses, read_records
 from train.optimizer import make_optimizer, set_learning_rate
-from train.parallel import parallelize, sync_gradients
+from train.parallel import parallelize, settle, sync_gradients
 from train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -70,10 +72,10 @@ def setup(config: Config) -> Run:
         raise UserError("--dtype=float16 needs a GPU; on the CPU use float32 or bfloat16")
     if config.tensorcores and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Not warn_only: memory-efficient attention, which fp32 uses, would then warn and stay as it is.
+        torch.use_deterministic_algorithms(True)
 
     train_data = open_data(config, "input_train_bin", config.total_batch_size // config.sequence_length)
     val_data = open_data(config, "input_val_bin", 1) if config.input_val_bin else None
@@ -84,7 +86,7 @@ def setup(config: Config) -> Run:
     init_weights(model, config.seed)
     model.to(device)
     train_model = parallelize(model, config, ranks)
-    optimizer, line = make_optimizer(model, config, device)
+    optimizer, line = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     if ranks.is_main:
         micro_steps = config.total_batch_size // (config.batch_size * config.sequence_length * ranks.world_size)
@@ -93,7 +95,25 @@ def setup(config: Config) -> Run:
             f"{len(train_data.stream):,} training tokens; {config.total_batch_size:,} a step = {config.batch_size} ×"
             f" {config.sequence_length} × {ranks.world_size} ranks × {micro_steps} micro-steps\n{line}"
         )
+        for warning in warnings(config, device):
+            print(f"warning: {warning}")
     return Run(config, ranks, train_data, val_data, tokenizer, model, train_model, optimizer, scaler)
+
+
+def warnings(config: Config, device: torch.device) -> list[str]:
+    """What is allowed but rarely meant."""
+    found = []
+    if config.warmup_iters >= config.num_iterations and config.warmup_iters:
+        found.append(
+            f"--warmup_iters={config.warmup_iters} is not over within --num_iterations={config.num_iterations}"
+        )
+    if config.input_val_bin:
+        train, val = (find_shards(getattr(config, flag), flag) for flag in ("input_train_bin", "input_val_bin"))
+        if both := {p.resolve() for p in train} & {p.resolve() for p in val}:
+            found.append(f"{min(both)} is trained on and validated on")
+    if config.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        found.append("this GPU only emulates bfloat16; --dtype=float16 is faster")
+    return found
 
 
 def open_data(config: Config, flag: str, sequences_per_batch: int) -> Loader:
@@ -105,7 +125,7 @@ def open_data(config: Config, flag: str, sequences_per_batch: int) -> Loader:
 
 def open_tokenizer(config: Config, ranks: Ranks) -> "Encoding | None":
     """The tokenizer, which only samples and bits per byte need; None, with a word about it, if it cannot be had."""
-    if not (config.sample_every or config.input_val_bin):
+    if config.tokenizer == "none" or not (config.sample_every or config.input_val_bin):
         return None
 
     def first() -> str:  # one rank fetches it, the others then find it in the cache
@@ -128,23 +148,27 @@ def resume(run: Run) -> dict[str, Any]:
     path = run.ranks.on_main(lambda: checkpoint.choose(output_dir, config.resume))
     if path is None:
         return {"step": 0, "wandb_id": None, "record": {"elapsed_s": 0.0}}
+    state = checkpoint.read_state(path)
+    check_same_data(state["data"], run.train_data.identity)
     changes = checkpoint.check_same_model(path, config)
-    state = checkpoint.load(path, run.model, run.optimizer)
-    check_same_data(state["data"], run.train_data.identity())
+    checkpoint.load(path, run.model, run.optimizer)
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
+    if path.resolve().parent.parent != output_dir.resolve():
+        state["wandb_id"] = None  # a branch of another run is a run of its own
     if run.ranks.is_main:
         print(f"resuming from {path}" + (f" with {', '.join(changes)}" if changes else ""))
     return state
 
 
-def train_step(run: Run, step: int, batch: Tensor) -> tuple[Tensor, Tensor]:
+def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[float, float, list[float]]:
     """One update from `batch` (rows, T + 1), this rank's part of the global batch.
 
-    Returns the summed loss of these rows and the gradient norm before clipping. Micro-batch losses are
-    sums, divided by the tokens of the whole global batch; DDP averages over ranks, hence the world_size.
+    Micro-batch losses are sums, divided by the tokens of the whole global batch; DDP averages over
+    ranks, hence the world_size. Returns the mean loss over the global batch, the gradient norm before
+    clipping, and the `votes` summed over ranks.
     """
-    config, scaler = run.config, run.scaler
+    config, scaler, parameters = run.config, run.scaler, list(run.model.parameters())
     # Dropout is all that draws from the global generator: seeded per step and rank, it leaves nothing to save.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, run.ranks.rank]).generate_state(1)[0]))
     loss_sum = torch.zeros((), device=batch.device)
@@ -157,29 +181,38 @@ def train_step(run: Run, step: int, batch: Tensor) -> tuple[Tensor, Tensor]:
         loss_sum += loss.detach()
 
     scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.grad_clip, norm)
-    set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
-    # The norm is that of the averaged gradients, so every rank takes the same branch. With float16
-    # the scaler has seen the overflow, skips the update itself and lowers its scale.
-    if scaler.is_enabled() or math.isfinite(norm.item()):
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+    # One reduction brings the loss together and lets all ranks stop on the same step.
+    total, *votes = run.ranks.sum(torch.cat((loss_sum[None], loss_sum.new_tensor(votes)))).tolist()
+    mean_loss, grad_norm = total / config.total_batch_size, norm.item()
+    # Both numbers are the same on all ranks, so all take the same branch.
+    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+        set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
         scaler.step(run.optimizer)
-    scaler.update()
+    scaler.update()  # has seen an overflow in unscale_, and lowers its scale
     run.optimizer.zero_grad(set_to_none=True)
-    return loss_sum, norm
+    return mean_loss, grad_norm, votes
 
 
-def validate(run: Run, data: Loader) -> dict[str, float | None]:
-    """Loss over --val_max_steps batches, the same windows of the shards on any number of ranks."""
+def validate(run: Run, data: Loader, stop: guard.StopRequest) -> dict[str, float | None] | None:
+    """Loss over --val_max_steps batches, the same windows of the shards on any number of ranks.
+
+    None if a rank was asked to stop meanwhile.
+    """
     config, ranks = run.config, run.ranks
     windows = fixed_windows(data.windows, config.val_max_steps * config.total_batch_size // config.sequence_length)
     bytes_of = token_bytes(run.tokenizer, config.vocab_size) if run.tokenizer else None
     share = windows[ranks.rank :: ranks.world_size]
     rounds = -(-len(windows) // (config.batch_size * ranks.world_size))
+
+    def go_on() -> bool:
+        return not any(ranks.sum_floats(stop.votes()))
+
     with run.autocast():
-        sums = windows_loss(run.model, data, share, config.batch_size, rounds, ranks.device, bytes_of)
-    return summarize(*ranks.sum_floats(sums))
+        sums = windows_loss(run.model, data, share, config.batch_size, rounds, ranks.device, bytes_of, go_on)
+    return summarize(*ranks.sum_floats(sums)) if sums is not None else None
 
 
 def sample(run: Run, step: int) -> str:
@@ -202,21 +235,36 @@ def save(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
     metrics.flush()
     state = {
         "record": record,
-        "data": run.train_data.identity(),
+        "data": run.train_data.identity,
         "scaler": run.scaler.state_dict(),
         "wandb_id": metrics.wandb_id,
     }
     checkpoint.save(run.ranks, run.config, record["step"], run.model, run.optimizer, state)
 
 
-def report(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
-    """Evaluates what is due after a step, and logs the step. It comes after the save: a kill here loses nothing."""
-    config, step = run.config, record["step"]
-    if run.val_data is not None and due(config, config.val_loss_every, step):
-        record |= validate(run, run.val_data)
+def report(run: Run, metrics: Metrics, record: dict[str, Any], stop: guard.StopRequest) -> bool:
+    """Evaluates what is due after a step, and logs the step. It comes after the save: a kill here loses nothing.
+
+    False if a stop request cut it short: the step is then not logged, and the next start makes up for it.
+    """
+    step = record["step"]
+    if run.val_data is not None and validation_due(run, step):
+        losses = validate(run, run.val_data, stop)
+        if losses is None:
+            return False
+        record |= losses
     metrics.log(record)
-    if config.sample_every and due(config, config.sample_every, step):
+    if sample_due(run, step):
         metrics.say(f"sample: {sample(run, step)}")
+    return True
+
+
+def validation_due(run: Run, step: int) -> bool:
+    return due(run.config, run.config.val_loss_every, step)
+
+
+def sample_due(run: Run, step: int) -> bool:
+    return run.config.sample_every > 0 and due(run.config, run.config.sample_every, step)
 
 
 def due(config: Config, every: int, step: int) -> bool:
@@ -229,46 +277,55 @@ def main(config: Config) -> int:
     state = resume(run)
     step = start = state["step"]
     ranks.on_main(lambda: checkpoint.prepare_dir(output_dir, to_yaml(config)))
+    settle(run.train_model, config, ranks, run.autocast())
     metrics = Metrics(config, ranks.is_main, start, state["wandb_id"])
+    stop = guard.StopRequest(config.max_minutes, STARTED)
+    stopping = False
     if start and not ranks.on_main(lambda: metrics.has(start)):
-        report(run, metrics, state["record"])  # the last run ended between saving this step and logging it
+        stopping = not report(run, metrics, state["record"], stop)  # the last run ended before it came to this
 
     peak, flops_per_token = peak_flops(device_name(device)), run.model.flops_per_token(config.sequence_length)
     batches = Prefetcher(
         lambda k: run.train_data.batch(1 if config.overfit_single_batch else k, ranks.rank, ranks.world_size),
         pin=device.type == "cuda",
     )
-    stop, signalled, late = guard.StopRequest(config.max_minutes), 0.0, 0.0
     clock = time.perf_counter() - state["record"]["elapsed_s"]
-    while step < config.num_iterations and not (signalled or late):
+    while step < config.num_iterations and not stopping:
         step += 1
         before = time.perf_counter()
-        batch = batches.get(step).to(device, non_blocking=True).long()
-        loss_sum, norm = train_step(run, step, batch)
-        # One reduction brings the loss together and lets all ranks stop on the same step.
-        loss_sum, signalled, late = ranks.sum(torch.cat((loss_sum[None], loss_sum.new_tensor(stop.votes())))).tolist()
+        # Not without waiting on MPS, where the source may be freed before it is copied (pytorch#189690).
+        batch = batches.get(step).to(device, non_blocking=device.type == "cuda").long()
+        loss, grad_norm, votes = train_step(run, step, batch, stop.votes())
         now = time.perf_counter()
         tok_per_s = config.total_batch_size / (now - before)
         record = {
             "step": step,
             "tokens": step * config.total_batch_size,
-            "loss": loss_sum / config.total_batch_size,
+            "loss": loss,
             "lr": learning_rate(step, config.num_iterations, config),
-            "grad_norm": norm.item(),
+            "grad_norm": grad_norm,
             "tok_per_s": tok_per_s,
             "mfu": tok_per_s * flops_per_token / (peak * ranks.world_size) if peak else None,
             "elapsed_s": now - clock,
             "memory_bytes": peak_memory(device),
         }
-        if signalled or late or due(config, config.save_every_niter, step):
+        stopping = any(votes)
+        if stopping or due(config, config.save_every_niter, step):
             save(run, metrics, record)
-        if not (signalled or late):
-            report(run, metrics, record)
+        # Whoever asks us to stop does not wait for an evaluation, nor is one begun.
+        evaluates = validation_due(run, step) or sample_due(run, step)
+        if not (stopping and evaluates) and not report(run, metrics, record, stop):
+            stopping = True
+            save(run, metrics, record)
 
+    # A run whose last step is logged is done, whoever asked it to stop.
+    stopping = stopping and not (step == config.num_iterations and ranks.on_main(lambda: metrics.has(step)))
+    signalled, late = ranks.sum_floats(stop.votes()) if stopping else (0.0, 0.0)
     batches.close()
     metrics.close()
     if ranks.is_main:
-        summarize_run(config, start, step, stop.reason or "--max_minutes")
+        reason = (stop.reason or "a signal to another rank") if signalled else "--max_minutes" if late else ""
+        summarize_run(config, start, step, reason)
     close_ranks(ranks)
     return EXIT_STOPPED if signalled else 0
 
@@ -276,10 +333,10 @@ def main(config: Config) -> int:
 def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
     """The last lines: what was done, where it is, how to go on. Draws the loss curve."""
     output_dir = Path(config.output_dir)
-    if step < config.num_iterations:
+    if reason:
         print(f"stopped by {reason} after step {step} of {config.num_iterations}; the same command goes on from there")
-    elif start == config.num_iterations:
-        print(f"nothing left to do: all {step} steps were done before; raise --num_iterations to train on")
+    elif start >= config.num_iterations:
+        print(f"nothing left to do: the checkpoint is at step {start} of --num_iterations={config.num_iterations}")
     losses = [r["loss"] for r in read_records(output_dir / "metrics.jsonl") if r["loss"] is not None]
     if losses:
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
@@ -287,5 +344,15 @@ def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
     print(f"checkpoint: {output_dir / 'checkpoints' / f'step_{step:08d}'}" + (f", loss curve: {plot}" if plot else ""))
 
 
+def main_in_memory(config: Config) -> int:
+    try:
+        return main(config)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size, and more micro-steps"
+            f" make up the same --total_batch_size"
+        ) from error
+
+
 if __name__ == "__main__":
-    run_command(lambda: main(config))
+    run_command(lambda: main_in_memory(config))

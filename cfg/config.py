@@ -70,7 +70,9 @@ class DataConfig(Flags):
         "data/tinyshakespeare/*_train.bin", min_length=1, description="glob of the training shards"
     )
     input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
-    tokenizer: Literal["gpt2"] = Field("gpt2", description="tokenizer of the shards, for samples and bits per byte")
+    tokenizer: Literal["gpt2", "none"] = Field(
+        "gpt2", description="tokenizer of the shards, for samples and bits per byte; none: another one's"
+    )
     shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
     check_data: bool = Field(False, description="check every token id at start, not a sample of them")
     doc_mask: bool = planned(False, "attend only within a document")
@@ -228,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read_preset(name: str) -> dict[str, Any]:
     """Reads cfg/NAME.yaml, or NAME itself if it is a path."""
+    name = os.path.expanduser(name)
     path = Path(name) if name.endswith((".yaml", ".yml")) or os.sep in name else PRESETS / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
@@ -301,6 +304,9 @@ def _check_run(c: Config, world_size: int) -> None:
         )
 
 
+PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume")  # where ~ may stand
+
+
 def resolve(config: Config, world_size: int) -> Config:
     """Replaces the zeros that mean "derive it" and checks how the flags fit together."""
     c = config
@@ -310,6 +316,7 @@ def resolve(config: Config, world_size: int) -> Config:
             "n_kv_head": c.n_kv_head or c.n_head,
             "n_positions": c.n_positions or c.sequence_length,
             "mlp_hidden": c.mlp_hidden or hidden,
+            **{name: os.path.expanduser(getattr(c, name)) for name in PATH_FLAGS},
             "total_batch_size": c.total_batch_size or c.batch_size * c.sequence_length * world_size,
         }
     )
@@ -331,9 +338,13 @@ def load_config(argv: list[str] | None = None, world_size: int | None = None) ->
         raise UserError(f"unknown {what} {name}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
     flags = vars(known)
     values = _read_preset(flags["cfg"]) if flags.get("cfg") else {}
-    if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-    return resolve(_validate(values | flags), world_size)
+    return resolve(_validate(values | flags), launched_world_size() if world_size is None else world_size)
+
+
+def launched_world_size() -> int:
+    """The number of processes that torchrun has started, 1 without it. Others set WORLD_SIZE too, but not the ranks."""
+    launched = "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    return int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
 
 
 def to_yaml(config: Config) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
+MACHINE_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
 
 
 class UserError(Exception):
@@ -60,11 +62,18 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError into its one line and exit code 2, Ctrl-C into the customary 130."""
+    """Turns a UserError into its one line and exit code 2, Ctrl-C into the customary 130.
+
+    So too what the machine refuses, a full disk say, wherever it happens.
+    """
     try:
         yield
     except UserError as error:
         exit_with(error)
+    except OSError as error:
+        if error.errno not in MACHINE_REFUSES:
+            raise
+        exit_with(UserError(f"{error.filename or 'a file could not be written'}: {error.strerror}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

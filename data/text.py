@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.errors import CommandParser, UserError, run_command
+from cfg.files import file_sha256
 from data import prepare
 from data.tokenizer import load_tokenizer
 
@@ -149,7 +150,7 @@ def main() -> None:
 
     files = input_files(args.inputs)
     recipe = {
-        "source": [{"name": p.name, "sha256": prepare.file_sha256(p)} for p in files],
+        "source": [{"name": p.name, "sha256": file_sha256(p)} for p in files],
         "tokenizer": "gpt2",
         **{key: getattr(args, key) for key in ("name", "text_key", "shard_size", "val_tokens")},
     }

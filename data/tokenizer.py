@@ -19,15 +19,17 @@ GPT2_END_OF_TEXT = 50256
 def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Encoding:
     """The tokenizer called `name`.
 
-    Raises UserError if its rank file cannot be had, or if a model of `vocab_size` lacks some of its ids.
+    Raises UserError if its rank file cannot be had, or if a model of `vocab_size` must be another one's.
     """
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}")
-    if vocab_size is not None and vocab_size <= GPT2_END_OF_TEXT:
-        raise UserError(f"--vocab_size={vocab_size} is too small for tokenizer gpt2 with {GPT2_END_OF_TEXT + 1} ids")
+    if vocab_size is not None and not GPT2_END_OF_TEXT < vocab_size <= 2**16:
+        raise UserError(
+            f"--vocab_size={vocab_size} is not that of tokenizer gpt2, {GPT2_END_OF_TEXT + 1} or a little more"
+        )
     # Not tiktoken's own reader: it keeps copies in a temporary folder that everybody can write to.
     lines = assets.fetch("gpt2.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}

@@ -21,7 +21,7 @@ def parser() -> CommandParser:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     return parser
 
 
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import decode, load_tokenizer
+from model.device import choose_device
 from model.gpt import GPT
 from model.weights import load_model
 
@@ -64,9 +65,9 @@ def generate(
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1 or args.num_samples < 1 or args.temperature < 0 or args.top_k < 0:
+    if args.max_new_tokens < 1 or args.num_samples < 1 or args.top_k < 0 or not 0 <= args.temperature < float("inf"):
         raise UserError("--max_new_tokens and --num_samples must be at least 1, --temperature and --top_k at least 0")
-    device = torch.device(args.device)
+    device = choose_device(args.device)
     model, flags = load_model(args.checkpoint, device)
     tokenizer = load_tokenizer(flags["tokenizer"], model.config.vocab_size)
     prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(args.prompt)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,17 +28,22 @@ def windows_loss(
     rounds: int,
     device: torch.device,
     token_bytes: np.ndarray | None,
-) -> list[float]:
+    go_on: Callable[[], bool],
+) -> list[float] | None:
     """[summed loss in nats, tokens, bytes] over `windows`, in exactly `rounds` forward passes of `batch_size`.
 
     What is missing is filled up with rows that count nothing: all passes then have one shape, and all
     ranks make the same number of them, which a sharded model needs. `token_bytes` (vocab_size,) gives
-    the bytes of the targets' text; without it that number is 0. Leaves the model in training mode.
+    the bytes of the targets' text; without it that number is 0. `go_on` is asked before each pass, and None
+    returned once it says no. Leaves the model in training mode.
     """
     padded: list[int | None] = [*windows, *[None] * (rounds * batch_size - len(windows))]
     loss_sum = tokens = count_bytes = 0.0
     model.eval()
     for start in range(0, len(padded), batch_size):
+        if not go_on():
+            model.train()
+            return None
         chosen = padded[start : start + batch_size]
         rows = loader.gather([0 if w is None else w for w in chosen]).long()
         empty = torch.tensor([w is None for w in chosen])

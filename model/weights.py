@@ -6,7 +6,6 @@ their sizes and hashes; train/checkpoint.py writes it. Nothing here unpickles.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -19,19 +18,12 @@ from torch import Tensor
 
 from cfg.config import ModelConfig
 from cfg.errors import UserError
+from cfg.files import file_sha256
 from model.gpt import GPT
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STEP_NAME = re.compile(r"step_(\d{8,})")
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def step_of(path: Path) -> int:
@@ -82,6 +74,8 @@ def find_checkpoint(path: Path, report: Any = print) -> Path | None:
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint or run directory")
+    if path.name == "checkpoints":
+        path = path.parent
     own = (path / MANIFEST).exists() or step_of(path) >= 0
     candidates = [path] if own else list_checkpoints(path)
     for candidate in candidates:

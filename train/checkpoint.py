@@ -22,12 +22,12 @@ from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
 from cfg.errors import UserError
+from cfg.files import file_sha256, flush_to_disk, write_atomically
 from model.gpt import GPT
 from model.weights import (
     FORMAT,
     MANIFEST,
     copy_parameters,
-    file_sha256,
     find_checkpoint,
     list_checkpoints,
     problem_with,
@@ -44,24 +44,8 @@ STATE = "state.json"
 FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init", "init_from"}
 
 
-def _flush(path: Path) -> None:
-    """Has the file's content, or the directory's entries, on disk before we go on."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _flush(temporary)
-    os.replace(temporary, path)
 
 
 def save(ranks: Ranks, config: Config, step: int, model: GPT, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -74,7 +58,7 @@ def save(ranks: Ranks, config: Config, step: int, model: GPT, optimizer: Optimiz
         folder = Path(config.output_dir) / "checkpoints"
         try:
             _write(folder, config, step, ranks.world_size, model, optimizer, state)
-            _prune(folder, config.keep_last, config.keep_every)
+            _prune(folder, step, config.keep_last, config.keep_every)
         except OSError as e:
             shutil.rmtree(folder / f"{SAVING}{step:08d}", ignore_errors=True)
             raise UserError(
@@ -101,7 +85,7 @@ def _write(
     _write_json(temporary / STATE, {"step": step, **state})
     files = {}
     for path in sorted(temporary.iterdir()):
-        _flush(path)
+        flush_to_disk(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {
         "format": FORMAT,
@@ -112,12 +96,11 @@ def _write(
         "files": files,
     }
     _write_json(temporary / MANIFEST, manifest)
-    _flush(temporary / MANIFEST)
-    _flush(temporary)
+    flush_to_disk(temporary / MANIFEST)
+    flush_to_disk(temporary)
     os.rename(temporary, final)
-    _flush(folder)
-    _replace_text(folder / "latest", f"{final.name}\n")
-    _flush(folder)
+    flush_to_disk(folder)
+    write_atomically(folder / "latest", f"{final.name}\n".encode())  # for people and scripts; we look at them all
 
 
 def _move_aside(damaged: Path) -> None:
@@ -127,12 +110,14 @@ def _move_aside(damaged: Path) -> None:
     os.rename(damaged, aside)
 
 
-def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
+def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Deletes all but the newest `keep_last` and every multiple of `keep_every`.
 
-    Renames before deleting, so that a kill in between leaves no half checkpoint under a step's name.
+    Looks only at `step`, just written and therefore whole, and what is older: a newer one was passed over
+    because it is damaged, and must not count as one that is kept. Renames before deleting, so that a kill
+    in between leaves no half checkpoint under a step's name.
     """
-    for path in list_checkpoints(folder.parent)[keep_last:]:
+    for path in [p for p in list_checkpoints(folder.parent) if step_of(p) <= step][keep_last:]:
         if not (keep_every and step_of(path) % keep_every == 0):
             doomed = path.with_name(DELETING + path.name)
             os.rename(path, doomed)
@@ -141,7 +126,7 @@ def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
 
 def prepare_dir(output_dir: Path, config_yaml: str) -> None:
     """Writes config.yaml, and removes what a killed run left half-written or half-deleted."""
-    _replace_text(output_dir / "config.yaml", config_yaml)
+    write_atomically(output_dir / "config.yaml", config_yaml.encode())
     for prefix in (SAVING, DELETING):
         for path in (output_dir / "checkpoints").glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -166,6 +151,8 @@ def choose(output_dir: Path, resume: str, report: Any = print) -> Path | None:
             raise UserError(
                 f"--resume={resume}: {output_dir} holds newer checkpoints; give another --output_dir to branch off"
             )
+        if resume != "auto":
+            report(f"--resume={resume} was where this run began; it goes on from its own checkpoints")
         return find_checkpoint(output_dir, report) if own else None
     try:
         found = find_checkpoint(Path(resume), report)
@@ -191,9 +178,13 @@ def check_same_model(path: Path, config: Config) -> list[str]:
     return [line for k, line in changes.items() if k not in ("output_dir", "resume", "cfg")]
 
 
-def load(path: Path, model: GPT, optimizer: Optimizer) -> dict[str, Any]:
-    """Fills model and optimizer from a checkpoint that `choose` has verified; returns its state."""
-    copy_parameters(model, read_tensors(path, "model"))
-    load_optimizer_tensors(optimizer, model, read_tensors(path, "optimizer"))
+def read_state(path: Path) -> dict[str, Any]:
+    """What `save` was given as `state`, and the step."""
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     return state
+
+
+def load(path: Path, model: GPT, optimizer: Optimizer) -> None:
+    """Fills model and optimizer from a checkpoint that `choose` has verified."""
+    copy_parameters(model, read_tensors(path, "model"))
+    load_optimizer_tensors(optimizer, model, read_tensors(path, "optimizer"))

@@ -11,7 +11,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from cfg.config import launched_world_size
 from cfg.errors import UserError
+from model.device import choose_device
 
 T = TypeVar("T")
 
@@ -57,25 +59,10 @@ class Ranks:
         return cast(T, box[0])
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """`wanted` is auto, cpu, cuda or mps; auto takes what is there. Raises UserError for what is not."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k, there in available.items() if there) if wanted == "auto" else wanted
-    if not available[kind]:
-        raise UserError(f"--device={kind}: this machine has none; use --device=auto")
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node asks for more than the {torch.cuda.device_count()} GPUs of this machine")
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device(kind)
-
-
 def init_ranks(wanted_device: str, timeout_minutes: float = 30) -> Ranks:
     """Joins the process group that torchrun describes in the environment, if there is one."""
-    rank, local_rank, world_size = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    world_size = launched_world_size()
+    rank, local_rank = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK")) if world_size > 1 else (0, 0)
     device = choose_device(wanted_device, local_rank)
     if world_size > 1:
         if device.type == "mps":

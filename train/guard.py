@@ -21,9 +21,10 @@ class StopRequest:
     SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask; a second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, max_minutes: float):
+    def __init__(self, max_minutes: float, since: float):
+        """`max_minutes` count from `since`, a time.monotonic() at the start of the process; 0 is no limit."""
         self.reason = ""
-        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self._deadline = since + 60 * max_minutes if max_minutes else float("inf")
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -47,6 +48,9 @@ def claim_output_dir(output_dir: Path) -> None:
     directory cannot be written, or another process trains into it.
     """
     global _held_lock
+    for name in ("config.yaml", "metrics.jsonl"):
+        if (output_dir / name).exists() and not (output_dir / "checkpoints").is_dir():
+            raise UserError(f"--output_dir={output_dir} holds a {name} that is no run's; choose another directory")
     try:
         for folder in ("checkpoints", "samples", "logs"):
             (output_dir / folder).mkdir(parents=True, exist_ok=True)

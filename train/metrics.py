@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import netrc
 import os
 import resource
 import secrets
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 
 from cfg.config import Config
 from cfg.errors import UserError
+from cfg.files import write_atomically
 
 # Dense peak of the 16-bit matrix units with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets
 # and architecture white papers (bf16; fp16 where there is no bf16). The first key contained in the
@@ -34,8 +37,13 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a device by its name, or None if it is not in the table."""
+    """Peak FLOP/s of a device by its name, or None if it is not in the table.
+
+    Laptop and export versions and slices of a GPU bear the name of a faster one.
+    """
     words = device_name.replace("-", " ").split()
+    if {"Laptop", "Max", "MIG", "D"} & set(words):
+        return None
     for key, tflops in PEAK_TFLOPS.items():
         wanted = key.split()
         if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
@@ -86,6 +94,17 @@ def to_json(record: dict[str, Any]) -> str:
     return json.dumps(plain) + "\n"
 
 
+def _has_wandb_key() -> bool:
+    """Whether `wandb login` or the environment has left a key."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc().authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 def _finite(record: dict[str, Any]) -> bool:
     return math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
 
@@ -114,16 +133,14 @@ class Metrics:
 
     def _rewind(self, step: int) -> None:
         """Drops records after `step`: they come again. They are kept in logs/, since they were measured."""
-        records = read_records(self.path)
-        kept = [r for r in records if r["step"] <= step]
+        kept = [r for r in read_records(self.path) if r["step"] <= step]
         self._last = kept[-1]["step"] if kept else 0
-        content = "".join(to_json(r) for r in kept)
-        if self.path.is_file() and self.path.read_text(errors="replace") != content:
+        before = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+        after = [to_json(r) for r in kept]
+        if dropped := [line for line in before if line + "\n" not in set(after)]:
             with open(self.path.parent / "logs" / "metrics_superseded.jsonl", "a") as f:
-                f.writelines(to_json(r) for r in records[len(kept) :])
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(content)
-            os.replace(temporary, self.path)
+                f.writelines(line + "\n" for line in dropped)
+            write_atomically(self.path, "".join(after).encode())
 
     def _start_wandb(self) -> None:
         try:
@@ -131,7 +148,7 @@ class Metrics:
         except ImportError as e:
             raise UserError("--wandb_project_id needs the package wandb; pip install wandb") from e
         mode = os.environ.get("WANDB_MODE")
-        if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if mode is None and not _has_wandb_key():
             mode = "offline"
             self.say("wandb: no key found, so this run is logged offline; `wandb sync` uploads it later")
         self.wandb_id = self.wandb_id or secrets.token_hex(4)
@@ -156,7 +173,8 @@ class Metrics:
         self._tensorboard = SummaryWriter(Path(self.config.output_dir) / "logs", purge_step=step + 1)
 
     def has(self, step: int) -> bool:
-        return not self.is_main or self._last >= step
+        """Whether `step` is in metrics.jsonl. For rank 0."""
+        return self._last >= step
 
     def say(self, line: str) -> None:
         """A line for the person at the console, above the bar if there is one. Rank 0 only."""
@@ -164,6 +182,7 @@ class Metrics:
             return
         if self._bar is not None:
             self._bar.write(line)
+            sys.stdout.flush()
         else:
             print(line, flush=True)
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from cfg.config import OptimizerConfig
 
-FUSED_DEVICES = ("cpu", "cuda", "mps")  # where torch has a fused AdamW, since 2.5 on all three
 
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> tuple[Optimizer, str]:
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> tuple[Optimizer, str]:
     """AdamW (Loshchilov and Hutter 2019) and a line that describes it.
 
     Weight decay acts on parameters of two or more dimensions only: matrices and embeddings, not
-    biases and norms.
+    biases and norms. Fused into one kernel, which torch has on CPU, CUDA and MPS.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
@@ -26,16 +23,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.devi
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = device.type in FUSED_DEVICES
     optimizer = AdamW(
         [g for g in groups if g["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
-        fused=fused,
+        fused=True,
     )
     line = (
-        f"AdamW ({'fused' if fused else 'foreach'}): {sum(p.numel() for p in matrices):,} parameters decayed"
+        f"AdamW (fused): {sum(p.numel() for p in matrices):,} parameters decayed"
         f" by {config.weight_decay}, {sum(p.numel() for p in vectors):,} not"
     )
     return optimizer, line
@@ -62,8 +58,11 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
 def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`. Raises KeyError if a parameter has no state.
 
-    Hyper-parameters are not state: they come from the flags of this run.
+    None at all is that of an optimizer that has not stepped yet. Hyper-parameters are not state: they
+    come from the flags of this run.
     """
+    if not tensors:
+        return
     names = _names(optimizer, model.named_parameters())
     entries: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

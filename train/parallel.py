@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -21,8 +22,8 @@ def parallelize(model: GPT, config: Config, ranks: Ranks) -> torch.nn.Module:
     stays the one to name parameters by, and to evaluate with.
     """
     if config.compile:
-        # The blocks differ only in their weights, but each is a module of its own to the cache.
-        torch._dynamo.config.cache_size_limit = max(64, 2 * config.n_layer)
+        # DDP's gradient hooks already fire block by block; splitting within a block would only break its fusion.
+        torch._dynamo.config.optimize_ddp = False
         for block in model.h:
             block.compile()
         compile_loss()
@@ -39,3 +40,18 @@ def sync_gradients(model: torch.nn.Module, on: bool) -> None:
     """
     if isinstance(model, DistributedDataParallel):
         cast(DistributedDataParallel, model).require_backward_grad_sync = on
+
+
+def settle(model: torch.nn.Module, config: Config, ranks: Ranks, autocast: AbstractContextManager[None]) -> None:
+    """Makes DDP arrange its gradient buckets before the first step instead of after it.
+
+    It rearranges them once, by the order in which gradients arrived in its first backward pass, and how
+    gradients lie in buckets decides the order in which an all-reduce adds them. A resumed run would
+    otherwise take its first step with the other arrangement, and on more than two ranks round differently.
+    """
+    if isinstance(model, DistributedDataParallel):
+        idx = torch.zeros(config.batch_size, config.sequence_length, dtype=torch.long, device=ranks.device)
+        with autocast:
+            loss, _ = model(idx, idx)
+        loss.backward()
+        model.zero_grad(set_to_none=True)

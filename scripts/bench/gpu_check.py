@@ -36,7 +36,7 @@ from torch import Tensor
 
 from cfg.config import Config, load_config
 from cfg.errors import CommandParser, UserError, run_command
-from data.assets import write_atomically
+from cfg.files import write_atomically
 from data.shards import write_shard
 from model.gpt import GPT, init_weights
 from model.loss import IGNORE_INDEX

@@ -8,7 +8,6 @@ noisy machine disturbs both alike. Prints one JSON line: the median of the round
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfg.config import Config, load_config
+from cfg.errors import CommandParser, run_command
 from model.gpt import GPT, init_weights
 from train.metrics import peak_memory
 from train.optimizer import make_optimizer
@@ -76,7 +76,7 @@ def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
         model = GPT(config)
         init_weights(model, 0)
         model.to(device)
-        optimizer: torch.optim.Optimizer = make_optimizer(model, config, device)[0]
+        optimizer: torch.optim.Optimizer = make_optimizer(model, config)[0]
     else:
         model = Reference(padded, config.sequence_length, config.n_layer, config.n_head, config.n_embd).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
@@ -99,7 +99,7 @@ def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--side", choices=["ours", "reference"], help="run one side only, in this process")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
@@ -121,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

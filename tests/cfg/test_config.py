@@ -214,9 +214,10 @@ def test_the_total_batch_size_follows_from_the_ranks():
 
 
 def test_the_number_of_ranks_is_what_the_launcher_says(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
     assert load_config(["--batch_size=2", "--sequence_length=8"]).total_batch_size == 64
-    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")  # a scheduler's WORLD_SIZE alone is not torchrun's
     assert load_config(["--batch_size=2", "--sequence_length=8"]).total_batch_size == 16
 
 

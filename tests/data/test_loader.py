@@ -243,7 +243,7 @@ def identities(folder, change=lambda folder: None, **options):
     def now(**options):
         shards = [open_shard(path, VOCAB) for path in sorted(folder.glob("*.bin"))]
         o = base | options
-        return Loader(shards, o["T"], o["batch"], o["seed"], o["shuffle"], "input_train_bin").identity()
+        return Loader(shards, o["T"], o["batch"], o["seed"], o["shuffle"], "input_train_bin").identity
 
     saved = json.loads(json.dumps(now()))  # as a checkpoint keeps it
     change(folder)

@@ -74,6 +74,23 @@ def test_flags(trainer, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_bad_token_id_beyond_the_sample_is_found_when_it_is_read(trainer, tmp_path, shards):
+    """The check at the start looks at a sample of a large file; the loader looks at what it hands out."""
+    tokens = np.zeros(3_000_000, np.uint16)
+    tokens[20_000:40_000] = VOCAB
+    write_shard(tmp_path / "x_train.bin", tokens, 2**16)
+    flags = [f"--input_train_bin={tmp_path}/*_train.bin", "--shuffle=0", "--num_iterations=200", "--log_every=1000"]
+    line = one_line(trainer, tmp_path / "run", *flags)
+    assert "x_train.bin: token id 251 at position 20000" in line
+    assert "token id 251" in one_line(trainer, tmp_path / "other", *flags, "--check_data=1")
+
+
+def test_a_directory_that_is_not_a_runs_is_left_alone(trainer, tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    assert "holds a config.yaml that is no run's" in one_line(trainer, tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
 def test_an_output_dir_that_cannot_be_written(trainer, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "cannot be written" in one_line(trainer, tmp_path / "file" / "run")

@@ -15,7 +15,7 @@ FLAGS = ["--dropout=0.1", "--num_iterations=30", "--save_every_niter=5"]
 def undisturbed(trainer, trace, tmp_path_factory):
     """Traces of the same run without interruption, by number of ranks."""
     traces = {}
-    for ranks in (1, 2):
+    for ranks in (1, 2, 4):  # on more than two, the order of an all-reduce's additions matters
         output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
         trainer.run(output_dir, *FLAGS, ranks=ranks)
         traces[ranks] = (trace(output_dir), load_file(output_dir / "checkpoints/step_00000030/model.safetensors"))
@@ -34,8 +34,10 @@ def steps_logged(output_dir):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "ranks,number",
+    [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM), (2, signal.SIGINT), (4, signal.SIGTERM)],
+)
 def test_stopped_by_a_signal(trainer, trace, wait_for, undisturbed, tmp_path, ranks, number):
     output_dir = tmp_path / "run"
     process = trainer.start(output_dir, *FLAGS, ranks=ranks)
@@ -56,6 +58,18 @@ def test_stopped_by_the_clock(trainer, trace, undisturbed, tmp_path):
     assert "stopped by --max_minutes after step" in done.stdout
     trainer.run(output_dir, *FLAGS)
     assert_same_run(output_dir, trace, undisturbed[1])
+
+
+def test_stopped_during_validation(trainer, trace, tmp_path):
+    """The validation is abandoned, its step saved, and made up for by the next start."""
+    flags = ["--val_loss_every=1", "--val_max_steps=90", "--num_iterations=3", "--save_every_niter=0"]
+    trainer.run(tmp_path / "whole", *flags)
+    process = trainer.start(tmp_path / "run", *flags, "--max_minutes=1e-9")
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and trace(tmp_path / "run") == []
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000001\n"
+    trainer.run(tmp_path / "run", *flags)
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -155,6 +169,7 @@ def test_resume_never_and_by_path(trainer, trace, finished, tmp_path):
 def test_another_model_or_other_data_is_refused_by_name(trainer, finished, tmp_path):
     err = trainer.run(finished, "--n_layer=3", "--n_embd=64", code=2).stderr
     assert "--n_layer=3 (checkpoint: 2)" in err and "--n_embd=64 (checkpoint: 32)" in err
+    assert "--sequence_length=16" in trainer.run(finished, "--sequence_length=16", code=2).stderr
     assert "--seed=7" in trainer.run(finished, "--seed=7", code=2).stderr
     assert "--total_batch_size=128" in trainer.run(finished, "--total_batch_size=128", code=2).stderr
     only_one = f"--input_train_bin={trainer.shards}/*_train_000001.bin"
@@ -165,6 +180,23 @@ def test_a_longer_run_goes_on(trainer, metrics, finished):
     done = trainer.run(finished, "--num_iterations=12", "--learning_rate=5e-4")
     assert "learning_rate: 0.001 → 0.0005" in done.stdout
     assert [r["step"] for r in metrics(finished)] == list(range(1, 13))
+
+
+def test_a_shorter_run_says_that_it_is_done(trainer, finished):
+    done = trainer.run(finished, "--num_iterations=5")
+    assert "nothing left to do: the checkpoint is at step 10 of --num_iterations=5" in done.stdout
+
+
+def test_shards_that_vanish_do_not_cost_the_checkpoint(trainer, wait_for, shards, tmp_path):
+    moved = shutil.copytree(shards, tmp_path / "shards")
+    flags = [f"--input_train_bin={moved}/*_train_*.bin", "--num_iterations=100000", "--save_every_niter=0"]
+    process = trainer.start(tmp_path / "run", *flags)
+    assert wait_for(lambda: steps_logged(tmp_path / "run") > 3, process)
+    shutil.rmtree(moved)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 4, err
+    assert (tmp_path / "run/checkpoints/latest").exists()
 
 
 def test_two_runs_do_not_share_an_output_dir(trainer, wait_for, kill_all, tmp_path):

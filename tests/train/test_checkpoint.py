@@ -21,7 +21,7 @@ def setup(tmp_path, *flags):
     config = load_config([*FLAGS, f"--output_dir={tmp_path}", *flags], world_size=1)
     model = GPT(config)
     init_weights(model, 0)
-    return config, model, make_optimizer(model, config, RANKS.device)[0]
+    return config, model, make_optimizer(model, config)[0]
 
 
 def step(model, optimizer, seed=0):
@@ -43,8 +43,9 @@ def test_round_trip_is_exact_and_training_goes_on_alike(tmp_path):
         step(model, optimizer, k)
     save(config, 3, model, optimizer)
     _, other, other_optimizer = setup(tmp_path)
-    state = checkpoint.load(list_checkpoints(tmp_path)[0], other, other_optimizer)
-    assert state["step"] == 3
+    path = list_checkpoints(tmp_path)[0]
+    checkpoint.load(path, other, other_optimizer)
+    assert checkpoint.read_state(path) == {"step": 3, "record": {"step": 3}}
     assert [step(model, optimizer, k) for k in range(3, 6)] == [step(other, other_optimizer, k) for k in range(3, 6)]
 
 
@@ -68,7 +69,7 @@ def test_weight_decay_is_for_matrices_only():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_write_json", "_flush", "file_sha256", "os.rename"])
+@pytest.mark.parametrize("failing", ["save_file", "_write_json", "flush_to_disk", "file_sha256", "os.rename"])
 def test_a_refusal_of_the_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing):
     config, model, optimizer = setup(tmp_path)
     step(model, optimizer)
@@ -143,3 +144,22 @@ def test_the_model_alone_can_be_loaded(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_model(tmp_path / "empty", torch.device("cpu"))
+
+
+def test_pruning_never_counts_a_damaged_newer_checkpoint(tmp_path):
+    """Going on from step 6 after step 12 was damaged must not leave the damaged one as the only one."""
+    config, model, optimizer = setup(tmp_path, "--keep_last=1", "--keep_every=6")
+    step(model, optimizer)
+    for k in (6, 12):
+        save(config, k, model, optimizer)
+    (tmp_path / "checkpoints/step_00000012/model.safetensors").write_bytes(b"")
+    save(config, 7, model, optimizer)
+    assert find_checkpoint(tmp_path).name == "step_00000007"
+
+
+def test_an_optimizer_that_never_stepped_is_saved_and_loaded(tmp_path):
+    config, model, optimizer = setup(tmp_path)
+    save(config, 1, model, optimizer)
+    _, other, other_optimizer = setup(tmp_path)
+    checkpoint.load(list_checkpoints(tmp_path)[0], other, other_optimizer)
+    assert step(model, optimizer) == step(other, other_optimizer)

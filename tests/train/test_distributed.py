@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cfg.errors import UserError
-from train.distributed import Ranks, choose_device
+from model.device import choose_device
+from train.distributed import Ranks
 
 
 def test_auto_takes_the_best_there_is(monkeypatch):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -21,22 +22,22 @@ def handlers_restored():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_remembered(number):
-    stop = StopRequest(0)
+    stop = StopRequest(0, time.monotonic())
     assert stop.votes() == [0.0, 0.0]
     os.kill(os.getpid(), number)
     assert stop.votes() == [1.0, 0.0] and stop.reason == number.name
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
-    StopRequest(0)
+    StopRequest(0, time.monotonic())
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_clock_votes_for_itself():
-    assert StopRequest(1e-9).votes() == [0.0, 1.0]
-    assert StopRequest(100).votes() == [0.0, 0.0]
+    assert StopRequest(1e-9, time.monotonic() - 1).votes() == [0.0, 1.0]
+    assert StopRequest(100, time.monotonic()).votes() == [0.0, 0.0]
 
 
 def test_a_directory_is_locked_while_its_process_lives(tmp_path):

@@ -94,7 +94,17 @@ def test_peak_rates(name, tflops):
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "NVIDIA T400", "NVIDIA A1000", "AMD Instinct MI300X", "NVIDIA GeForce RTX 2080"]
+    "name",
+    [
+        "cpu",
+        "NVIDIA T400",
+        "NVIDIA A1000",
+        "AMD Instinct MI300X",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 2080",
+    ],
 )
 def test_an_unknown_device_has_no_peak(name):
     assert peak_flops(name) is None

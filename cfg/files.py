@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Has the file's content, or the directory's entries, on disk before we go on."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all, whoever else writes it at the same time, even if the power fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException:
+            Path(f.name).unlink(missing_ok=True)
+            raise
+    flush_to_disk(path.parent)
