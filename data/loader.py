@@ -109,7 +109,7 @@ class TokenStream:
 
 
 class Loader:
-    """`batch(step)` for training, `window(i)` for evaluation. Steps count from 1."""
+    """`batch(step)` for training, `gather(windows)` for evaluation. Steps count from 1."""
 
     def __init__(
         self, shards: list[Shard], sequence_length: int, sequences_per_batch: int, seed: int, shuffle: bool, flag: str
@@ -154,7 +154,7 @@ class Loader:
         return self.gather([window for _, window in self.sample_ids(step)[part * size : (part + 1) * size]])
 
     def gather(self, windows: list[int]) -> Tensor:
-        """The given windows in file order numbering, (len(windows), T + 1) int32."""
+        """The windows of these numbers, which count in file order, (len(windows), T + 1) int32."""
         rows = np.empty((len(windows), self.sequence_length + 1), np.int32)
         for row, window in zip(rows, windows, strict=True):
             self.stream.read_into(row, window * self.sequence_length)

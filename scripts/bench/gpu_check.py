@@ -188,20 +188,21 @@ def check_resume(bench: Bench) -> Iterator[Figure]:
     """
     config = bench.config()
     flags = [*bench.shape(), f"--total_batch_size={2 * config.batch_size * config.sequence_length}"]
-    flags += ["--num_iterations=20", "--save_every_niter=10", "--dropout=0.1", "--dtype=bfloat16"]
+    flags += ["--num_iterations=20", "--save_every_niter=10", "--dropout=0.1"]
 
-    def second_half(name: str, deterministic: int) -> np.ndarray:
-        records = bench.train(name, *flags, f"--deterministic={deterministic}")
+    def second_half(name: str, dtype: str, deterministic: int) -> np.ndarray:
+        records = bench.train(name, *flags, f"--dtype={dtype}", f"--deterministic={deterministic}")
         return np.array([(r["step"], r["loss"], r["grad_norm"]) for r in records if r["step"] > 10])
 
-    for deterministic in (1,) if bench.quick else (1, 0):
-        name = f"deterministic={deterministic}"
-        undisturbed, run_dir = second_half(name, deterministic), bench.folder / "runs" / name
+    cases = [("bfloat16", 1)] if bench.quick else [("bfloat16", 1), ("float32", 1), ("bfloat16", 0)]
+    for dtype, deterministic in cases:  # the two dtypes have attention kernels of their own
+        name = f"{dtype} deterministic={deterministic}"
+        undisturbed, run_dir = second_half(name, dtype, deterministic), bench.folder / "runs" / name
         shutil.rmtree(run_dir / "checkpoints" / "step_00000020")
         (run_dir / "metrics.jsonl").unlink()
-        difference, spread = float(np.abs(second_half(name, deterministic) - undisturbed).max()), 0.0
+        difference, spread = float(np.abs(second_half(name, dtype, deterministic) - undisturbed).max()), 0.0
         if difference and not deterministic:
-            spread = float(np.abs(second_half(f"{name}-again", deterministic) - undisturbed).max())
+            spread = float(np.abs(second_half(f"{name}-again", dtype, deterministic) - undisturbed).max())
             yield f"{name}: undisturbed, twice", spread, None
         yield f"{name}: undisturbed and resumed", difference, 2 * spread
 
