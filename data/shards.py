@@ -174,7 +174,7 @@ def _no_match_hint(pattern: Path) -> str:
                 return f"there is no folder {parent / part}; did you mean {parent / near}?"
             if closest(part, ["tinyshakespeare"]):
                 return f"there is no folder {parent / part}; python data/tiny_shakespeare.py makes data/tinyshakespeare"
-            return f"there is no folder {parent / part}"
+            return f"there is no folder {parent / part}; docs/data.md says how shards are made"
         parent = parent / part
     there = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if parent.is_dir() else []
     return f"{parent} holds {', '.join(there[:4]) + (', …' if len(there) > 4 else '') if there else 'nothing'}"
