@@ -196,12 +196,13 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     return mean_loss, grad_norm, votes
 
 
-def validate(run: Run, data: Loader, stop: guard.StopRequest) -> dict[str, float | None] | None:
+def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None] | None:
     """Loss over --val_max_steps batches, the same windows of the shards on any number of ranks.
 
     None if a rank was asked to stop meanwhile.
     """
-    config, ranks = run.config, run.ranks
+    config, ranks, data = run.config, run.ranks, run.val_data
+    assert data is not None, "validation is due only with data for it"
     windows = fixed_windows(data.windows, config.val_max_steps * config.total_batch_size // config.sequence_length)
     bytes_of = token_bytes(run.tokenizer, config.vocab_size) if run.tokenizer else None
     share = windows[ranks.rank :: ranks.world_size]
@@ -248,8 +249,8 @@ def report(run: Run, metrics: Metrics, record: dict[str, Any], stop: guard.StopR
     False if a stop request cut it short: the step is then not logged, and the next start makes up for it.
     """
     step = record["step"]
-    if run.val_data is not None and validation_due(run, step):
-        losses = validate(run, run.val_data, stop)
+    if validation_due(run, step):
+        losses = validate(run, stop)
         if losses is None:
             return False
         record |= losses
@@ -260,7 +261,7 @@ def report(run: Run, metrics: Metrics, record: dict[str, Any], stop: guard.StopR
 
 
 def validation_due(run: Run, step: int) -> bool:
-    return due(run.config, run.config.val_loss_every, step)
+    return run.val_data is not None and due(run.config, run.config.val_loss_every, step)
 
 
 def sample_due(run: Run, step: int) -> bool:
@@ -271,7 +272,8 @@ def due(config: Config, every: int, step: int) -> bool:
     return step == config.num_iterations or (every > 0 and step % every == 0)
 
 
-def main(config: Config) -> int:
+def train(config: Config) -> int:
+    """The loop, and what comes before and after it. Returns the exit code."""
     run = setup(config)
     ranks, device, output_dir = run.ranks, run.ranks.device, Path(config.output_dir)
     state = resume(run)
@@ -344,9 +346,9 @@ def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
     print(f"checkpoint: {output_dir / 'checkpoints' / f'step_{step:08d}'}" + (f", loss curve: {plot}" if plot else ""))
 
 
-def main_in_memory(config: Config) -> int:
+def main(config: Config) -> int:
     try:
-        return main(config)
+        return train(config)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size, and more micro-steps"
@@ -355,4 +357,4 @@ def main_in_memory(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main_in_memory(config))
+    run_command(lambda: main(config))

@@ -161,6 +161,9 @@ class Loader:
         return torch.from_numpy(rows)
 
 
+_WAY_OUT = "restore the shards, or start a new run in another --output_dir"
+
+
 def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UserError naming the flag or the shard if a resumed run would see other tokens than its checkpoint."""
     for flag in ("seed", "sequence_length", "total_batch_size", "shuffle"):
@@ -183,9 +186,6 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
         odd = longer[min(len(saved["shards"]), len(now["shards"]))]["name"]
         what = "is missing" if longer is saved["shards"] else "is new"
         raise UserError(f"--input_train_bin: {odd} {what} since the checkpoint was written; {_WAY_OUT}")
-
-
-_WAY_OUT = "restore the shards, or start a new run in another --output_dir"
 
 
 class Prefetcher:

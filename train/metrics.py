@@ -135,12 +135,14 @@ class Metrics:
         """Drops records after `step`: they come again. They are kept in logs/, since they were measured."""
         kept = [r for r in read_records(self.path) if r["step"] <= step]
         self._last = kept[-1]["step"] if kept else 0
-        before = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
-        after = [to_json(r) for r in kept]
-        if dropped := [line for line in before if line + "\n" not in set(after)]:
-            with open(self.path.parent / "logs" / "metrics_superseded.jsonl", "a") as f:
-                f.writelines(line + "\n" for line in dropped)
-            write_atomically(self.path, "".join(after).encode())
+        before = self.path.read_text(errors="replace") if self.path.is_file() else ""
+        after = "".join(to_json(r) for r in kept)
+        if before == after:
+            return
+        again = set(after.splitlines())
+        with open(self.path.parent / "logs" / "metrics_superseded.jsonl", "a") as f:
+            f.writelines(line + "\n" for line in before.splitlines() if line not in again)
+        write_atomically(self.path, after.encode())
 
     def _start_wandb(self) -> None:
         try:

@@ -72,6 +72,12 @@ def test_stopped_during_validation(trainer, trace, tmp_path):
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
 
 
+def test_a_stop_without_validation_data_still_logs_its_step(trainer, metrics, tmp_path):
+    """--val_loss_every alone makes nothing due: there is no evaluation to put off to the next start."""
+    trainer.run(tmp_path / "run", "--input_val_bin=", "--val_loss_every=1", "--max_minutes=1e-9")
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_ten_times(trainer, trace, wait_for, kill_all, undisturbed, tmp_path, ranks):
     """SIGKILL at seeded random moments, on every third occasion in the middle of a save."""

@@ -4,11 +4,12 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 
 from cfg.config import load_config
-from train.metrics import Metrics, duration, peak_flops, plot_losses, read_records
+from train.metrics import Metrics, duration, peak_flops, plot_losses, read_records, to_json
 
 RECORD = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tok_per_s": 1e4, "mfu": None, "elapsed_s": 1.0, "memory_bytes": 1}
 
@@ -51,6 +52,22 @@ def test_a_resume_drops_later_and_torn_lines_and_keeps_a_copy(tmp_path):
     resumed.close()
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [r["step"] for r in read_records(tmp_path / "logs" / "metrics_superseded.jsonl")] == [4, 5]
+
+
+def test_a_line_cut_just_before_its_end_stays_a_line_of_its_own(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(to_json(record(1)) + to_json(record(2)).rstrip("\n"))
+    resumed = start(tmp_path, 2)
+    resumed.log(record(3))
+    resumed.close()
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_long_history_is_taken_up_quickly(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(to_json(record(k)) for k in range(1, 38_147)))
+    began = time.perf_counter()
+    start(tmp_path, 38_000).close()
+    assert time.perf_counter() - began < 5
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 38_000
 
 
 def test_other_ranks_write_nothing(tmp_path):
