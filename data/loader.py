@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -26,15 +27,19 @@ from cfg.errors import UserError
 from data.shards import Shard, open_file
 
 FEISTEL_ROUNDS = 6
+PERMUTED_BLOCK = 2**14  # places permuted at once: numpy's cost per call is then small beside that per place
 MAX_OPEN_FILES = 64
 FINGERPRINT_TOKENS = 4096
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Stafford's variant 13 of the 64-bit finaliser, as in SplitMix64 (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Stafford's variant 13 of the 64-bit finaliser, as in SplitMix64 (Steele et al. 2014). Works in place."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
@@ -52,15 +57,27 @@ def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
     def encrypt(x: np.ndarray) -> np.ndarray:
         left, right = x >> half, x & mask
         for k in round_keys:
-            left, right = right, left ^ (_mix(right + k) & mask)
+            mixed = _mix(right + k)
+            mixed &= mask
+            mixed ^= left
+            left, right = right, mixed
         return (left << half) | right
 
-    x = np.atleast_1d(np.asarray(index, np.uint64))
+    x = np.asarray(index, np.uint64).reshape(-1)
     with np.errstate(over="ignore"):
         x = encrypt(x)
-        while (outside := x >= n).any():
-            x[outside] = encrypt(x[outside])
+        outside = np.flatnonzero(x >= n)
+        while len(outside):
+            x[outside] = walked = encrypt(x[outside])
+            outside = outside[walked >= n]
     return x.reshape(np.shape(index))
+
+
+@lru_cache(maxsize=32)
+def _permuted_block(n: int, key: str, block: int) -> np.ndarray:
+    """Where `permute` takes the places of range(n) that make up the `block`-th block; the last one is shorter."""
+    start = block * PERMUTED_BLOCK
+    return permute(np.arange(start, min(start + PERMUTED_BLOCK, n), dtype=np.uint64), n, key).astype(np.int64)
 
 
 class TokenStream:
@@ -69,6 +86,12 @@ class TokenStream:
     def __init__(self, shards: list[Shard]):
         self.shards = shards
         self.ends = list(accumulate(s.count for s in shards))
+        self._ends = np.array(self.ends)
+        # A token's place in its file, in bytes, is its place in the stream times the item size plus this.
+        starts = self._ends - [s.count for s in shards]
+        self._itemsizes = np.array([s.dtype.itemsize for s in shards])
+        self._offsets = np.array([s.offset for s in shards]) - starts * self._itemsizes
+        self._vocab_size = min(s.vocab_size for s in shards)
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -85,6 +108,39 @@ class TokenStream:
                 self.shards[i].check(tokens, start - begin)
                 out[filled : filled + length] = tokens
             filled, start, i = filled + length, start + length, i + 1
+
+    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The `length` tokens from each of `starts` (n,) on, (n, length) int32.
+
+        The kernel copies each window into its row of one array, which is checked and converted as a whole:
+        Python's cost per window is that of the system call.
+        """
+        out = np.empty((len(starts), length), np.int32)
+        shard = np.searchsorted(self._ends, starts, side="right")
+        whole = starts + length <= self._ends[shard]
+        for row in np.flatnonzero(~whole).tolist():
+            self.read_into(out[row], int(starts[row]))
+        for itemsize in np.unique(self._itemsizes):
+            rows = np.flatnonzero(whole & (self._itemsizes[shard] == itemsize))
+            rows = rows[np.argsort(starts[rows])]  # in file order: each file is opened once a batch, if at all
+            if len(rows):
+                out[rows] = self._read_rows(starts[rows], length, shard[rows])
+        return out
+
+    def _read_rows(self, starts: np.ndarray, length: int, shard: np.ndarray) -> np.ndarray:
+        """Windows that lie within the shards of these numbers, all of one dtype, (n, length) of it, checked."""
+        raw = np.empty((len(starts), length), self.shards[shard[0]].dtype)
+        places = (starts * raw.itemsize + self._offsets[shard]).tolist()
+        size, opened, fd = length * raw.itemsize, -1, -1
+        for row, place, i in zip(raw, places, shard.tolist(), strict=True):
+            if i != opened:
+                opened, fd = i, self._fd(i)
+            if os.preadv(fd, (row,), place) != size:  # a short read: goes on, or says that the file has become shorter
+                row[:] = self.shards[i].read((place - self.shards[i].offset) // raw.itemsize, length, fd)
+        if int(raw.max()) >= self._vocab_size:
+            for row, place, i in zip(raw, places, shard.tolist(), strict=True):
+                self.shards[i].check(row, (place - self.shards[i].offset) // raw.itemsize)
+        return raw
 
     def _fd(self, i: int) -> int:
         if i not in self._open:
@@ -108,15 +164,29 @@ class TokenStream:
         return rows
 
 
+def sample_numbers(step: int, sequences_per_batch: int, part: int, parts: int) -> np.ndarray:
+    """Numbers of the samples in the `part`-th of `parts` of the global batch of `step`, counted over the run."""
+    size = sequences_per_batch // parts
+    return (step - 1) * sequences_per_batch + part * size + np.arange(size)
+
+
 class Loader:
     """`batch(step)` for training, `gather(windows)` for evaluation. Steps count from 1."""
 
     def __init__(
-        self, shards: list[Shard], sequence_length: int, sequences_per_batch: int, seed: int, shuffle: bool, flag: str
+        self,
+        shards: list[Shard],
+        sequence_length: int,
+        sequences_per_batch: int,
+        seed: int,
+        shuffle: bool,
+        flag: str,
+        name: str = "",
     ):
+        self.key = f"{seed}:{name}" if name else str(seed)  # sources of one name have one order
         self.stream = TokenStream(shards)
         self.sequence_length, self.sequences_per_batch = sequence_length, sequences_per_batch
-        self.seed, self.shuffle = seed, shuffle
+        self.shuffle = shuffle
         self.windows = max(0, len(self.stream) - 1) // sequence_length
         if self.windows < sequences_per_batch:
             need = sequences_per_batch * sequence_length + 1
@@ -134,58 +204,89 @@ class Loader:
             "shards": self.stream.fingerprint(),
         }
 
-    def sample_ids(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, window) of each sequence of the global batch of `step`, in order."""
-        first = (step - 1) * self.sequences_per_batch
-        samples = np.arange(first, first + self.sequences_per_batch, dtype=np.uint64)
-        epochs, places = samples // np.uint64(self.windows), samples % np.uint64(self.windows)
+    @property
+    def shards(self) -> list[Shard]:
+        return self.stream.shards
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, windows), both (n,) int64, of the samples of these numbers, counted from 0 over the run."""
+        epochs, places = np.divmod(samples, self.windows)
         if self.shuffle:
-            for epoch in np.unique(epochs):
-                here = epochs == epoch
-                places[here] = permute(places[here], self.windows, f"{self.seed}:{epoch}")
-        return list(zip(epochs.tolist(), places.tolist(), strict=True))
+            blocks_per_epoch = -(-self.windows // PERMUTED_BLOCK)
+            blocks = epochs * blocks_per_epoch + places // PERMUTED_BLOCK
+            for which in np.unique(blocks).tolist():
+                epoch, block = divmod(which, blocks_per_epoch)
+                here = blocks == which
+                permuted = _permuted_block(self.windows, f"{self.key}:{epoch}", block)
+                places[here] = permuted[places[here] % PERMUTED_BLOCK]
+        return epochs, places
+
+    def samples(self, numbers: np.ndarray) -> np.ndarray:
+        """The samples of these numbers, (n, T + 1) int32."""
+        return self.stream.read_windows(self.locate(numbers)[1] * self.sequence_length, self.sequence_length + 1)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Tensor:
         """Rows of the global batch of `step`, (sequences_per_batch / parts, T + 1) int32: the `part`-th of `parts`.
 
         Inputs are [:, :-1], targets [:, 1:].
         """
-        size = self.sequences_per_batch // parts
-        return self.gather([window for _, window in self.sample_ids(step)[part * size : (part + 1) * size]])
+        return torch.from_numpy(self.samples(sample_numbers(step, self.sequences_per_batch, part, parts)))
 
     def gather(self, windows: list[int]) -> Tensor:
         """The windows of these numbers, which count in file order, (len(windows), T + 1) int32."""
-        rows = np.empty((len(windows), self.sequence_length + 1), np.int32)
-        for row, window in zip(rows, windows, strict=True):
-            self.stream.read_into(row, window * self.sequence_length)
-        return torch.from_numpy(rows)
+        starts = np.array(windows, np.int64) * self.sequence_length
+        return torch.from_numpy(self.stream.read_windows(starts, self.sequence_length + 1))
 
 
 _WAY_OUT = "restore the shards, or start a new run in another --output_dir"
 
 
 def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError naming the flag or the shard if a resumed run would see other tokens than its checkpoint."""
+    """Raises UserError naming the flag, source or shard if a resumed run would see other tokens than its checkpoint."""
     for flag in ("seed", "sequence_length", "total_batch_size", "shuffle"):
         if saved[flag] != now[flag]:
             raise UserError(
                 f"--{flag}={now[flag]}, but the checkpoint was trained with {saved[flag]}, and the order of the data"
                 f" depends on it; set it back, or start a new run in another --output_dir"
             )
-    for old, new in zip(saved["shards"], now["shards"], strict=False):
+    old, new = (_sources(identity) for identity in (saved, now))
+    for name in sorted(old.keys() ^ new.keys()):
+        what = f"source {name}" if name else "a single glob without name=weight:"
+        when = (
+            "belongs to the checkpoint and is missing now" if name in old else "is new since the checkpoint was written"
+        )
+        raise UserError(f"--input_train_bin: {what} {when}; set it back, or start a new run in another --output_dir")
+    for name in old:
+        if old[name]["weight"] != new[name]["weight"]:
+            raise UserError(
+                f"--input_train_bin: source {name} has a share of {new[name]['weight']}, but the checkpoint was trained"
+                f" with {old[name]['weight']}; set it back, or start a new run in another --output_dir"
+            )
+        _check_same_shards(old[name]["shards"], new[name]["shards"], f"source {name}: " if name else "")
+
+
+def _sources(identity: dict[str, Any]) -> dict[str, Any]:
+    """The sources by name; what is one glob counts as one without a name."""
+    sources = identity.get("sources") or [{"name": "", "weight": 1, "shards": identity["shards"]}]
+    return {source["name"]: source for source in sources}
+
+
+def _check_same_shards(saved: list[dict[str, Any]], now: list[dict[str, Any]], where: str) -> None:
+    for old, new in zip(saved, now, strict=False):
         if old["name"] != new["name"]:
             raise UserError(
-                f"--input_train_bin: the checkpoint has {old['name']} where there is now {new['name']}; {_WAY_OUT}"
+                f"--input_train_bin: {where}the checkpoint has {old['name']} where there is now {new['name']};"
+                f" {_WAY_OUT}"
             )
         if old != new:
             raise UserError(
-                f"--input_train_bin: {new['name']} is not the file the checkpoint was trained on; {_WAY_OUT}"
+                f"--input_train_bin: {where}{new['name']} is not the file the checkpoint was trained on; {_WAY_OUT}"
             )
-    if len(saved["shards"]) != len(now["shards"]):
-        longer = max(saved["shards"], now["shards"], key=len)
-        odd = longer[min(len(saved["shards"]), len(now["shards"]))]["name"]
-        what = "is missing" if longer is saved["shards"] else "is new"
-        raise UserError(f"--input_train_bin: {odd} {what} since the checkpoint was written; {_WAY_OUT}")
+    if len(saved) != len(now):
+        longer = max(saved, now, key=len)
+        odd = longer[min(len(saved), len(now))]["name"]
+        what = "is missing" if longer is saved else "is new"
+        raise UserError(f"--input_train_bin: {where}{odd} {what} since the checkpoint was written; {_WAY_OUT}")
 
 
 class Prefetcher:

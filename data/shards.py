@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
 from cfg.errors import UserError, closest
-from cfg.files import write_atomically
+from cfg.files import file_sha256, write_atomically
 
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -140,15 +142,89 @@ def _check_ids(shard: Shard, check_all: bool) -> None:
         shard.check(shard.read(start, length), start)
 
 
+def shard_header(count: int, vocab_size: int) -> bytes:
+    dtype = token_dtype(vocab_size)
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = *next((magic, version) for magic, (version, d) in FORMATS.items() if d == dtype), count
+    return header.tobytes()
+
+
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     """Writes tokens (n,) with the header that fits the vocabulary; atomic. Raises ValueError for ids out of range."""
-    dtype = token_dtype(vocab_size)
     if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
         raise ValueError(f"token ids must be in [0, {vocab_size})")
-    magic, version = next((m, v) for m, (v, d) in FORMATS.items() if d == dtype)
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = magic, version, len(tokens)
-    write_atomically(path, header.tobytes() + tokens.astype(dtype).tobytes())
+    write_atomically(path, shard_header(len(tokens), vocab_size) + tokens.astype(token_dtype(vocab_size)).tobytes())
+
+
+class ShardWriter:
+    """Appends tokens to shards. After `flush`, what it returns is on disk, and another writer can go on from it."""
+
+    def __init__(self, folder: Path, layout: Iterator[tuple[str, int]], vocab_size: int):
+        self.folder, self.layout, self.vocab_size = folder, layout, vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.files: list[dict[str, Any]] = []  # the complete ones
+        self._file: IO[bytes] | None = None
+        self._name, self._size, self._held = "", 0, 0
+
+    def resume(self, files: list[dict[str, Any]], held: int) -> None:
+        """Goes on after complete `files` and `held` tokens of the next one; what lies beyond is dropped.
+
+        Raises UserError if they are not there.
+        """
+        self.files = files
+        for _ in files:
+            next(self.layout)
+        sizes = {row["name"]: row["bytes"] for row in files}
+        if held:
+            self._name, self._size = next(self.layout)
+            self._held = held
+            sizes[self._name] = HEADER_BYTES + held * self.dtype.itemsize
+        for name, size in sizes.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size < size:
+                raise UserError(f"{path} is missing or shorter than its journal says; remove {self.folder}")
+        if held:
+            self._file = open(self.folder / self._name, "r+b")
+            self._file.truncate(sizes[self._name])
+            self._file.seek(0, os.SEEK_END)
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Raises ValueError for ids out of the vocabulary."""
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            raise ValueError(f"token ids must be below {self.vocab_size}")
+        while len(tokens):
+            if self._file is None:
+                self._name, self._size = next(self.layout)
+                self._held = 0
+                self._file = open(self.folder / self._name, "wb")
+                self._file.write(bytes(HEADER_BYTES))  # no shard's, until it is one
+            piece = tokens[: self._size - self._held]
+            self._file.write(piece.astype(self.dtype, copy=False).tobytes())
+            self._held += len(piece)
+            tokens = tokens[len(piece) :]
+            if self._held == self._size:
+                self.close()
+
+    def flush(self) -> dict[str, Any]:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {"files": self.files, "held": self._held if self._file is not None else 0}
+
+    def close(self) -> None:
+        """Completes the shard at hand, if there is one."""
+        if self._file is None:
+            return
+        self._file.seek(0)
+        self._file.write(shard_header(self._held, self.vocab_size))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        path = self.folder / self._name
+        self.files.append(
+            {"name": path.name, "tokens": self._held, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        )
 
 
 def find_shards(pattern: str, flag: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`python data/tiny_shakespeare.py`: tinyshakespeare as GPT-2 tokens, 90% to train on and 10% to validate.
+"""`python data/tiny_shakespeare.py`: tinyshakespeare as tokens, 90% to train on and 10% to validate.
 
 Writes data/tinyshakespeare/tiny_shakespeare_{train,val}.bin. The split is by characters, as in
 nanoGPT, and each half is one document.
@@ -12,9 +12,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
+
 from cfg.errors import CommandParser, run_command
 from data import assets, prepare
+from data.command import folder
+from data.shards import ShardWriter
 from data.tokenizer import load_tokenizer
+from data.workers import EncodeOptions
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "tinyshakespeare"
 
@@ -22,30 +27,28 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parent / "tinyshakespeare"
 def main() -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--input", default="", help="a copy of tinyshakespeare.txt, if it cannot be fetched")
-    parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
+    parser.add_argument("--output_dir", type=folder, default=DEFAULT_OUTPUT)
+    parser.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
     args = parser.parse_args()
 
-    recipe = {
-        "source": "tinyshakespeare.txt",
-        "sha256": assets.ASSETS["tinyshakespeare.txt"].sha256,
-        "tokenizer": "gpt2",
-    }
+    tokenizer = load_tokenizer(args.tokenizer)
+    recipe = {"source": assets.ASSETS["tinyshakespeare.txt"].sha256, "tokenizer": tokenizer.sha256}
+    job = prepare.Job(args.output_dir, "tiny_shakespeare", recipe, tokenizer, EncodeOptions())
     partial = prepare.begin(args.output_dir, recipe)
     if partial is None:
         print(f"{args.output_dir}: already there")
         return
     text = assets.fetch("tinyshakespeare.txt", args.input).read_text()
-    tokenizer = load_tokenizer()
     cut = int(0.9 * len(text))
-    writers = []
-    for split, part in (("train", text[:cut]), ("val", text[cut:])):
-        writer = prepare.ShardWriter(partial, f"tiny_shakespeare_{split}", tokenizer.n_vocab, 10**8, numbered=False)
-        for tokens in prepare.encode_documents([part], tokenizer):
-            writer.add(tokens)
-        writers.append(writer)
-    facts = {"recipe": recipe, "tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "documents": 2}
-    prepare.finish(args.output_dir, writers, facts)
-    print(f"{args.output_dir}: {writers[0].tokens:,} training and {writers[1].tokens:,} validation tokens")
+    halves = [np.array([tokenizer.end_of_text, *tokenizer.encode(half)]) for half in (text[:cut], text[cut:])]
+    names = [(f"tiny_shakespeare_{split}.bin", len(half)) for split, half in zip(("train", "val"), halves, strict=True)]
+    with prepare.refusals(args.output_dir), prepare.locked(args.output_dir):
+        writer = ShardWriter(partial, iter(names), tokenizer.vocab_size)
+        for half in halves:
+            writer.add(half)
+        progress = prepare.Progress(1, sum(map(len, halves)), 2, len(text.encode()))
+        prepare.publish(job, partial, progress, writer.files)
+    print(f"{args.output_dir}: {len(halves[0]):,} training and {len(halves[1]):,} validation tokens")
 
 
 if __name__ == "__main__":

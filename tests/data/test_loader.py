@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cfg.errors import UserError
 from data import loader as loader_module
-from data.loader import Loader, Prefetcher, TokenStream, check_same_data, permute
+from data.loader import Loader, Prefetcher, TokenStream, check_same_data, permute, sample_numbers
 from data.shards import open_shard, write_shard
 
 VOCAB = 60_000
@@ -43,6 +43,12 @@ def make_shards(folder, *sizes):
 
 def make_loader(folder, *sizes, T=8, batch=4, seed=1, shuffle=True):
     return Loader(make_shards(folder, *sizes), T, batch, seed, shuffle, "input_train_bin")
+
+
+def sample_ids(data, step):
+    """(epoch, window) of each sequence of the global batch of `step`, in order."""
+    epochs, windows = data.locate(sample_numbers(step, data.sequences_per_batch, 0, 1))
+    return list(zip(epochs.tolist(), windows.tolist(), strict=True))
 
 
 def window(start, T=8):
@@ -91,14 +97,55 @@ def test_the_order_never_changes_silently():
 
 def test_the_samples_of_a_run_never_change_silently(folder):
     data = make_loader(folder, 8 * 50 + 1, batch=20, seed=1337)
-    assert data.sample_ids(1)[:5] + data.sample_ids(3)[8:12] == GOLDEN_SAMPLES
+    assert sample_ids(data, 1)[:5] + sample_ids(data, 3)[8:12] == GOLDEN_SAMPLES
+
+
+def permuted_as_first_released(i, n, key):
+    """The formula of the order, in Python's integers and one number at a time."""
+    digest = hashlib.shake_128(key.encode()).digest(48)
+    keys = [int.from_bytes(digest[8 * r : 8 * r + 8], "little") for r in range(6)]
+    half = max(1, -(-(n - 1).bit_length() // 2))
+    while True:
+        left, right = i >> half, i % 2**half
+        for k in keys:
+            x = (right + k) % 2**64
+            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+            left, right = right, left ^ (x ^ x >> 31) % 2**half
+        i = left << half | right
+        if i < n:
+            return i
+
+
+@few
+@given(
+    windows=st.integers(1, 300),
+    batch=st.integers(1, 50),
+    step=st.integers(1, 200),
+    seed=st.integers(0, 2**63 - 1),
+    block=st.sampled_from([1, 7, 2**14]),
+)
+def test_one_glob_gives_the_samples_it_always_gave(folder, windows, batch, step, seed, block):
+    """Checkpoints of earlier versions go on with this order."""
+    batch = min(batch, windows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_module, "PERMUTED_BLOCK", block)  # how much is permuted at once changes nothing
+        loader_module._permuted_block.cache_clear()
+        data = make_loader(folder, windows * 8 + 1, batch=batch, seed=seed)
+        expected = []
+        for k in range((step - 1) * batch, step * batch):
+            epoch, place = divmod(k, windows)
+            expected.append((epoch, permuted_as_first_released(place, windows, f"{seed}:{epoch}")))
+        assert sample_ids(data, step) == expected
+        assert data.batch(step).tolist() == [window(8 * place) for _, place in expected]
+    loader_module._permuted_block.cache_clear()
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(folder):
     orders = []
     for seed in (1, 2):
         data = make_loader(folder, 8 * 40 + 1, batch=40, seed=seed)
-        orders += [tuple(place for _, place in data.sample_ids(step)) for step in (1, 2, 3)]
+        orders += [tuple(place for _, place in sample_ids(data, step)) for step in (1, 2, 3)]
     assert len(set(orders)) == 6
     assert all(sorted(order) == list(range(40)) for order in orders)
 
@@ -110,7 +157,7 @@ def test_every_window_comes_once_an_epoch(folder, windows, batch, shuffle):
     data = make_loader(folder, windows * 8 + 1, batch=batch, shuffle=shuffle)
     epochs = {}
     for step in range(1, 3 * windows // batch + 2):
-        for epoch, place in data.sample_ids(step):
+        for epoch, place in sample_ids(data, step):
             epochs.setdefault(epoch, []).append(place)
     assert list(epochs) == sorted(epochs)
     for epoch in (0, 1, 2):  # complete ones, though none need end where a step does
@@ -131,7 +178,7 @@ def test_a_batch_holds_the_windows_it_names(folder):
     for step in (1, 5, 50):
         rows = data.batch(step)
         assert rows.dtype == torch.int32 and rows.shape == (4, 9)
-        assert rows.tolist() == [window(8 * place) for _, place in data.sample_ids(step)]
+        assert rows.tolist() == [window(8 * place) for _, place in sample_ids(data, step)]
 
 
 @few
@@ -172,6 +219,49 @@ def test_windows_across_shards_are_slices_of_the_whole(folder, sizes, T, data):
     loader.stream.close()
 
 
+@few
+@given(sizes=st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=8), T=st.integers(1, 25))
+def test_shards_of_both_dtypes_make_one_stream(folder, sizes, T):
+    at, shards = 0, []
+    for i, (size, wide) in enumerate(sizes):
+        path = folder / f"mixed_train_{i:06d}.bin"
+        write_shard(path, np.arange(at, at + size), 2**17 if wide else VOCAB)
+        shards.append(open_shard(path, VOCAB))
+        at += size
+    if at > T:
+        data = Loader(shards, T, 1, 1, True, "input_train_bin")
+        assert data.gather(list(range(data.windows))).tolist() == [window(i * T, T) for i in range(data.windows)]
+        data.stream.close()
+
+
+@pytest.mark.parametrize("place", [0, 17, 999_999, 1_500_000, 2_999_900])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path, place):
+    """Places that the check of a sample at the start passes over, within a window and where one crosses a border."""
+    make_shards(tmp_path, 999_990, 3_000_000)
+    path = tmp_path / "x_train_000001.bin"
+    shards = [open_shard(tmp_path / "x_train_000000.bin", VOCAB), open_shard(path, VOCAB)]
+    with open(path, "r+b") as f:
+        f.seek(1024 + 2 * place)
+        f.write((VOCAB + 7).to_bytes(2, "little"))
+    data = Loader(shards, 100, 32, 1, True, "input_train_bin")
+    window = (999_990 + place) // 100
+    with pytest.raises(UserError, match=f"x_train_000001.bin: token id 60007 at position {place} is not below"):
+        data.gather([5, window, 3])
+
+
+def test_a_read_that_returns_less_is_finished(tmp_path, monkeypatch):
+    data = make_loader(tmp_path, 300, batch=16)
+    whole = data.batch(3)
+
+    def less(fd, buffers, offset):
+        (row,) = buffers
+        row[:] = 0
+        return len(os.pread(fd, 5, offset))
+
+    monkeypatch.setattr(os, "preadv", less)
+    assert torch.equal(data.batch(3), whole)
+
+
 @pytest.mark.parametrize("tokens, fits", [(33, True), (32, False), (1, False), (0, False)])
 def test_one_batch_must_fit_into_the_data(folder, tokens, fits):
     if fits:
@@ -187,7 +277,7 @@ def test_many_shards_do_not_mean_many_open_files(tmp_path, monkeypatch):
     data = make_loader(tmp_path, *[10] * 40, batch=10)
     before = len(os.listdir("/proc/self/fd"))
     for step in range(1, 40):
-        assert data.batch(step).tolist() == [window(8 * place) for _, place in data.sample_ids(step)]
+        assert data.batch(step).tolist() == [window(8 * place) for _, place in sample_ids(data, step)]
         assert len(os.listdir("/proc/self/fd")) <= before + 5
     data.stream.close()
     assert len(os.listdir("/proc/self/fd")) == before

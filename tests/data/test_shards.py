@@ -2,6 +2,7 @@
 
 import os
 import struct
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from cfg.errors import UserError
 from data import shards
-from data.shards import find_shards, open_shard, write_shard
+from data.shards import ShardWriter, find_shards, open_shard, write_shard
 
 GPT2, LLAMA = (20240520, 1, "H"), (20240801, 7, "I")
 VOCAB = 50257
@@ -82,6 +83,68 @@ def test_a_shard_of_a_larger_vocabulary_byte_by_byte(tmp_path):
     content = (tmp_path / "a.bin").read_bytes()
     assert content[:12] == bytes([0xA1, 0xD9, 0x34, 0x01, 7, 0, 0, 0, 2, 0, 0, 0])
     assert content[1024:] == bytes([1, 0, 0, 0, 0xFF, 0xF4, 1, 0])
+
+
+# Appending
+
+
+def sizes_of(first, size):
+    """The layout of a writer whose first shard has a size of its own."""
+    return (("x_val_000000.bin", first) if i == 0 else (f"x_train_{i:06d}.bin", size) for i in count())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@few
+@given(
+    pieces=st.lists(st.integers(0, 25), max_size=12),
+    stops=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 30)), max_size=4),
+    first=st.integers(1, 20),
+    size=st.integers(1, 10),
+    vocab=st.sampled_from([300, 70000]),
+)
+@example(pieces=[10, 10], stops=[(1, 0)], first=10, size=10, vocab=300)  # stopped where a shard ends
+def test_a_writer_stopped_and_taken_up_anywhere(tmp_path_factory, pieces, stops, first, size, vocab):
+    """After each flush it may go on for `extra` tokens that are lost, and another one takes up what was flushed."""
+    folder, whole = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("whole")
+    tokens = np.arange(sum(pieces) + 30) * 7 % vocab
+    stops = dict(stops)
+    writer, at = ShardWriter(folder, sizes_of(first, size), vocab), 0
+    for i, piece in enumerate(pieces):
+        writer.add(tokens[at : at + piece])
+        at += piece
+        if i in stops:
+            known = writer.flush()
+            files, held = list(known["files"]), known["held"]
+            writer.add(tokens[at : at + stops[i]] ^ 1)
+            if writer._file is not None:
+                writer._file.flush()  # as much as can have reached the disk
+            writer = ShardWriter(folder, sizes_of(first, size), vocab)
+            writer.resume(files, held)
+    writer.close()
+    for row in writer.files:
+        content = (folder / row["name"]).read_bytes()
+        assert (row["bytes"], row["tokens"]) == (len(content), open_shard(folder / row["name"], vocab, True).count)
+    undisturbed = ShardWriter(whole, sizes_of(first, size), vocab)
+    undisturbed.add(tokens[:at])
+    undisturbed.close()
+    assert writer.files == undisturbed.files
+    expected = [tokens[:at][:first], *(tokens[:at][i : i + size] for i in range(first, at, size))] if at else []
+    kind = GPT2 if vocab <= 2**16 else LLAMA
+    names = [row["name"] for row in writer.files]
+    assert [(folder / name).read_bytes() for name in names] == [layout(part.tolist(), *kind) for part in expected]
+    assert {name: contents(folder)[name] for name in names} == contents(whole)
+
+
+def test_a_shard_that_is_being_written_is_none_yet(tmp_path):
+    writer = ShardWriter(tmp_path, sizes_of(10, 10), VOCAB)
+    writer.add(np.arange(5))
+    writer.flush()
+    assert "magic 0 is not" in refusal(tmp_path / "x_val_000000.bin")
+    with pytest.raises(ValueError, match="below"):
+        writer.add(np.array([VOCAB]))
 
 
 @pytest.mark.parametrize("tokens", [[-1], [5, 250, 251]])

@@ -1,0 +1,107 @@
+"""`python data/fineweb_edu.py`: FineWeb-Edu as token shards, 10 billion tokens unless --name or --max_tokens say other.
+
+FineWeb-Edu (Penedo et al. 2024, huggingface.co/datasets/HuggingFaceFW/fineweb-edu) comes as parquet files: read over
+the network as they are needed, or fetched first with --download, or, with --input, those that are already here. The
+first shard is validation. Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cfg.errors import CommandParser, UserError, closest, run_command
+from data.command import add_flags, check, check_flags, folder, run
+from data.prepare import MANIFEST, PARTIAL, RECIPE, read_json
+from data.sources import input_files
+
+REPOSITORY = "HuggingFaceFW/fineweb-edu"
+DATA = Path(__file__).resolve().parent
+
+
+def begun_files(output_dir: Path, name: str) -> list[str]:
+    """The addresses that an earlier command, or another part, read for this configuration; none if there was none.
+
+    The hub's newest revision may have changed meanwhile, and what is done need not ask a network.
+    """
+    for place in (output_dir, *sorted(output_dir.glob("part_*_of_*"))):
+        for path in (place / MANIFEST, place / PARTIAL / RECIPE):
+            content = read_json(path)
+            recipe = content.get("recipe", content)
+            if recipe.get("configuration") == name:
+                return [row["name"] for row in recipe["source"]]
+    return []
+
+
+def hub_files(repository: str, name: str, revision: str | None, download: bool) -> list[str]:
+    """Addresses of the parquet files of a configuration, pinned to a revision; paths in the cache with `download`.
+
+    Raises UserError for an unknown name, or if the hub cannot be reached.
+    """
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError(
+            "FineWeb-Edu is found through the package datasets: pip install datasets, or give --input"
+        ) from e
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which tells of each of its tries
+    print(f"asking huggingface.co for the files of {repository} {name} ...", file=sys.stderr, flush=True)
+    try:
+        known = datasets.get_dataset_config_names(repository, revision=revision)
+        if name not in known:
+            near = closest(name, known)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(known[:6])}, …"
+            raise UserError(f"--name={name}: {repository} has no such configuration; {hint}")
+        builder = datasets.load_dataset_builder(repository, name, revision=revision)
+        files = [str(path) for path in builder.config.data_files["train"]]
+        if download:
+            files = datasets.DownloadManager().download(files)
+    except (OSError, ValueError, KeyError) as e:  # a hub that is not reached is an OSError of one kind or another
+        raise UserError(
+            f"--name={name}: {repository} cannot be had from huggingface.co ({type(e).__name__}); connect this machine,"
+            f" or fetch the parquet files elsewhere and give --input 'FOLDER/*.parquet'"
+        ) from e
+    return files
+
+
+def default_output(name: str) -> Path:
+    """data/edu_fineweb10B for sample-10BT, data/edu_fineweb_CC-MAIN-2024-10 for that."""
+    size = re.fullmatch(r"sample-(\d+B)T", name)
+    return DATA / (f"edu_fineweb{size[1]}" if size else f"edu_fineweb_{name}")
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--name",
+        default="sample-10BT",
+        help="configuration: sample-10BT, sample-100BT, sample-350BT, CC-MAIN-2024-10, … (default: sample-10BT)",
+    )
+    parser.add_argument("--input", nargs="+", default=[], metavar="GLOB", help="parquet files that are already here")
+    parser.add_argument("--revision", help="commit of the data set on the hub (default: that of the first command)")
+    parser.add_argument("--download", action="store_true", help="fetch all files into the cache before reading them")
+    parser.add_argument("--output_dir", type=folder, help="default: data/edu_fineweb10B for sample-10BT, and so on")
+    add_flags(parser)
+    args = parser.parse_args()
+    check_flags(args)
+    if Path(args.name).name != args.name:
+        raise UserError(f"--name={args.name} must be the name of a configuration, such as sample-10BT")
+    args.output_dir = args.output_dir or default_output(args.name)
+    if args.check:
+        return check(args.output_dir, args.tokenizer)
+    if args.input:
+        files, recipe = input_files(args.input), {}
+    else:
+        files = [] if args.revision or args.download else begun_files(args.output_dir, args.name)
+        files = files or hub_files(REPOSITORY, args.name, args.revision, args.download)
+        recipe = {} if args.download else {"configuration": args.name}
+    run(args, "edufineweb", files, recipe, val_tokens=args.shard_size)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,219 @@
+"""`python data/hellaswag.py`: HellaSwag's validation set (Zellers et al. 2019), as text and as GPT-2 tokens.
+
+Writes data/hellaswag/hellaswag_val.jsonl, the official file, and hellaswag_val.bin, the same for llm.c:
+256 little-endian int32, [0] magic 20240522, [1] version 1, [2] number of examples, [3] bytes of the
+longest; then the examples, all in uint16: 65535, bytes of this example, its index, label, number of
+completions, and the context and each completion as a count and as many tokens. A completion's tokens
+are those of its text with a space before it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from cfg.errors import CommandParser, UserError, run_command
+from cfg.files import write_atomically
+from data import assets
+from data.tokenizer import load_tokenizer
+
+DEFAULT_OUTPUT = Path(__file__).resolve().parent / "hellaswag"
+OFFICIAL = "hellaswag_val.jsonl"
+ENDINGS = 4
+HEADER_INTS = 256
+HEADER_BYTES = HEADER_INTS * 4
+MAGIC, VERSION = 20240522, 1
+START_OF_EXAMPLE = 2**16 - 1  # so no token may have this id
+EXAMPLE_HEAD = 5  # start, bytes, index, label, number of completions
+
+
+@dataclass(frozen=True)
+class Example:
+    """An unfinished text, and endings of which the `label`-th, counted from 0, is the right one."""
+
+    context: str
+    endings: list[str]
+    label: int
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """The same in tokens; an ending's begin with its leading space."""
+
+    context: list[int]
+    endings: list[list[int]]
+    label: int
+
+
+def read_hellaswag(path: Path) -> Iterator[Example]:
+    """The examples of a .jsonl file with the official file's fields `ctx`, `endings` and `label`.
+
+    Raises UserError naming the file, and the line if one of them is not an example.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path}: holds no examples")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield _example(line)
+            except ValueError as e:
+                raise UserError(f"{path}, line {number}: {e}") from e
+
+
+def _example(line: bytes) -> Example:
+    """Raises ValueError that says what in `line` is not an example's."""
+    try:
+        row: Any = json.loads(line)
+    except ValueError as e:
+        raise ValueError("not JSON") from e
+    if not isinstance(row, dict):
+        raise ValueError("not an object {...}")
+    if missing := [field for field in ("ctx", "endings", "label") if field not in row]:
+        raise ValueError(f"no field {missing[0]!r}; an example has ctx, endings and label")
+    context, endings, label = row["ctx"], row["endings"], row["label"]
+    if not isinstance(endings, list) or len(endings) != ENDINGS:
+        raise ValueError(f"endings must be a list of {ENDINGS}")
+    for text in (context, *endings):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("ctx and endings must be texts that are not empty")
+        text.encode()  # half a surrogate pair is no text; UnicodeEncodeError is a ValueError
+    if type(label) is not int or not 0 <= label < ENDINGS:
+        raise ValueError(f"label {label!r} is not a number from 0 to {ENDINGS - 1}")
+    return Example(context, endings, label)
+
+
+def encode_example(example: Example, encode: Callable[[str], list[int]]) -> TokenExample:
+    return TokenExample(encode(example.context), [encode(" " + e) for e in example.endings], example.label)
+
+
+def write_eval_file(path: Path, examples: list[TokenExample]) -> None:
+    """Writes llm.c's evaluation file; atomic. Raises UserError for what does not fit into its uint16."""
+    streams = [_stream(path, index, example) for index, example in enumerate(examples)]
+    if not 0 < len(streams) < 2**16:
+        raise UserError(f"{path}: {len(streams)} examples; the format holds 1 to {2**16 - 1}")
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:4] = MAGIC, VERSION, len(streams), 2 * max(map(len, streams))
+    write_atomically(path, header.tobytes() + np.array(list(chain(*streams)), "<u2").tobytes())
+
+
+def _stream(path: Path, index: int, example: TokenExample) -> list[int]:
+    stream = [START_OF_EXAMPLE, 0, index, example.label, len(example.endings)]
+    for tokens in (example.context, *example.endings):
+        stream += [len(tokens), *tokens]
+    size = 2 * len(stream)
+    if size >= 2**16:
+        raise UserError(f"{path}: example {index} takes {size} bytes, the format holds less than {2**16}; leave it out")
+    if not 0 <= example.label < len(example.endings):
+        raise ValueError(f"example {index}: label {example.label} is not that of an ending")
+    if any(not 0 <= token < START_OF_EXAMPLE for tokens in (example.context, *example.endings) for token in tokens):
+        raise UserError(f"{path}: example {index} has a token id outside of uint16; the format is for GPT-2's tokens")
+    stream[1] = size
+    return stream
+
+
+def read_eval_file(path: Path) -> list[TokenExample]:
+    """The examples of an evaluation file of llm.c. Raises UserError naming the file and what is wrong with it."""
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    if len(content) < HEADER_BYTES:
+        raise UserError(f"{path}: {len(content)} bytes is less than a header of {HEADER_BYTES}; make it again")
+    magic, version, count, longest = np.frombuffer(content, "<i4", 4).tolist()
+    if magic != MAGIC:
+        raise UserError(f"{path}: magic {magic} is not an evaluation file's ({MAGIC})")
+    if version != VERSION:
+        raise UserError(f"{path}: version {version}, but only {VERSION} is known")
+    if len(content) % 2:
+        raise UserError(f"{path}: odd number of bytes ({len(content)}), so not whole uint16; truncated?")
+    stream = np.frombuffer(content, "<u2", offset=HEADER_BYTES).tolist()
+    examples, at, largest = [], 0, 0
+    for index in range(count):
+        size = stream[at + 1] // 2 if at + 1 < len(stream) else 0
+        if at + max(size, EXAMPLE_HEAD) > len(stream):
+            raise UserError(f"{path}: truncated: ends within example {index} of {count}; make it again")
+        example = _parse(stream[at : at + size], index)
+        if example is None:
+            raise UserError(f"{path}: example {index} is damaged, at byte {HEADER_BYTES + 2 * at}; make it again")
+        examples.append(example)
+        at, largest = at + size, max(largest, 2 * size)
+    if at != len(stream):
+        raise UserError(f"{path}: too long: {2 * (len(stream) - at)} bytes after the last of {count} examples")
+    if not examples or largest != longest:
+        raise UserError(f"{path}: {count} examples of up to {longest} bytes, says the header; found {largest}")
+    return examples
+
+
+def _parse(stream: list[int], index: int) -> TokenExample | None:
+    """The example of exactly this stream, or None if it is not the one of that index."""
+    if len(stream) < EXAMPLE_HEAD:
+        return None
+    start, size, its_index, label, completions = stream[:EXAMPLE_HEAD]
+    parts, at = [], EXAMPLE_HEAD
+    while at < len(stream):
+        parts.append(stream[at + 1 : at + 1 + stream[at]])
+        at += 1 + stream[at]
+    whole = at == len(stream) and len(parts) == 1 + completions and size == 2 * len(stream)
+    if (start, its_index) != (START_OF_EXAMPLE, index) or not whole or label >= completions:
+        return None
+    return TokenExample(parts[0], parts[1:], label)
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "--input", default="", help=f"a copy of {OFFICIAL}, if it cannot be fetched, or a .jsonl of your own"
+    )
+    parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
+    args = parser.parse_args()
+
+    source = find_source(args.input, args.output_dir)
+    jsonl = args.output_dir / f"{source.stem}.jsonl"
+    binary = jsonl.with_suffix(".bin")
+    examples = list(read_hellaswag(source))
+    content = source.read_bytes()
+    if jsonl.exists() and jsonl.read_bytes() != content:
+        raise UserError(f"{jsonl} is another file than {source}; choose another --output_dir or remove it")
+    if jsonl.exists() and binary.exists():
+        if len(read_eval_file(binary)) != len(examples):
+            raise UserError(f"{binary} is not made from {jsonl}; remove it")
+        print(f"{args.output_dir}: already there")
+        return
+    encode = load_tokenizer().encode
+    try:
+        write_eval_file(binary, [encode_example(example, encode) for example in examples])
+        write_atomically(jsonl, content)  # last: both are there if it is
+    except OSError as e:
+        raise UserError(f"--output_dir={args.output_dir}: {e.strerror}") from e
+    print(f"{args.output_dir}: {len(examples):,} examples in {jsonl.name} and {binary.name}")
+
+
+def find_source(given: str, output_dir: Path) -> Path:
+    """The file to read. Under the official name only the official file is taken; another is the user's own."""
+    written = output_dir / OFFICIAL
+    if given and Path(given).name != OFFICIAL:
+        if not Path(given).is_file():
+            raise UserError(f"--input={given}: no such file")
+        print(f"{given}: taken as it is; figures on it do not compare with HellaSwag's unless it is {OFFICIAL}")
+        return Path(given)
+    if not given and written.is_file() and assets.ASSETS[OFFICIAL].matches(written.read_bytes()):
+        return written
+    return assets.fetch(OFFICIAL, given)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,124 @@
+"""What the tests of preparing data share: small inputs, the commands in this process, and what lies in an output."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import command, text, tiny_shakespeare
+from data.prepare import Job
+from data.shards import open_shard
+from data.tokenizer import load_tokenizer
+from data.workers import EncodeOptions
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def fim_tokenizer():
+    return load_tokenizer("gpt2-fim")
+
+
+@pytest.fixture
+def quick(tokenizer, fim_tokenizer, monkeypatch):
+    """The commands in this process, with the tokenizers read once and tiktoken, which is the quicker to start."""
+    loaded = {"gpt2": tokenizer, "gpt2-fim": fim_tokenizer}
+    for module in (command, tiny_shakespeare):
+        monkeypatch.setattr(module, "load_tokenizer", lambda name="gpt2": loaded[name])
+
+    def run(*args, command=text):
+        usual = [] if command is tiny_shakespeare else ["--workers=1", "--encoder=tiktoken"]
+        monkeypatch.setattr(sys, "argv", ["command", *usual, *map(str, args)])
+        command.main()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_job(tokenizer):
+    """A job of the plainest kind, for what is tested below the commands."""
+
+    def make(output_dir, tokenizer=tokenizer, fim_rate=0.0, skip_bad=False, **settings):
+        options = EncodeOptions(fim_rate=fim_rate, skip_bad=skip_bad, fast=False)
+        return Job(output_dir, "x", settings.pop("recipe", {"of": "test"}), tokenizer, options, **settings)
+
+    return make
+
+
+def parquet_file(path, documents, key, rows=None):
+    pq.write_table(pa.table({"id": list(range(len(documents))), key: documents}), path, row_group_size=rows)
+
+
+def write_documents(folder: Path, suffix: str, documents: list[str], key: str = "text") -> Path:
+    """The documents as files of one kind, and what to give the command for them."""
+    if suffix.startswith(".txt"):
+        for i, document in enumerate(documents):
+            (folder / f"doc{i}{suffix}").write_bytes(packed(document.encode(), suffix))
+        return folder / f"*{suffix}"
+    path = folder / f"docs{suffix}"
+    if suffix == ".parquet":
+        parquet_file(path, documents, key)
+    else:
+        lines = "".join(json.dumps({"id": 1, key: document}) + "\n" for document in documents)
+        path.write_bytes(packed(lines.encode(), suffix))
+    return path
+
+
+def packed(content: bytes, suffix: str) -> bytes:
+    if suffix.endswith(".gz"):
+        return gzip.compress(content)
+    return pa.compress(content, codec="zstd", asbytes=True) if suffix.endswith(".zst") else content
+
+
+@pytest.fixture(scope="session")
+def write_input():
+    return write_documents
+
+
+@pytest.fixture(scope="session")
+def pack():
+    return packed
+
+
+def tokens_in_shards(folder: Path, pattern: str, vocab_size: int = 50260) -> list[list[int]]:
+    shards = [open_shard(path, vocab_size, check_all=True) for path in sorted(folder.glob(pattern))]
+    return [shard.read(0, shard.count).tolist() for shard in shards]
+
+
+@pytest.fixture(scope="session")
+def tokens_of():
+    """Token ids of the shards that a pattern names, a list a shard."""
+    return tokens_in_shards
+
+
+@pytest.fixture(scope="session")
+def whole():
+    """All tokens of an output in the order in which they were made."""
+    return lambda folder: sum(tokens_in_shards(folder, "*_val_*.bin") + tokens_in_shards(folder, "*_train_*.bin"), [])
+
+
+@pytest.fixture(scope="session")
+def documents_in(tokenizer):
+    """The texts between end-of-text tokens."""
+
+    def cut(tokens):
+        assert tokens[0] == tokenizer.end_of_text
+        cuts = [i for i, token in enumerate(tokens) if token == tokenizer.end_of_text] + [len(tokens)]
+        return [tokenizer.decode(tokens[a + 1 : b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    return cut
+
+
+@pytest.fixture(scope="session")
+def content():
+    """Every file below a folder with its bytes."""
+    return lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -1,0 +1,306 @@
+"""The commands that make data: flags, parts, checks, what they print, and one line for each mistake."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cfg.errors import UserError
+from data import assets, fineweb_edu, sources, tiny_shakespeare
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ["First Citizen:\nBefore we proceed", "naïve 東京 👩‍👩‍👧", "say <|endoftext|> aloud", "  spaces \n\n", "a"]
+
+
+def command(*args, cwd=ROOT, **options):
+    script = [sys.executable, str(ROOT / "data" / "text.py"), *map(str, args)]
+    return subprocess.run(script, cwd=cwd, capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def source(tmp_path, write_input):
+    return write_input(tmp_path, ".jsonl", DOCUMENTS * 20)
+
+
+# The real command
+
+
+def test_documents_come_back_from_the_shards(tmp_path, write_input, whole, documents_in):
+    """Several files of each kind, and as many workers."""
+    for suffix in sources.SUFFIXES:
+        write_input(tmp_path, suffix, DOCUMENTS)
+    done = command("*.txt*", "*.jsonl*", "*.parquet", "--output_dir", "out", "--workers=2", cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr
+    assert re.fullmatch(r"out: 35 documents, \d+ training and \d+ validation tokens\n", done.stdout)
+    found = documents_in(whole(tmp_path / "out"))
+    assert sorted(found) == sorted(DOCUMENTS * 7) and found[20:] == DOCUMENTS * 3
+    names = ["manifest.json", "out_train_000001.bin", "out_val_000000.bin"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_workers_and_encoder_do_not_change_a_byte(tmp_path, quick, content, monkeypatch, write_input):
+    for i in range(3):
+        (tmp_path / f"{i}").mkdir()
+        write_input(tmp_path / f"{i}", ".jsonl", [f"{i} {text}" for text in DOCUMENTS * 20])
+    args = [*tmp_path.glob("?/*.jsonl"), "--name=x", "--shard_size=200", "--fim_rate=0.5", "--tokenizer=gpt2-fim"]
+    assert command(*args, "--output_dir", tmp_path / "two", "--workers=2").returncode == 0
+    monkeypatch.setattr(sources, "UNIT_BYTES", 200)
+    quick(*args, "--output_dir", tmp_path / "one")
+    quick(*args, "--output_dir", tmp_path / "fast", "--encoder=auto")
+    assert content(tmp_path / "two") == content(tmp_path / "one") == content(tmp_path / "fast")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, source, workers):
+    for i, bad in enumerate([b"oops", b'{"text": "\xff"}']):
+        (tmp_path / f"bad{i}.jsonl").write_bytes(bad)
+        done = command(source, tmp_path / f"bad{i}.jsonl", "--output_dir", tmp_path / "out", "--workers", workers)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and f"bad{i}.jsonl" in done.stderr
+    assert os.listdir(tmp_path / "out") == [".partial"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_full_is_one_line(tmp_path, source, workers):
+    """A limit on the size of a file, which a worker meets first and the shards later, stands in for it."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    args = [source, source.parent / "again.jsonl", "--output_dir", tmp_path / "out", "--workers", workers, "--name=x"]
+    (source.parent / "again.jsonl").write_bytes(source.read_bytes() * 3)
+    done = command(*args, preexec_fn=limit)
+    assert done.returncode == 2, done
+    assert done.stderr.count("\n") == 1 and "File too large; what is done is kept" in done.stderr
+    assert os.listdir(tmp_path / "out") == [".partial"]
+    assert command(*args).returncode == 0
+
+
+# Options
+
+
+def test_an_option_that_matters_makes_other_shards(tmp_path, quick, source):
+    quick(source, "--output_dir", tmp_path / "out")
+    for option in ("--shard_size=50", "--val_tokens=7", "--name=other", "--max_tokens=9", "--skip_bad"):
+        with pytest.raises(UserError, match=f"other input or options .{option[2:].split('=')[0]}.;"):
+            quick(source, "--output_dir", tmp_path / "out", option)
+    with pytest.raises(UserError, match="options .tokenizer."):
+        quick(source, "--output_dir", tmp_path / "out", "--tokenizer=gpt2-fim")
+    source.write_text('{"text": "other"}\n')
+    with pytest.raises(UserError, match="options .source."):
+        quick(source, "--output_dir", tmp_path / "out")
+
+
+def test_an_option_that_does_not_matter_finds_everything_there(tmp_path, quick, source, capsys):
+    quick(source, "--output_dir", tmp_path / "out")
+    quick(source, "--output_dir", tmp_path / "out", "--workers=3", "--encoder=auto")
+    assert capsys.readouterr().out.endswith("out: already there\n")
+
+
+def test_a_mistake_can_be_mended_in_place(tmp_path, quick, whole, documents_in):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\noops\n')
+    with pytest.raises(UserError):
+        quick(path, "--output_dir", tmp_path / "out")
+    path.write_text('{"text": "fine"}\n')
+    quick(path, "--output_dir", tmp_path / "out")
+    assert documents_in(whole(tmp_path / "out")) == ["fine"]
+
+
+WRONG = """--shard_size=0 --shard_size=-5 --shard_size=2147483648 --val_tokens=-1 --val_tokens=2147483648
+    --shard_size=many --val_tokens=nan --x=1 --workers=0 --max_tokens=-1 --fim_rate=1.1 --fim_rate=-0.1 --fim_rate=nan
+    --fim_spm_rate=0.5 --part=0/2 --encoder=fast --name=a/b"""
+
+
+@pytest.mark.parametrize("option", WRONG.split())
+def test_options_out_of_range(tmp_path, quick, source, option):
+    with pytest.raises(UserError, match=option.split("=")[0]):
+        quick(source, "--output_dir", tmp_path / "out", option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_do_not_go_together(tmp_path, quick, source):
+    (tmp_path / "m.yaml").write_text(json.dumps({"tokens": 9, "sources": {"a": {"input": str(source), "weight": 1}}}))
+    mixture, out = ["--mixture", tmp_path / "m.yaml"], ["--output_dir", tmp_path / "out"]
+    for args, message in [
+        ([source], "--output_dir"),
+        (out, "name the files to read, or a --mixture"),
+        ([source, *mixture, *out], "one of the two"),
+        ([*mixture, *out, "--join"], "--mixture is drawn by one command"),
+        ([*mixture, *out, "--max_tokens=5"], "--mixture is drawn by one command"),
+        ([source, *out, "--part=1/2", "--join"], "give one of the two"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            quick(*args)
+    assert not (tmp_path / "out").exists()
+
+
+# Parts
+
+
+def test_parts_and_join(tmp_path, quick, source, content, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 300)
+    args = [source, "--name=x", "--shard_size=100", "--val_tokens=20"]
+    quick(*args, "--output_dir", tmp_path / "one")
+    for k in (3, 1, 2):
+        quick(*args, "--output_dir", tmp_path / "out", f"--part={k}/3")
+    quick(*args, "--output_dir", tmp_path / "out", "--join")
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+    quick(*args, "--output_dir", tmp_path / "out", "--part=2/3")
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].replace("one:", "out:") == lines[-2] and lines[-1].endswith("already there")
+    assert [re.search(r"part_\d_of_3(?=:)", line)[0] for line in lines[1:4]] == [f"part_{k}_of_3" for k in (3, 1, 2)]
+
+
+# --check
+
+
+def test_check_counts_what_is_there(tmp_path, quick, source, tokenizer, capsys):
+    quick(source, "--output_dir", tmp_path / "out", "--shard_size=500")
+    capsys.readouterr()
+    quick("--output_dir", tmp_path / "out", "--check")
+    tokens = 20 * sum(1 + len(tokenizer.encode(text)) for text in DOCUMENTS)
+    size = 20 * sum(len(text.encode()) for text in DOCUMENTS)
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'out'}: {2 + tokens * 9 // 10 // 500} shards, all ids below 50,257, hashes as in the manifest\n"
+        f"100 documents, {tokens:,} tokens, {tokens / 100:.1f} tokens a document, {size / tokens:.2f} bytes a token\n"
+    )
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "gone"])
+def test_check_names_the_shard_that_is_damaged(tmp_path, quick, source, damage):
+    quick(source, "--output_dir", tmp_path / "out", "--shard_size=500", "--name=x")
+    path = tmp_path / "out" / "x_train_000002.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match="x_train_000002.bin is"):
+        quick("--output_dir", tmp_path / "out", "--check")
+
+
+def test_check_of_what_is_not_ours(tmp_path, quick, source, capsys):
+    with pytest.raises(UserError, match=str(tmp_path / "out")):
+        quick("--output_dir", tmp_path / "out", "--check")
+    quick(source, "--output_dir", tmp_path / "out")
+    with pytest.raises(UserError, match="was made with tokenizer gpt2, not gpt2-fim; give it as --tokenizer"):
+        quick("--output_dir", tmp_path / "out", "--check", "--tokenizer=gpt2-fim")
+    manifest = tmp_path / "out" / "manifest.json"
+    former = json.loads(manifest.read_text()) | {"tokenizer": "gpt2"}
+    manifest.write_text(json.dumps(former))
+    with pytest.raises(UserError, match="not a manifest of this rawgpt"):
+        quick("--output_dir", tmp_path / "out", "--check")
+    manifest.unlink()
+    quick("--output_dir", tmp_path / "out", "--check")
+    assert "no manifest, so no hashes to compare\n" in capsys.readouterr().out
+
+
+# FineWeb-Edu from files that are here, and tinyshakespeare
+
+
+def test_fineweb_edu_from_files_at_hand(tmp_path, quick, whole, documents_in, tokens_of):
+    for i in range(2):
+        table = pa.table({"id": [f"{j}" for j in range(60)], "text": [f"{i} document {j}" for j in range(60)]})
+        pq.write_table(table, tmp_path / f"{i:03d}_00000.parquet", row_group_size=10)
+    quick(f"--input={tmp_path}/*.parquet", "--output_dir", tmp_path / "out", "--shard_size=100", command=fineweb_edu)
+    assert documents_in(whole(tmp_path / "out")) == [f"{i} document {j}" for i in range(2) for j in range(60)]
+    sizes = [len(shard) for shard in tokens_of(tmp_path / "out", "edufineweb_*_*.bin")]
+    assert sizes[:-2] + sizes[-1:] == [100] * (len(sizes) - 1) and 0 < sizes[-2] <= 100  # val sorts last
+
+
+@pytest.mark.parametrize(
+    "name, folder",
+    [
+        ("sample-10BT", "edu_fineweb10B"),
+        ("sample-350BT", "edu_fineweb350B"),
+        ("CC-MAIN-2024-10", "edu_fineweb_CC-MAIN-2024-10"),
+    ],
+)
+def test_fineweb_edus_folders(name, folder):
+    assert fineweb_edu.default_output(name) == ROOT / "data" / folder
+
+
+def test_tinyshakespeare_is_split_by_characters(tmp_path, quick, tokens_of, documents_in, capsys):
+    quick("--output_dir", tmp_path, command=tiny_shakespeare)
+    original = assets.fetch("tinyshakespeare.txt").read_text()
+    parts = [documents_in(*tokens_of(tmp_path, f"tiny_shakespeare_{s}.bin")) for s in ("train", "val")]
+    assert [len(part) for part in parts] == [1, 1]
+    assert parts[0][0] + parts[1][0] == original and len(parts[0][0]) == int(0.9 * len(original))
+    quick("--output_dir", tmp_path, command=tiny_shakespeare)
+    assert capsys.readouterr().out.endswith("already there\n")
+    quick("--output_dir", tmp_path, "--check")
+    assert "2 documents, " in capsys.readouterr().out
+
+
+def test_another_file_is_not_tinyshakespeare(tmp_path, quick):
+    (tmp_path / "other.txt").write_text("To be")
+    with pytest.raises(UserError, match="not tinyshakespeare.txt"):
+        quick(f"--input={tmp_path / 'other.txt'}", "--output_dir", tmp_path / "out", command=tiny_shakespeare)
+
+
+# FineWeb-Edu on a hub, for which a folder of the same make stands in
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    folder = tmp_path / "hub"
+    (folder / "sample" / "10BT").mkdir(parents=True)
+    for i in range(2):
+        pq.write_table(
+            pa.table({"text": [f"Page {i} {j}." for j in range(50)]}), folder / f"sample/10BT/{i:03d}.parquet"
+        )
+    header = "configs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n"
+    (folder / "README.md").write_text(f"---\n{header}---\n")
+    monkeypatch.setattr(fineweb_edu, "REPOSITORY", str(folder))
+    real = fineweb_edu.hub_files
+    calls = []
+
+    def addresses(*args):
+        calls.append(args)
+        return [f"file://{path}" for path in real(*args)]
+
+    monkeypatch.setattr(fineweb_edu, "hub_files", addresses)
+    return calls
+
+
+def test_fineweb_edu_from_a_hub(tmp_path, quick, hub, whole, documents_in):
+    out = tmp_path / "out"
+    quick("--output_dir", out, command=fineweb_edu)
+    assert documents_in(whole(out)) == [f"Page {i} {j}." for i in range(2) for j in range(50)]
+    quick("--output_dir", out, command=fineweb_edu)  # there already: no hub is asked
+    assert len(hub) == 1
+
+
+def test_parts_read_the_revision_of_the_first(tmp_path, quick, hub, capsys):
+    for part in ("--part=1/2", "--part=2/2", "--join"):
+        quick("--output_dir", tmp_path / "out", part, command=fineweb_edu)
+    assert len(hub) == 1
+    assert "100 documents" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_unknown_configuration(tmp_path, quick, hub):
+    with pytest.raises(UserError, match="no such configuration; did you mean sample-10BT"):
+        quick("--name=sample-10B", "--output_dir", tmp_path / "out", command=fineweb_edu)
+
+
+def test_without_a_hub_both_ways_out_are_said(tmp_path):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    script = [sys.executable, str(ROOT / "data" / "fineweb_edu.py"), f"--output_dir={tmp_path / 'out'}"]
+    done = subprocess.run(script, capture_output=True, text=True, env=env)
+    *_, line = done.stderr.splitlines()
+    assert done.returncode == 2 and "connect this machine" in line and "--input 'FOLDER/*.parquet'" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a_val_b", "x_train_1"])
+def test_names_that_would_mistake_the_shards(tmp_path, quick, source, name):
+    with pytest.raises(UserError, match="--name"):
+        quick(source, "--output_dir", tmp_path / "out", f"--name={name}")
