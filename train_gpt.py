@@ -20,15 +20,17 @@ STARTED = time.monotonic()  # --max_minutes count from here
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.documents import document_positions
 from data.loader import Loader, Prefetcher, check_same_data
-from data.shards import find_shards, open_shard
-from data.tokenizer import decode, load_tokenizer, token_bytes
+from data.mixed_loader import MixedLoader, parse_sources
+from data.shards import Shard, find_shards, open_shard
+from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, check_tokenizer_of, load_tokenizer
 from eval.generate import generate
 from eval.perplexity import fixed_windows, summarize, windows_loss
 from model.gpt import GPT, init_weights
@@ -39,9 +41,6 @@ from train.optimizer import make_optimizer, set_learning_rate
 from train.parallel import parallelize, settle, sync_gradients
 from train.schedule import learning_rate
 
-if TYPE_CHECKING:
-    from tiktoken import Encoding
-
 EXIT_STOPPED = 4  # a signal ended the run early, and the checkpoint to go on from is written
 
 
@@ -51,9 +50,11 @@ class Run:
 
     config: Config
     ranks: Ranks
-    train_data: Loader
+    train_data: Loader | MixedLoader
     val_data: Loader | None
-    tokenizer: "Encoding | None"
+    tokenizer: Tokenizer | None
+    tokenizer_identity: dict[str, Any]  # name, size and hash: what shards and checkpoints are compared with
+    end_of_text: int | None  # the token that documents begin with; None without --doc_mask
     model: GPT  # names the parameters, evaluates, samples
     train_model: torch.nn.Module  # the same parameters, compiled and wrapped: this one trains
     optimizer: torch.optim.Optimizer
@@ -77,9 +78,11 @@ def setup(config: Config) -> Run:
         # Not warn_only: memory-efficient attention, which fp32 uses, would then warn and stay as it is.
         torch.use_deterministic_algorithms(True)
 
-    train_data = open_data(config, "input_train_bin", config.total_batch_size // config.sequence_length)
-    val_data = open_data(config, "input_val_bin", 1) if config.input_val_bin else None
     tokenizer = open_tokenizer(config, ranks)
+    identity = tokenizer.identity if tokenizer else NAMED_IDENTITIES.get(config.tokenizer, {"name": "none"})
+    train_data = open_train_data(config, identity)
+    val_data = open_val_data(config, identity) if config.input_val_bin else None
+    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
 
     model = GPT(config)
@@ -90,49 +93,79 @@ def setup(config: Config) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     if ranks.is_main:
         micro_steps = config.total_batch_size // (config.batch_size * config.sequence_length * ranks.world_size)
+        tokens = sum(shard.count for shard in train_data.shards)
         print(
             f"{model.num_params():,} parameters, {config.dtype}, {ranks.world_size} × {device_name(device)}\n"
-            f"{len(train_data.stream):,} training tokens; {config.total_batch_size:,} a step = {config.batch_size} ×"
+            f"{tokens:,} training tokens; {config.total_batch_size:,} a step = {config.batch_size} ×"
             f" {config.sequence_length} × {ranks.world_size} ranks × {micro_steps} micro-steps\n{line}"
         )
-        for warning in warnings(config, device):
+        if isinstance(train_data, MixedLoader):
+            print(train_data.describe(config.num_iterations))
+        for warning in warnings(config, device, train_data.shards, val_data.shards if val_data else []):
             print(f"warning: {warning}")
-    return Run(config, ranks, train_data, val_data, tokenizer, model, train_model, optimizer, scaler)
+    data = (train_data, val_data, tokenizer, identity, end_of_text)
+    return Run(config, ranks, *data, model, train_model, optimizer, scaler)
 
 
-def warnings(config: Config, device: torch.device) -> list[str]:
+def warnings(config: Config, device: torch.device, train: list[Shard], val: list[Shard]) -> list[str]:
     """What is allowed but rarely meant."""
     found = []
     if config.warmup_iters >= config.num_iterations and config.warmup_iters:
         found.append(
             f"--warmup_iters={config.warmup_iters} is not over within --num_iterations={config.num_iterations}"
         )
-    if config.input_val_bin:
-        train, val = (find_shards(getattr(config, flag), flag) for flag in ("input_train_bin", "input_val_bin"))
-        if both := {p.resolve() for p in train} & {p.resolve() for p in val}:
-            found.append(f"{min(both)} is trained on and validated on")
+    if both := {s.path.resolve() for s in train} & {s.path.resolve() for s in val}:
+        found.append(f"{min(both)} is trained on and validated on")
     if config.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         found.append("this GPU only emulates bfloat16; --dtype=float16 is faster")
     return found
 
 
-def open_data(config: Config, flag: str, sequences_per_batch: int) -> Loader:
-    """The checked shards behind --input_train_bin or --input_val_bin."""
-    paths = find_shards(getattr(config, flag), flag)
-    shards = [open_shard(path, config.vocab_size, config.check_data) for path in paths]
-    return Loader(shards, config.sequence_length, sequences_per_batch, config.seed, config.shuffle, flag)
+def open_shards(config: Config, pattern: str, flag: str, identity: dict[str, Any]) -> list[Shard]:
+    """The checked shards of a glob, made by the tokenizer of that identity as far as they say."""
+    paths = find_shards(pattern, flag)
+    if config.tokenizer != "none":
+        check_tokenizer_of(paths, identity, flag)
+    return [open_shard(path, config.vocab_size, config.check_data) for path in paths]
 
 
-def open_tokenizer(config: Config, ranks: Ranks) -> "Encoding | None":
-    """The tokenizer, which only samples and bits per byte need; None, with a word about it, if it cannot be had."""
-    if config.tokenizer == "none" or not (config.sample_every or config.input_val_bin):
+def open_train_data(config: Config, identity: dict[str, Any]) -> Loader | MixedLoader:
+    """--input_train_bin: one glob, or several mixed by weight."""
+    pattern, flag = config.input_train_bin, "input_train_bin"
+    order = (config.sequence_length, config.total_batch_size // config.sequence_length, config.seed, config.shuffle)
+    if sources := parse_sources(pattern, flag):
+        return MixedLoader(sources, [open_shards(config, s.pattern, flag, identity) for s in sources], *order, flag)
+    return Loader(open_shards(config, pattern, flag, identity), *order, flag)
+
+
+def open_val_data(config: Config, identity: dict[str, Any]) -> Loader:
+    """--input_val_bin: one glob."""
+    pattern, flag = config.input_val_bin, "input_val_bin"
+    if parse_sources(pattern, flag):
+        raise UserError(f"--{flag}={pattern}: validation reads one set of shards; give one glob without name=weight:")
+    shards = open_shards(config, pattern, flag, identity)
+    return Loader(shards, config.sequence_length, 1, config.seed, config.shuffle, flag)
+
+
+def open_tokenizer(config: Config, ranks: Ranks) -> Tokenizer | None:
+    """The tokenizer, which samples, bits per byte and --doc_mask need.
+
+    None for --tokenizer=none; for gpt2, the default, also where nothing needs it, or, with a word about it, if it
+    cannot be had or is not that of the vocabulary. With any other, or with --doc_mask, that is an error.
+    """
+    is_default = config.tokenizer == "gpt2" and not config.doc_mask
+    if config.tokenizer == "none" or (is_default and not (config.sample_every or config.input_val_bin)):
         return None
+    if config.tokenizer not in NAMES:
+        return load_tokenizer(config.tokenizer, config.vocab_size)  # a file that is here, or a mistake
 
     def first() -> str:  # one rank fetches it, the others then find it in the cache
         try:
             load_tokenizer(config.tokenizer, config.vocab_size)
             return ""
         except UserError as error:
+            if not is_default:
+                raise
             return str(error)
 
     if problem := ranks.on_main(first):
@@ -150,6 +183,10 @@ def resume(run: Run) -> dict[str, Any]:
         return {"step": 0, "wandb_id": None, "record": {"elapsed_s": 0.0}}
     state = checkpoint.read_state(path)
     check_same_data(state["data"], run.train_data.identity)
+    saved_tokenizer = state.get("tokenizer", {"name": "none"})
+    check_same_tokenizer(saved_tokenizer, run.tokenizer_identity)
+    if run.tokenizer_identity["name"] == "none":
+        run.tokenizer_identity = saved_tokenizer  # not looked at now, but not to be forgotten
     changes = checkpoint.check_same_model(path, config)
     checkpoint.load(path, run.model, run.optimizer)
     if run.scaler.is_enabled() and state["scaler"]:
@@ -174,9 +211,11 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     loss_sum = torch.zeros((), device=batch.device)
     micro_batches = batch.split(config.batch_size)
     for i, micro_batch in enumerate(micro_batches):
+        idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]
+        positions = document_positions(idx, run.end_of_text) if run.end_of_text is not None else None
         sync_gradients(run.train_model, on=i == len(micro_batches) - 1)
         with run.autocast():
-            loss, _ = run.train_model(micro_batch[:, :-1], micro_batch[:, 1:])
+            loss, _ = run.train_model(idx, targets, positions=positions)
         scaler.scale(loss * (run.ranks.world_size / config.total_batch_size)).backward()
         loss_sum += loss.detach()
 
@@ -204,7 +243,7 @@ def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None] | Non
     config, ranks, data = run.config, run.ranks, run.val_data
     assert data is not None, "validation is due only with data for it"
     windows = fixed_windows(data.windows, config.val_max_steps * config.total_batch_size // config.sequence_length)
-    bytes_of = token_bytes(run.tokenizer, config.vocab_size) if run.tokenizer else None
+    bytes_of = run.tokenizer.byte_lengths(config.vocab_size) if run.tokenizer else None
     share = windows[ranks.rank :: ranks.world_size]
     rounds = -(-len(windows) // (config.batch_size * ranks.world_size))
 
@@ -212,20 +251,22 @@ def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None] | Non
         return not any(ranks.sum_floats(stop.votes()))
 
     with run.autocast():
-        sums = windows_loss(run.model, data, share, config.batch_size, rounds, ranks.device, bytes_of, go_on)
+        sums = windows_loss(
+            run.model, data, share, config.batch_size, rounds, ranks.device, bytes_of, go_on, run.end_of_text
+        )
     return summarize(*ranks.sum_floats(sums)) if sums is not None else None
 
 
 def sample(run: Run, step: int) -> str:
     """Text of a new document, also written to samples/. All ranks draw it: a sharded model needs them all."""
     config, tokenizer = run.config, run.tokenizer
-    prompt = [tokenizer.eot_token, *tokenizer.encode_ordinary(config.sample_prompt)] if tokenizer else [0]
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)] if tokenizer else [0]
     idx = torch.tensor([prompt], device=run.ranks.device)
     generator = torch.Generator().manual_seed(config.seed + step)
     # To the compiler each length is a shape of its own, so samples are drawn uncompiled.
     with torch.compiler.set_stance("force_eager"), run.autocast():
         tokens = generate(run.model, idx, config.sample_tokens, 0.8, 50, generator)[0, 1:].tolist()
-    text = decode(tokenizer, tokens) if tokenizer else " ".join(map(str, tokens))
+    text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
     if run.ranks.is_main:
         (Path(config.output_dir) / "samples" / f"step_{step:08d}.txt").write_text(text + "\n")
     return text
@@ -239,8 +280,10 @@ def save(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
         "data": run.train_data.identity,
         "scaler": run.scaler.state_dict(),
         "wandb_id": metrics.wandb_id,
+        "tokenizer": run.tokenizer_identity,
     }
-    checkpoint.save(run.ranks, run.config, record["step"], run.model, run.optimizer, state)
+    files = run.tokenizer.files if run.tokenizer else {}
+    checkpoint.save(run.ranks, run.config, record["step"], run.model, run.optimizer, state, files)
 
 
 def report(run: Run, metrics: Metrics, record: dict[str, Any], stop: guard.StopRequest) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from data.documents import document_positions
 from data.loader import Loader
 from model.gpt import GPT
 from model.loss import IGNORE_INDEX
@@ -29,13 +30,15 @@ def windows_loss(
     device: torch.device,
     token_bytes: np.ndarray | None,
     go_on: Callable[[], bool],
+    end_of_text: int | None = None,
 ) -> list[float] | None:
     """[summed loss in nats, tokens, bytes] over `windows`, in exactly `rounds` forward passes of `batch_size`.
 
     What is missing is filled up with rows that count nothing: all passes then have one shape, and all
     ranks make the same number of them, which a sharded model needs. `token_bytes` (vocab_size,) gives
     the bytes of the targets' text; without it that number is 0. `go_on` is asked before each pass, and None
-    returned once it says no. Leaves the model in training mode.
+    returned once it says no. `end_of_text`, if given, keeps attention within documents. Leaves the model in
+    training mode.
     """
     padded: list[int | None] = [*windows, *[None] * (rounds * batch_size - len(windows))]
     loss_sum = tokens = count_bytes = 0.0
@@ -48,7 +51,9 @@ def windows_loss(
         rows = loader.gather([0 if w is None else w for w in chosen]).long()
         empty = torch.tensor([w is None for w in chosen])
         targets = rows[:, 1:].masked_fill(empty[:, None], IGNORE_INDEX)
-        loss, count = model.loss(rows[:, :-1].to(device), targets.to(device))
+        idx = rows[:, :-1].to(device)
+        positions = document_positions(idx, end_of_text) if end_of_text is not None else None
+        loss, count = model.loss(idx, targets.to(device), positions)
         loss_sum += loss.item()
         tokens += count.item()
         if token_bytes is not None:

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cfg.config import ModelConfig
 from model.layers import apply_rotary
 
 Rotary = tuple[Tensor, Tensor]
+Mask: TypeAlias = Tensor | BlockMask
+
+
+def document_mask(positions: Tensor, flex: bool) -> Mask:
+    """Who sees whom where a row holds several documents: what came before in the same one, and itself.
+
+    `positions` (B, T) count from the start of each document. Returns (B, 1, T, T) bool, query by key, True where
+    attention goes; with `flex` the same for FlexAttention (Dong et al. 2024), which skips the tiles without any.
+    """
+    B, T = positions.shape
+    index = torch.arange(T, device=positions.device)
+    starts = index - positions
+
+    def visible(b: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        return (starts[b, query] <= key) & (key <= query)
+
+    if flex:
+        return create_block_mask(visible, B, None, T, T, device=positions.device)
+    return visible(torch.arange(B, device=positions.device)[:, None, None, None], None, index[:, None], index)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before.
+    """Multi-head attention in which a position sees itself and what came before, or what a `document_mask` says.
 
     `c_attn` holds query, key and value in that order. With `n_kv_head < n_head` each key/value head
     serves n_head / n_kv_head query heads (GQA, Ainslie et al. 2023). QK-norm is an RMSNorm on each
@@ -36,7 +57,7 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         sizes = [self.n_head * self.head_dim] + [self.n_kv_head * self.head_dim] * 2
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(sizes, dim=-1))
@@ -46,20 +67,25 @@ class CausalSelfAttention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         q, k = q.to(v.dtype), k.to(v.dtype)  # attention wants one dtype
         dropout = self.dropout if self.training else 0.0
-        if self.flash:
-            y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=self.n_kv_head != self.n_head
-            )
+        gqa = self.n_kv_head != self.n_head
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+        elif self.flash:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=gqa)
         else:
-            y = masked_softmax_attention(q, k, v, dropout)
+            y = masked_softmax_attention(q, k, v, dropout, mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
-def masked_softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(QKᵀ/√D, causal) V written out, softmax in fp32. Shapes as in the class; returns (B, H, T, D)."""
+def masked_softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None) -> Tensor:
+    """softmax(QKᵀ/√D, mask) V written out, softmax in fp32. Shapes as in the class; returns (B, H, T, D).
+
+    `mask` as of `document_mask`; None is causal.
+    """
     repeat = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))
-    future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    if mask is None:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
     return F.dropout(weights, dropout).to(v.dtype) @ v

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cfg.config import ModelConfig
-from model.attention import CausalSelfAttention, Rotary
+from model.attention import CausalSelfAttention, Mask, Rotary, document_mask
 from model.layers import MLP, make_norm, rotary_table
 from model.loss import linear_cross_entropy
 
 INIT_STD = 0.02  # GPT-2's
+FLEX_TILE = 128  # FlexAttention's: shorter rows leave nothing to skip, and go through a kernel meant for decoding
 
 
 class Block(nn.Module):
@@ -28,8 +29,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x), rotary)
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None) -> Tensor:  # (B, T, C) -> same
+        x = x + self.attn(self.ln_1(x), rotary, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -43,6 +44,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.flex = False  # documents are kept apart by FlexAttention: only where the blocks are compiled
         padded = -(-config.vocab_size // config.vocab_pad) * config.vocab_pad
         self.wte = nn.Embedding(padded, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
@@ -56,41 +58,51 @@ class GPT(nn.Module):
         """(V_padded, C)"""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, idx: Tensor) -> Tensor:
+    def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """Token ids (B, T) to the final normalised hidden states (B, T, C).
 
-        Raises ValueError if the ids are not a (B, T) batch or are longer than the position table.
+        `positions` (B, T) of each token in its document, from 0 on and below T, keep attention within documents;
+        without them a row is one document. Raises ValueError if the ids are not a (B, T) batch, are longer than
+        the position table, or the positions have another shape.
         """
         if idx.dim() != 2:
             raise ValueError(f"token ids must be (batch, time), not {tuple(idx.shape)}")
+        if positions is not None and positions.shape != idx.shape:
+            raise ValueError(f"positions are {tuple(positions.shape)}, token ids {tuple(idx.shape)}")
         T = idx.size(1)
+        mask = None if positions is None else document_mask(positions, self.flex and T >= FLEX_TILE)
         x = self.wte(idx)
         rotary = None
         if self.wpe is not None:
             if self.wpe.num_embeddings < T:
                 raise ValueError(f"{T} tokens, but the position table has {self.wpe.num_embeddings} rows")
-            x = x + self.wpe(torch.arange(T, device=idx.device))
+            x = x + self.wpe(torch.arange(T, device=idx.device) if positions is None else positions)
         else:
             head_dim = self.config.n_embd // self.config.n_head
             rotary = rotary_table(T, head_dim, self.config.rope_base, idx.device)
+            if positions is not None:  # (T, D/2) -> (B, 1, T, D/2)
+                rotary = rotary[0][positions][:, None], rotary[1][positions][:, None]
         x = self.drop(x)
         for block in self.h:
-            x = block(x, rotary)
+            x = block(x, rotary, mask)
         return self.ln_f(x)
 
-    def loss(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, idx: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Summed loss in nats and number of targets, for ids and targets (B, T); see `linear_cross_entropy`."""
-        x = self.hidden(idx)
+        x = self.hidden(idx, positions)
         c = self.config
         return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), c.vocab_size, c.logit_softcap)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, last_only: bool = False
+        self, idx: Tensor, targets: Tensor | None = None, last_only: bool = False, positions: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """With targets: (loss sum, target count). Without: logits (B, T, vocab_size), or of the last position only."""
+        """With targets: (loss sum, target count). Without: logits (B, T, vocab_size), or of the last position only.
+
+        `positions` as in `hidden`.
+        """
         if targets is not None:
-            return self.loss(idx, targets)
-        x = self.hidden(idx)
+            return self.loss(idx, targets, positions)
+        x = self.hidden(idx, positions)
         x = x[:, -1:] if last_only else x
         # Slicing after the product keeps the matrix shape aligned; the padding is dropped here.
         logits = nn.functional.linear(x, self.head_weight)[..., : self.config.vocab_size]

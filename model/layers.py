@@ -54,6 +54,9 @@ def rotary_table(length: int, head_dim: int, base: float, device: torch.device) 
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, H, T, D) by position. Dimension i is paired with i + D/2, as in Llama's released weights."""
+    """Rotates x (B, H, T, D) by position, cos and sin being (T, D/2) or (B, 1, T, D/2).
+
+    Dimension i is paired with i + D/2, as in Llama's released weights.
+    """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

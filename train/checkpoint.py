@@ -48,16 +48,24 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def save(ranks: Ranks, config: Config, step: int, model: GPT, optimizer: Optimizer, state: dict[str, Any]) -> None:
+def save(
+    ranks: Ranks,
+    config: Config,
+    step: int,
+    model: GPT,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    extra: dict[str, bytes] | None = None,
+) -> None:
     """Writes the checkpoint of `step`; every rank must call it. Raises UserError if the disk refuses.
 
-    `state` is what else a resume needs, as JSON values.
+    `state` is what else a resume needs, as JSON values; `extra` are files that go with the model, its tokenizer's.
     """
 
     def write() -> None:
         folder = Path(config.output_dir) / "checkpoints"
         try:
-            _write(folder, config, step, ranks.world_size, model, optimizer, state)
+            _write(folder, config, step, ranks.world_size, model, optimizer, state, extra or {})
             _prune(folder, step, config.keep_last, config.keep_every)
         except OSError as e:
             shutil.rmtree(folder / f"{SAVING}{step:08d}", ignore_errors=True)
@@ -70,7 +78,14 @@ def save(ranks: Ranks, config: Config, step: int, model: GPT, optimizer: Optimiz
 
 
 def _write(
-    folder: Path, config: Config, step: int, world_size: int, model: GPT, optimizer: Optimizer, state: dict[str, Any]
+    folder: Path,
+    config: Config,
+    step: int,
+    world_size: int,
+    model: GPT,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    extra: dict[str, bytes],
 ) -> None:
     final, temporary = folder / f"step_{step:08d}", folder / f"{SAVING}{step:08d}"
     if final.exists():
@@ -83,6 +98,8 @@ def _write(
     tensors = {k: v.detach().contiguous() for k, v in optimizer_tensors(optimizer, model).items()}
     save_file(tensors, temporary / "optimizer.safetensors")
     _write_json(temporary / STATE, {"step": step, **state})
+    for name, content in extra.items():
+        (temporary / name).write_bytes(content)
     files = {}
     for path in sorted(temporary.iterdir()):
         flush_to_disk(path)

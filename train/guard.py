@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import signal
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from types import FrameType
 from typing import IO
 
 from cfg.errors import UserError
+from cfg.files import take_lock
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -54,20 +53,10 @@ def claim_output_dir(output_dir: Path) -> None:
     try:
         for folder in ("checkpoints", "samples", "logs"):
             (output_dir / folder).mkdir(parents=True, exist_ok=True)
-        lock = open(output_dir / ".lock", "a+")
+        _held_lock, holder = take_lock(output_dir / ".lock")
     except OSError as e:
         raise UserError(f"--output_dir={output_dir} cannot be written: {e.strerror}") from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        lock.seek(0)
+    if holder:
         raise UserError(
-            f"--output_dir={output_dir} is in use by another run (process {lock.read().strip() or 'unknown'});"
-            f" wait for it, or choose another"
-        ) from e
-    except OSError:
-        pass  # a file system without locks: better unlocked than not at all
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    _held_lock = lock
+            f"--output_dir={output_dir} is in use by another run (process {holder}); wait for it, or choose another"
+        )

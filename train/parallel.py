@@ -27,6 +27,9 @@ def parallelize(model: GPT, config: Config, ranks: Ranks) -> torch.nn.Module:
         for block in model.h:
             block.compile()
         compile_loss()
+        # FlexAttention has no dropout, and takes no head narrower than a tensor core's tile.
+        flexible = config.flash and not config.dropout and config.n_embd // config.n_head >= 16
+        model.flex = ranks.device.type == "cuda" and flexible
     if ranks.world_size == 1:
         return model
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -51,7 +54,9 @@ def settle(model: torch.nn.Module, config: Config, ranks: Ranks, autocast: Abstr
     """
     if isinstance(model, DistributedDataParallel):
         idx = torch.zeros(config.batch_size, config.sequence_length, dtype=torch.long, device=ranks.device)
+        # With positions if training has them, so that the compiler meets the same case.
+        positions = torch.arange(idx.size(1), device=ranks.device).expand_as(idx) if config.doc_mask else None
         with autocast:
-            loss, _ = model(idx, idx)
+            loss, _ = model(idx, idx, positions=positions)
         loss.backward()
         model.zero_grad(set_to_none=True)

@@ -10,6 +10,12 @@ is recorded and the rest goes on. Exit code 1 if any failed. It needs no data an
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)  # before all else: this folder holds a tokenize.py, as the standard library does
+
 import itertools
 import json
 import math
@@ -18,16 +24,11 @@ import shlex
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from torch import Tensor
 from cfg.config import Config, load_config
 from cfg.errors import CommandParser, UserError, run_command
 from cfg.files import write_atomically
+from data.documents import document_positions
 from data.shards import write_shard
 from model.gpt import GPT, init_weights
 from model.loss import IGNORE_INDEX
@@ -105,7 +107,8 @@ class Bench:
 def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     """Mean loss and the gradient of every parameter, float64 on the CPU, at the initial weights on a random batch.
 
-    Every seventh target is ignored. With `full_logits` the loss is the plain F.cross_entropy.
+    Every seventh target is ignored. With --doc_mask documents are a quarter of a row long on average. With
+    `full_logits` the loss is the plain F.cross_entropy.
     """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     model = GPT(config)
@@ -117,12 +120,14 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
     idx, targets = tokens[:, :-1], tokens[:, 1:].clone()
     targets[:, ::7] = IGNORE_INDEX
+    # One id in a quarter row's tokens stands for the end of a text.
+    positions = document_positions(idx % (config.sequence_length // 4), 0) if config.doc_mask else None
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         if full_logits:
-            logits = train_model(idx).float().flatten(0, 1)
+            logits = train_model(idx, positions=positions).float().flatten(0, 1)
             loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
         else:
-            loss_sum, count = train_model(idx, targets)
+            loss_sum, count = train_model(idx, targets, positions=positions)
             loss = loss_sum / count
     loss.backward()
     found = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -132,11 +137,11 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
 def two_ways(
     bench: Bench, dtypes: list[str], ours: str, theirs: str = "", full_logits: bool = False
 ) -> Iterator[Figure]:
-    """Compares loss and gradients of both families under flag `ours` with those under flag `theirs`."""
+    """Compares loss and gradients of both families under the flags `ours` with those under the flags `theirs`."""
     for family, dtype in itertools.product(FAMILIES, dtypes):
         flags = [*FAMILIES[family].split(), f"--dtype={dtype}"]
-        one = gradients(bench.config(*flags, ours))
-        other = gradients(bench.config(*flags, theirs or ours), full_logits)
+        one = gradients(bench.config(*flags, *ours.split()))
+        other = gradients(bench.config(*flags, *(theirs or ours).split()), full_logits)
         if one.keys() != other.keys():
             raise ValueError(f"gradients of {sorted(one.keys() ^ other.keys())} on one side only")
         apart = {name: (one[name] - b).norm() / b.norm() for name, b in other.items()}
@@ -171,6 +176,10 @@ def check_flash(bench: Bench) -> Iterator[Figure]:
     return two_ways(bench, ["float32", "bfloat16"], "--flash=1", "--flash=0")
 
 
+def check_document_mask(bench: Bench) -> Iterator[Figure]:
+    return two_ways(bench, ["float32", "bfloat16"], "--doc_mask=1 --flash=1", "--doc_mask=1 --flash=0")
+
+
 def check_loss(bench: Bench) -> Iterator[Figure]:
     return two_ways(bench, ["float32", "bfloat16"], bench.many_rows(), full_logits=True)
 
@@ -178,6 +187,12 @@ def check_loss(bench: Bench) -> Iterator[Figure]:
 def check_compile(bench: Bench) -> Iterator[Figure]:
     """The loss stays compiled in this process, so no other check may come after this one and mean the eager one."""
     return two_ways(bench, ["float32"] if bench.quick else ["float32", "bfloat16"], "--compile=1", "--compile=0")
+
+
+def check_flex(bench: Bench) -> Iterator[Figure]:
+    """Compiled, documents are kept apart by FlexAttention on CUDA, and by the mask elsewhere."""
+    dtypes = ["float32"] if bench.quick else ["float32", "bfloat16"]
+    return two_ways(bench, dtypes, "--doc_mask=1 --compile=1", "--doc_mask=1 --flash=0")
 
 
 def check_resume(bench: Bench) -> Iterator[Figure]:
@@ -219,8 +234,10 @@ CHECKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "memory: loss in chunks and over full logits": check_memory,
     "numbers: this device and the CPU": check_device,
     "numbers: flash attention and plain": check_flash,
+    "numbers: document mask, flash attention and plain": check_document_mask,
     "numbers: loss in chunks and over full logits": check_loss,
     "numbers: compiled and eager": check_compile,
+    "numbers: document mask, compiled and plain": check_flex,
     "training: resumed and undisturbed": check_resume,
     "training: half precision learns": check_half,
 }
@@ -255,20 +272,55 @@ def measure_beside_plain_loop(bench: Bench) -> Iterator[Figure]:
     yield "memory ratio", result["ratio"]["peak_mib"], None
 
 
+def measure_documents(bench: Bench) -> Iterator[Figure]:
+    """Forward and backward of GPT-2 124M on rows that are one document, and on rows of documents of 500 tokens.
+
+    Not through train_gpt.py, which would ask for a tokenizer and so perhaps for a network. After 5 passes to warm
+    up, the median of 20.
+    """
+    flags = ["--sequence_length=1024", "--batch_size=16", "--dtype=bfloat16", "--compile=1"]
+    config, device = load_config(flags, world_size=1), torch.device(bench.device)
+    model = GPT(config)
+    init_weights(model, config.seed)
+    model.to(device)
+    train_model = parallelize(model, config, Ranks(0, 0, 1, device))
+    shape = (config.batch_size, config.sequence_length)
+    idx = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    rates = []
+    for doc_mask in (0, 1):
+        seconds = []
+        for _ in range(25):
+            start = time.perf_counter()
+            positions = document_positions(idx % 500, 0) if doc_mask else None
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss, _ = train_model(idx, idx, positions=positions)
+            loss.backward()
+            model.zero_grad()
+            loss.item()  # waits for all of it
+            seconds.append(time.perf_counter() - start)
+        rates.append(idx.numel() / statistics.median(seconds[5:]))
+        yield f"doc_mask={doc_mask} tok/s", rates[-1], None
+    yield "tok/s ratio", rates[1] / rates[0], None
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "GPT-2 124M, compiled, batch 16": lambda bench: measure_training(bench, 16, 1),
     "GPT-2 124M, compiled, batch 32": lambda bench: measure_training(bench, 32, 1),
     "GPT-2 124M, compiled, batch 64": lambda bench: measure_training(bench, 64, 1),
     "GPT-2 124M, eager, batch 16": lambda bench: measure_training(bench, 16, 0),
     "GPT-2 124M beside a plain loop, eager, batch 8": measure_beside_plain_loop,
+    "GPT-2 124M with --doc_mask, compiled, batch 16, without optimizer": measure_documents,
 }
 
 
 def attempt(bench: Bench, name: str, part: Callable[[Bench], Iterator[Figure]]) -> dict[str, Any]:
     """Runs one part and says how it went. Whatever it raises is its result."""
     start, bench.commands = time.perf_counter(), []
+    torch._dynamo.reset()  # of one block the compiler takes a handful of cases in a process, and then no more
     result: dict[str, Any] = {"name": name, "passed": True, "figures": {}}
     try:
+        if start > bench.deadline:
+            raise RuntimeError(f"left out: the {MINUTES:g} minutes are over")
         for what, value, limit in part(bench):
             number = value if math.isfinite(value) else None  # JSON has no other
             result["figures"][what] = {"measured": number, "at_most": limit}

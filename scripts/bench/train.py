@@ -8,15 +8,16 @@ noisy machine disturbs both alike. Prints one JSON line: the median of the round
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # before all else: this folder holds a tokenize.py
+
 import json
 import statistics
 import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 import torch.nn.functional as F

@@ -57,6 +57,9 @@ def test_shards(trainer, good, tmp_path, name):
     [
         (["--input_train_bin=nowhere/*.bin"], "--input_train_bin=nowhere/*.bin matches no file"),
         (["--input_val_bin=nowhere/*.bin"], "--input_val_bin=nowhere/*.bin matches no file"),
+        (["--input_train_bin=a=1:nowhere/*.bin"], "--input_train_bin=nowhere/*.bin matches no file"),
+        (["--input_train_bin=a=1:x,b=-1:y"], "--input_train_bin: the weight of b is '-1'"),
+        (["--input_val_bin=a=1:x,b=1:y"], "validation reads one set of shards"),
         (["--total_batch_size=100"], "nearest: 64 or 128"),
         (["--n_embd=33"], "nearest: 32 or 34"),
         (["--learning_rate=-1"], "--learning_rate=-1: input should be greater than 0"),
@@ -65,6 +68,8 @@ def test_shards(trainer, good, tmp_path, name):
         (["--batch_size=many"], "--batch_size=many: input should be a valid integer"),
         (["--weight_decya=0.1"], "unknown flag --weight_decya; did you mean weight_decay?"),
         (["--zero_stage=3"], "--zero_stage=3: not available yet"),
+        (["--doc_mask=1", "--tokenizer=none"], "--doc_mask=1 must know the end-of-text token"),
+        (["--doc_mask=1"], "--vocab_size=251 is not that of tokenizer gpt2"),
         (["--dtype=float16"], "--dtype=float16 needs a GPU"),
         (["--cfg=shakespear"], "did you mean shakespeare?"),
     ],

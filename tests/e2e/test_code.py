@@ -1,0 +1,81 @@
+"""Code with fill-in-the-middle, end to end: text → shards → a model → a filled hole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--sequence_length=64", "--batch_size=4", "--total_batch_size=256"]
+TINY += ["--num_iterations=3", "--device=cpu", "--sample_every=0", "--val_max_steps=1"]
+
+
+def command(script, *args, code=0):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with shards of our own source and a tiny model of the preset, trained on them for three steps."""
+    folder = tmp_path_factory.mktemp("code")
+    sources = sorted((ROOT / "data").glob("*.py"))
+    (folder / "code.jsonl").write_text("".join(json.dumps({"content": p.read_text()}) + "\n" for p in sources))
+    fim = ["--tokenizer=gpt2-fim", "--fim_rate=0.5", "--fim_spm_rate=0.5"]
+    command("data/text.py", folder / "code.jsonl", "--text_key=content", *fim, "--output_dir", folder / "code")
+    shards = [f"--input_{split}_bin={folder}/code/*_{split}_*.bin" for split in ("train", "val")]
+    command("train_gpt.py", "--cfg=code-small", *TINY, *shards, f"--output_dir={folder}/run")
+    return folder
+
+
+def test_the_hole_is_filled_and_the_rest_stands(run):
+    prompt = "def add(a, b):\n    return <FILL_ME>\n\nprint(add(1, 2))"
+    args = ["--checkpoint", run / "run", "--prompt", prompt, "--max_new_tokens=5", "--temperature=0"]
+    text = command("eval/generate.py", *args, "--infill").stdout
+    before, after = prompt.split("<FILL_ME>")
+    assert text.startswith(before) and text.removesuffix("-" * 40 + "\n").endswith(after + "\n")
+    assert "fim_" not in text
+
+
+def test_a_prompt_without_a_hole(run):
+    done = command("eval/generate.py", "--checkpoint", run / "run", "--prompt=x", "--infill", code=2)
+    assert done.stderr.count("\n") == 1 and "<FILL_ME>" in done.stderr
+
+
+def test_shards_with_sentinels_want_the_tokenizer_that_has_them(run):
+    flags = [f"--input_train_bin={run}/code/*_train_*.bin", f"--output_dir={run}/other"]
+    done = command("train_gpt.py", *TINY, "--cfg=code-small", "--vocab_size=50257", "--tokenizer=gpt2", *flags, code=2)
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_without_sentinels_is_refused(run):
+    done = command("data/text.py", run / "code.jsonl", "--fim_rate=0.5", "--output_dir", run / "x", code=2)
+    assert "gpt2-fim" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_text_is_not_made_with_another_tokenizer_than_the_checkpoints(run):
+    done = command("eval/generate.py", "--checkpoint", run / "run", "--tokenizer=gpt2", code=2)
+    assert "--tokenizer=gpt2, but the checkpoint was trained with gpt2-fim" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_without_tokenizer_does_not_forget_the_checkpoints(run, tmp_path):
+    shards = f"--input_train_bin={run}/code/*_train_*.bin"
+    start = [*TINY, "--cfg=code-small", shards, "--input_val_bin=", f"--output_dir={tmp_path}"]
+    command("train_gpt.py", *start, "--num_iterations=1")
+    command("train_gpt.py", *start, "--num_iterations=2", "--tokenizer=none")
+    (tmp_path / "plain").mkdir()
+    for shard in (run / "code").glob("*_train_*"):
+        (tmp_path / "plain" / shard.name).write_bytes(shard.read_bytes())  # without the manifest that tells
+    bare = f"--input_train_bin={tmp_path}/plain/*_train_*.bin"
+    done = command("train_gpt.py", *start, bare, "--num_iterations=3", "--tokenizer=gpt2", code=2)
+    assert "trained with gpt2-fim" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,133 @@
+"""A tokenizer of one's own, from text to samples, and the refusal of every mismatch on the way."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.shards import write_shard
+from data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "".join(f"Speaker {i}: the cat's {i} hats, and they'll sit.\n\n" for i in range(1500))
+
+
+def command(*words, code=0):
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two tokenizers, and shards that the first one made."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "text.txt").write_text(TEXT)
+    for name, pattern in (("tok", "gpt4"), ("other", "gpt2")):
+        flags = ["--vocab_size=300", f"--pattern={pattern}"]
+        command("data/train_tokenizer.py", folder / "text.txt", "--output", folder / name, *flags)
+    tokenizer = load_tokenizer(str(folder / "tok"))
+    tokens = np.array([tokenizer.end_of_text, *tokenizer.encode(TEXT)])
+    (folder / "data").mkdir()
+    write_shard(folder / "data" / "x_train_000001.bin", tokens[2000:], 300)
+    write_shard(folder / "data" / "x_val_000000.bin", tokens[:2000], 300)
+    manifest = {"format": 1, "tokenizer": tokenizer.identity, "vocab_size": 300}
+    (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def flags(world, tokenizer, *more):
+    data = [f"--input_train_bin={world}/data/*_train_*.bin", f"--input_val_bin={world}/data/*_val_*.bin"]
+    return [*data, f"--tokenizer={tokenizer}", "--vocab_size=300", "--sample_every=5", "--sample_tokens=8", *more]
+
+
+@pytest.fixture(scope="module")
+def run(world, trainer):
+    output_dir = world / "run"
+    trainer.run(output_dir, *flags(world, world / "tok", "--num_iterations=10"))
+    return output_dir
+
+
+def test_it_trains_with_bits_per_byte_and_samples_as_text(run, world, metrics):
+    last = metrics(run)[-1]
+    tokenizer = load_tokenizer(str(world / "tok"))
+    bytes_per_token = tokenizer.byte_lengths(300)[tokenizer.encode(TEXT)[:1999]].mean()
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / np.log(2) / bytes_per_token, rel=0.02)
+    assert (run / "samples" / "step_00000010.txt").read_text().strip()
+
+
+def test_the_checkpoint_is_usable_on_its_own(run, world, tmp_path):
+    """Copied elsewhere, and the tokenizer gone: the text is the same."""
+    checkpoint = run / "checkpoints" / "step_00000010"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["tokenizer"] == load_tokenizer(str(world / "tok")).identity
+    shutil.copytree(checkpoint, tmp_path / "step_00000010")
+    config = json.loads((tmp_path / "step_00000010" / "manifest.json").read_text())["config"]
+    assert config["tokenizer"] == str(world / "tok")
+    sampling = ["eval/generate.py", "--device=cpu", "--max_new_tokens=20", "--prompt=Speaker", "--checkpoint"]
+    (world / "tok").rename(world / "moved")
+    try:
+        text = command(*sampling, tmp_path / "step_00000010")
+        assert text == command(*sampling, run) and text.startswith("Speaker")
+        assert "no such tokenizer or file" in command(*sampling, run, f"--tokenizer={world}/tok", code=2)
+        shutil.copytree(run, tmp_path / "run")
+    finally:
+        (world / "moved").rename(world / "tok")
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_the_same_tokenizer_elsewhere_and_with_no_other(run, world, trainer, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(world / "tok", tmp_path / "tok")
+    done = trainer.run(tmp_path / "run", *flags(world, tmp_path / "tok", "--num_iterations=12"), ranks=2)
+    assert "resuming from" in done.stdout
+
+    (world / "data" / "manifest.json").rename(world / "data" / "aside")  # so that only the checkpoint knows
+    try:
+        for other in (world / "other", "gpt2"):
+            more = flags(world, other, "--num_iterations=14")
+            done = trainer.run(tmp_path / "run", *more, code=2)
+            assert f"--tokenizer={other}, but" in done.stderr and f"trained with {tmp_path}/tok" in done.stderr
+        trainer.run(tmp_path / "run", *flags(world, "none", "--num_iterations=13"))
+    finally:
+        (world / "data" / "aside").rename(world / "data" / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "tokenizer, more, message",
+    [
+        ("{world}/other", [], "made with tokenizer {world}/tok, but --tokenizer={world}/other; give --tokenizer="),
+        ("gpt2", [], "made with tokenizer {world}/tok, but --tokenizer=gpt2; give --tokenizer={world}/tok"),
+        ("gtp2", [], "--tokenizer=gtp2: no such tokenizer or file; did you mean gpt2?"),
+        ("{world}/data", [], "tokenizer.json: No such file"),
+        ("{world}/tok", ["--vocab_size=299"], "give --vocab_size=300"),
+    ],
+)
+def test_a_mismatch_is_refused_before_anything_is_written(world, trainer, tmp_path, tokenizer, more, message):
+    given = flags(world, tokenizer.format(world=world), *more)
+    done = trainer.run(tmp_path / "run", *given, code=2)
+    assert done.stderr.count("\n") == 1 and message.format(world=world) in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_of_validation_are_looked_at_too(world, trainer, tmp_path):
+    train = tmp_path / "x_train.bin"
+    shutil.copy(world / "data" / "x_train_000001.bin", train)
+    done = trainer.run(tmp_path / "run", *flags(world, world / "other"), f"--input_train_bin={train}", code=2)
+    assert done.stderr.startswith("error: --input_val_bin: the shards in ")
+
+
+def test_tinyshakespeare_with_a_tokenizer_of_ones_own(world, tmp_path):
+    made = ["data/tiny_shakespeare.py", f"--tokenizer={world}/tok", "--output_dir", tmp_path / "out"]
+    assert "training and" in command(*made)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["tokenizer"] == load_tokenizer(str(world / "tok")).identity
+    assert "already there" in command(*made)
+    other = ["data/tiny_shakespeare.py", f"--tokenizer={world}/other", "--output_dir", tmp_path / "out"]
+    assert "made from other input" in command(*other, code=2)
