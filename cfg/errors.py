@@ -80,7 +80,16 @@ def one_line_errors() -> Iterator[None]:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command's `main` and exits with what it returns."""
+    """Runs a command's `main` and exits with what it returns.
+
+    Under torchrun without the interpreter's teardown: gloo's threads, which live as long as anything still holds
+    the process group, may want Python in the middle of it, and abort a run that is done (pytorch#179291).
+    """
     with one_line_errors():
-        sys.exit(main())
+        code = main() or 0
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
     raise AssertionError("unreachable")

@@ -1,4 +1,9 @@
-"""Choosing a device, and deciding on rank 0."""
+"""Choosing a device, and deciding on rank 0, and leaving together."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +11,8 @@ import torch
 from cfg.errors import UserError
 from model.device import choose_device
 from train.distributed import Ranks
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_auto_takes_the_best_there_is(monkeypatch):
@@ -38,3 +45,13 @@ def test_one_rank_needs_no_collective():
     assert ranks.on_main(lambda: "chosen") == "chosen"
     assert ranks.sum_floats([1.0, 2.0]) == [1.0, 2.0]
     assert ranks.sum(torch.tensor(3.0)).item() == 3.0
+
+
+def test_ranks_leave_without_the_teardown_in_which_gloo_may_abort():
+    """pytorch#179291, by its cause: it takes a run of 4 ranks that keep a DDP module to the end about three tries."""
+    code = "import atexit; from cfg.errors import run_command; atexit.register(print, 'teardown'); "
+    code += "run_command(lambda: 4)"
+    for world_size, expected in (("1", "teardown\n"), ("2", "")):
+        env = {**os.environ, "WORLD_SIZE": world_size}
+        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (4, expected)
