@@ -1,0 +1,44 @@
+"""The presets of the larger models: published parameter counts to the last digit, and flags that fit together."""
+
+import pytest
+import torch
+
+from cfg.config import PRESETS, load_config
+from model.gpt import GPT
+
+# GPT-2: Radford et al. 2019, as the released weights have them. Llama and Mistral: the sums of the shapes in the
+# released weights. code-1b is ours: its comment must be right.
+PARAMETERS = {
+    "gpt2-124m": 124_439_808,
+    "gpt2-350m": 354_823_168,
+    "gpt2-774m": 774_030_080,
+    "gpt2-1558m": 1_557_611_200,
+    "llama3-8b": 8_030_261_248,
+    "mistral-7b": 7_241_732_096,
+    "llama2-7b": 6_738_415_616,
+    "code-1b": 1_174_841_344,
+}
+MADE_FOR = {"gpt2-124m": (1, 8, 32)}  # its micro-batch of 16 does not divide the step over more ranks
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_preset_has_the_published_number_of_parameters_and_says_so(name):
+    config = load_config([f"--cfg={name}"], world_size=1)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert model.num_params() == PARAMETERS[name]
+    comment = (PRESETS / f"{name}.yaml").read_text().split("\nn_layer")[0]
+    assert name == "gpt2-124m" or f"{PARAMETERS[name]:,} parameters" in comment
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_preset_runs_on_one_node_and_on_eight(name):
+    for world_size in MADE_FOR.get(name, (1, 8, 16, 32, 64)):
+        config = load_config([f"--cfg={name}"], world_size)
+        assert config.warmup_iters < config.num_iterations / 10
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "gpt2-124m"])
+def test_a_preset_sees_twenty_tokens_a_parameter(name):
+    config = load_config([f"--cfg={name}"], world_size=8)
+    assert config.num_iterations * config.total_batch_size == pytest.approx(20 * PARAMETERS[name], rel=1e-3)
