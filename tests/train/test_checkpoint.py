@@ -97,9 +97,13 @@ def test_a_whole_checkpoint_is_not_written_again(tmp_path):
     config, model, optimizer = setup(tmp_path)
     step(model, optimizer)
     save(config, 1, model, optimizer)
-    before = (tmp_path / "checkpoints/step_00000001/model/shard-00001-model-00001-of-00001.safetensors").stat().st_mtime_ns
+    before = (
+        (tmp_path / "checkpoints/step_00000001/model/shard-00001-model-00001-of-00001.safetensors").stat().st_mtime_ns
+    )
     save(config, 1, model, optimizer)
-    assert (tmp_path / "checkpoints/step_00000001/model/shard-00001-model-00001-of-00001.safetensors").stat().st_mtime_ns == before
+    assert (
+        tmp_path / "checkpoints/step_00000001/model/shard-00001-model-00001-of-00001.safetensors"
+    ).stat().st_mtime_ns == before
 
 
 def test_pruning_keeps_the_last_and_every_mth(tmp_path):
