@@ -1,0 +1,157 @@
+"""What does a training step hold on one of many ranks? Found out without a GPU, to hold train/memory.py against.
+
+    python scripts/bench/simulate_memory.py --ranks 8,64 --cfg=llama3-8b --activation_checkpointing=block
+
+runs the real model, loss, sharding and optimizer for two steps on fake tensors, which have shapes but no bytes, and
+a fake process group in which this is rank 0 of as many ranks as asked. PyTorch's memory trackers count what is alive.
+Prints for each number of ranks the simulated and the planned bytes. Other flags are those of train_gpt.py; a step
+has --micro_steps micro-steps, whatever --total_batch_size says.
+
+Blocks run eagerly, for the compiler does not work here; two things are as on CUDA and not as on the CPU: the loss's
+chunks, and RMSNorm, which is one kernel there. Stages 0 and 1 run without DDP, whose buckets are stood for by
+gradients that are kept. --cpu_offload is not simulated.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from cfg.config import Config, load_config
+from cfg.errors import CommandParser, UserError, one_line_errors, run_command
+
+if __name__ == "__main__":
+    with one_line_errors():
+        parser = CommandParser(description=__doc__)
+        parser.add_argument("--ranks", default="8", help="numbers of ranks, separated by commas")
+        parser.add_argument("--micro_steps", type=int, default=1)
+        args, flags = parser.parse_known_args()
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.gpt import GPT
+from model.loss import CHUNK_ELEMENTS
+from train.distributed import Ranks
+from train.memory import micro_steps, moments, planned_bytes
+from train.optimizer import make_optimizer
+from train.parallel import Parallel, shard, sync_gradients
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+except ImportError as error:
+    raise UserError(f"torch {torch.__version__} lacks what the simulation is made of ({error}); 2.13 has it") from error
+
+CPU = torch.device("cpu")
+NAMES = {  # the trackers' names of what is counted
+    "parameters": ("Sharded Param", "Parameter"),
+    "gradients": ("Sharded Grad", "Unsharded Grad", "Gradient"),
+    "optimizer": ("OptState", "Optstate"),
+}
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Keeps what CUDA's kernel keeps, the input and a number a row; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+@contextlib.contextmanager
+def as_on_cuda(world_size: int) -> Iterator[None]:
+    """Rank 0 of `world_size` that are not there, with what differs on CUDA."""
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        with (
+            mock.patch("torch.nn.functional.rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)),
+            mock.patch.dict(CHUNK_ELEMENTS, cpu=CHUNK_ELEMENTS["cuda"]),
+        ):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def simulate(config: Config, world_size: int) -> dict[str, int]:
+    """Bytes on rank 0: what parameters, gradients and optimizer hold after a backward pass, and the peak of a step."""
+    for flag, plain in (("compile", False), ("cpu_offload", False), ("dropout", 0.0), ("flash", True)):
+        if getattr(config, flag) != plain:
+            raise UserError(f"--{flag}={getattr(config, flag)} is not simulated; give --{flag}={int(plain)}")
+    with as_on_cuda(world_size):
+        with torch.device("meta"):
+            model = GPT(config)
+        for block in model.h:
+            block.recompute = config.activation_checkpointing
+        # Sharded outside the fake mode, in which a mesh cannot be made; sharded parameters remember meta tensors.
+        mesh = shard(model, config, Ranks(0, 0, world_size, CPU)) if config.zero_stage >= 2 else None
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device=CPU)
+            return two_steps(Parallel(model, model, mesh), config, world_size)
+
+
+def two_steps(parallel: Parallel, config: Config, world_size: int) -> dict[str, int]:
+    """The second step's peak: by then the optimizer has its states."""
+    model = parallel.model
+    optimizer, _ = make_optimizer(model, config, world_size)
+    tracker = FSDPMemTracker(model, optimizer) if parallel.mesh else MemTracker()
+    if not parallel.mesh:
+        tracker.track_external(model, optimizer)
+    idx = torch.zeros(config.batch_size, config.sequence_length, dtype=torch.long)
+    n = micro_steps(config, world_size)
+    bf16 = config.dtype != "float32"
+    for _ in range(2):
+        with tracker:  # which forgets its peak on entering
+            for i in range(n):
+                tracker.reset_mod_stats()
+                sync_gradients(parallel, config, last=i == n - 1)
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                    loss, _ = model(idx, idx)
+                loss.backward()
+            peak = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+            # After the peak is read, for DTensor works out its shapes on whole tensors, which would count.
+            optimizer.step()
+            resident = {str(getattr(k, "value", k)): v for k, v in tracker.get_tracker_snapshot()[CPU].items()}
+        optimizer.zero_grad(set_to_none=bool(parallel.mesh) or world_size == 1)
+    return {part: sum(resident.get(name, 0) for name in names) for part, names in NAMES.items()} | {"peak": peak}
+
+
+def compare(flags: list[str], world_size: int, steps: int) -> list[tuple[str, int, int]]:
+    """(what, simulated, planned) bytes on the fullest of `world_size` ranks; a step is `steps` micro-steps."""
+    config = load_config([*flags, "--compile=0", "--total_batch_size=0"], world_size)
+    config = config.model_copy(update={"total_batch_size": config.total_batch_size * steps})
+    found, plan = simulate(config, world_size), planned_bytes(config, world_size)
+    resident = moments(config, world_size)["optimizer"]
+    rows = [(part, found[part], resident.get(part, 0)) for part in NAMES]
+    return [*rows, (f"peak, at {plan.moment}", found["peak"], plan.peak)]
+
+
+def main() -> None:
+    for world_size in map(int, args.ranks.split(",")):
+        start = time.perf_counter()
+        rows = compare(flags, world_size, args.micro_steps)
+        seconds = time.perf_counter() - start
+        shown = "; ".join(f"{what} {found / 1e9:.3f} ({planned / 1e9:.3f})" for what, found, planned in rows)
+        deviation = rows[-1][2] / rows[-1][1] - 1
+        print(f"{world_size} ranks, GB (planned): {shown}, {deviation:+.1%}; {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main, teardown=False)
