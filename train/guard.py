@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import IO
 
 from cfg.errors import UserError
 from cfg.files import take_lock
+from train.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -59,4 +61,17 @@ def claim_output_dir(output_dir: Path) -> None:
     if holder:
         raise UserError(
             f"--output_dir={output_dir} is in use by another run (process {holder}); wait for it, or choose another"
+        )
+
+
+def check_shared(output_dir: Path, ranks: Ranks) -> None:
+    """Raises UserError if `output_dir` is another folder on some rank: each writes its own part of a checkpoint."""
+    mark = output_dir / ranks.on_main(lambda: f".shared_{os.getpid()}_{time.time_ns()}")
+    ranks.on_main(lambda: mark.write_bytes(b""))
+    seen = ranks.gather(mark.exists())
+    ranks.on_main(lambda: mark.unlink())
+    if not all(seen):
+        raise UserError(
+            f"--output_dir={output_dir} of rank {seen.index(False)} is not that of rank 0; every rank writes its part"
+            f" of a checkpoint, so it must be on storage that all nodes share"
         )

@@ -7,9 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from cfg.errors import UserError
-from train.guard import SIGNALS, StopRequest, claim_output_dir
+from train.distributed import Ranks
+from train.guard import SIGNALS, StopRequest, check_shared, claim_output_dir
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +58,14 @@ def test_an_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output_dir=.*file/run cannot be written: Not a directory"):
         claim_output_dir(tmp_path / "file" / "run")
+
+
+def test_an_output_dir_that_is_not_shared_is_refused(tmp_path):
+    class Two(Ranks):
+        def gather(self, value):
+            return [value, False]  # the other node has a disk of its own
+
+    check_shared(tmp_path, Ranks(0, 0, 1, torch.device("cpu")))
+    with pytest.raises(UserError, match="of rank 1 is not that of rank 0"):
+        check_shared(tmp_path, Two(0, 0, 1, torch.device("cpu")))
+    assert not list(tmp_path.iterdir())
