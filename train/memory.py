@@ -133,9 +133,9 @@ def loss_bytes(config: Config) -> int:
     vocabulary, tokens = head // config.n_embd, config.batch_size * config.sequence_length
     rows = 2 ** max(0, (CHUNK_ELEMENTS["cuda"] // vocabulary).bit_length() - 1)
     chunks, rows = -(-tokens // rows), min(tokens, rows)
-    # Logits, their fp32 copy, log-softmax, and its gradient cast back, while that of the chunk before still lives.
-    per_logit = 4 + 4 if e == 4 else e + 4 + 4 + e
-    per_logit += (e if chunks > 1 else 0) + (8 if config.logit_softcap else 0)
+    # Logits, their fp32 copy, log-softmax, its gradient cast back; capped, five in fp32 as the cap is differentiated.
+    per_logit = e + 20 if config.logit_softcap else 8 if e == 4 else 2 * e + 8
+    per_logit += e if chunks > 1 else 0  # the gradient of the chunk before still lives
     chunk = max(rows * vocabulary * per_logit, e * head if e < 4 else 0)  # or a chunk's share of the head's gradient
     return e * tokens * config.n_embd + 4 * head + chunk
 
@@ -189,7 +189,7 @@ def sharded_moments(config: Config, world_size: int) -> dict[str, Parts]:
             "gradients": before,
             "activations": loss_activations(c),
             "logits": loss_bytes(c),
-            "buffers": gathered + (0 if keeps and wait else e * n.block) + kept,
+            "buffers": gathered + (0 if keeps and several else e * n.block) + kept,
         },
         "backward of the last block": {
             "gradients": before + at_work,
@@ -269,3 +269,12 @@ def planned_bytes(config: Config, world_size: int) -> Memory:
     parts = {part: max(alive.get(part, 0) for alive in at.values()) for part in PARTS}
     host = 16 * count(config, world_size // config.replicas).own if config.cpu_offload else 0
     return Memory(parts, sum(at[moment].values()), moment, host)
+
+
+def deviation(config: Config, world_size: int, measured: int) -> float:
+    """How far the plan lies from a measured peak, in parts of that: 0.1 is a plan of 10% too much.
+
+    `measured` is the largest torch.cuda.max_memory_allocated of all ranks after some steps, `memory_bytes` in
+    metrics.jsonl on one rank.
+    """
+    return planned_bytes(config, world_size).peak / measured - 1

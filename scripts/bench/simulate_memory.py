@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import contextlib
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -45,14 +46,6 @@ from train.distributed import Ranks
 from train.memory import micro_steps, moments, planned_bytes
 from train.optimizer import make_optimizer
 from train.parallel import Parallel, shard, sync_gradients
-
-try:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    from torch.distributed._tools.mem_tracker import MemTracker
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-except ImportError as error:
-    raise UserError(f"torch {torch.__version__} lacks what the simulation is made of ({error}); 2.13 has it") from error
 
 CPU = torch.device("cpu")
 NAMES = {  # the trackers' names of what is counted
@@ -76,10 +69,24 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
+def private_torch() -> Any:
+    """The parts of torch that the simulation is made of, none of which it promises to keep. Raises UserError."""
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+        from torch.distributed._tools.mem_tracker import MemTracker
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        raise UserError(f"torch {torch.__version__} has not what simulates ({error}); 2.13 has") from error
+    return SimpleNamespace(
+        FakeTensorMode=FakeTensorMode, FSDPMemTracker=FSDPMemTracker, MemTracker=MemTracker, FakeStore=FakeStore
+    )
+
+
 @contextlib.contextmanager
 def as_on_cuda(world_size: int) -> Iterator[None]:
     """Rank 0 of `world_size` that are not there, with what differs on CUDA."""
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=private_torch().FakeStore())
     try:
         with (
             mock.patch("torch.nn.functional.rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)),
@@ -102,7 +109,7 @@ def simulate(config: Config, world_size: int) -> dict[str, int]:
             block.recompute = config.activation_checkpointing
         # Sharded outside the fake mode, in which a mesh cannot be made; sharded parameters remember meta tensors.
         mesh = shard(model, config, Ranks(0, 0, world_size, CPU)) if config.zero_stage >= 2 else None
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with private_torch().FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device=CPU)
             return two_steps(Parallel(model, model, mesh), config, world_size)
 
@@ -111,7 +118,8 @@ def two_steps(parallel: Parallel, config: Config, world_size: int) -> dict[str, 
     """The second step's peak: by then the optimizer has its states."""
     model = parallel.model
     optimizer, _ = make_optimizer(model, config, world_size)
-    tracker = FSDPMemTracker(model, optimizer) if parallel.mesh else MemTracker()
+    tools = private_torch()
+    tracker = tools.FSDPMemTracker(model, optimizer) if parallel.mesh else tools.MemTracker()
     if not parallel.mesh:
         tracker.track_external(model, optimizer)
     idx = torch.zeros(config.batch_size, config.sequence_length, dtype=torch.long)

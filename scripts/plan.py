@@ -1,0 +1,324 @@
+"""What will a run take? Memory of each strategy, time, cost, and a setting to use, before a machine is rented.
+
+    python scripts/plan.py --cfg=llama3-8b --gpu=H100 --gpus=64 --price=2.5
+
+Other flags are train_gpt.py's, and those of the strategy (--zero_stage, --replicas, --activation_checkpointing,
+--cpu_offload, --sync_every_microbatch, --batch_size) narrow the choice when given. GB are 10^9 bytes, on the fullest
+rank; docs/memory.md explains the columns. Plain arithmetic: no GPU is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cfg.config import Config, load_config
+from cfg.errors import CommandParser, UserError, closest, one_line_errors, run_command
+
+# By data sheet, of every GPU in PEAK_TFLOPS; of several sizes the one most rented, the other behind the name.
+GPU_MEMORY_GB = {
+    "GB200": 186, "B200": 180, "B100": 192, "GH200": 96, "H200": 141,
+    "H100 NVL": 94, "H100 PCIe": 80, "H100": 80, "H800": 80, "H20": 96,
+    "A100": 80, "A100 40GB": 40, "A800": 80, "A10G": 24, "A10": 24, "A30": 24, "A40": 48,
+    "L40S": 48, "L40": 48, "L4": 24, "V100": 16, "V100 32GB": 32, "T4": 16,
+    "RTX 6000 Ada": 48, "RTX A6000": 48,
+    "RTX 5090": 32, "RTX 5080": 16, "RTX 5070 Ti": 16, "RTX 5070": 12,
+    "RTX 4090": 24, "RTX 4080 SUPER": 16, "RTX 4080": 16, "RTX 4070 Ti SUPER": 16, "RTX 4070 Ti": 12,
+    "RTX 4070 SUPER": 12, "RTX 4070": 12, "RTX 4060 Ti": 8, "RTX 4060": 8,
+    "RTX 3090 Ti": 24, "RTX 3090": 24, "RTX 3080 Ti": 12, "RTX 3080": 10,
+    "RTX 3070 Ti": 8, "RTX 3070": 8, "RTX 3060 Ti": 8, "RTX 3060": 12,
+}  # fmt: skip
+OLD_GPUS = ("V100", "T4")  # without bfloat16 and flash attention
+# Not for tensors: the CUDA context with its libraries and NCCL's buffers, and gaps between blocks of memory.
+CONTEXT_BYTES, FRAGMENTATION = 1.5e9, 0.05
+ENOUGH_TOKENS = 4096  # in a micro-step, below which a GPU's matrix units are not kept busy
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and the rest, which are train_gpt.py's."""
+    p = CommandParser(description=__doc__, allow_abbrev=False)
+    p.add_argument("--gpu", default="H100", help=f"one of {', '.join(GPU_MEMORY_GB)} (default H100)")
+    p.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
+    p.add_argument("--gpus_per_node", type=int, default=8, help="GPUs with fast links between them (default 8)")
+    p.add_argument("--memory_gb", type=float, help="memory of a GPU, if it is not the usual of its name")
+    p.add_argument("--mfu", type=float, default=0.4, help="share of the peak FLOP/s that the model gets (default 0.4)")
+    p.add_argument("--price", type=float, help="price of a GPU for an hour")
+    p.add_argument("--tokens", type=float, help="tokens to train on (default num_iterations*total_batch_size)")
+    p.add_argument("--markdown", action="store_true", help="print the table alone, as it stands in docs/memory.md")
+    args, flags = p.parse_known_args(argv)
+    known = {name.lower(): name for name in GPU_MEMORY_GB}
+    if args.gpu.lower() not in known:
+        near = closest(args.gpu.lower(), known)
+        hint = f"did you mean {known[near]!r}?" if near else f"known are {', '.join(GPU_MEMORY_GB)}"
+        raise UserError(f"--gpu={args.gpu}: no such GPU in the table; {hint}")
+    args.gpu = known[args.gpu.lower()]
+    for name, least, most in (("gpus", 1, 2**20), ("gpus_per_node", 1, 2**20), ("mfu", 0, 1)):
+        value = getattr(args, name)
+        if not least <= value <= most or not value:
+            raise UserError(f"--{name}={value} must be {'at least 1' if least else 'above 0 and at most 1'}")
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise UserError(f"--gpus={args.gpus} must be a multiple of --gpus_per_node={args.gpus_per_node}, or fewer")
+    for name in ("memory_gb", "price", "tokens"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
+            raise UserError(f"--{name}={getattr(args, name)} must be a number above 0")
+    return args, flags
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        ARGS, FLAGS = parse()  # before torch is imported, so that --help and mistakes are answered at once
+
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model.gpt import GPT
+from train.memory import PARTS, Memory, micro_steps, planned_bytes
+from train.metrics import peak_flops
+
+CHOICES = ("zero_stage", "replicas", "activation_checkpointing", "cpu_offload", "sync_every_microbatch", "batch_size")
+# From what costs least to what costs most: (recompute, reduce every micro-step). Selective recomputes no products.
+COSTS = [("none", 0), ("selective", 0), ("none", 1), ("selective", 1), ("block", 0), ("block", 1)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A strategy, its memory, whether that fits, and the largest micro-batch that does (0: not even one sequence)."""
+
+    config: Config
+    memory: Memory
+    fits: bool
+    largest: int
+
+
+def usable_bytes(args: argparse.Namespace) -> float:
+    capacity = 1e9 * (args.memory_gb or GPU_MEMORY_GB[args.gpu])
+    return (1 - FRAGMENTATION) * capacity - CONTEXT_BYTES
+
+
+def strategies(args: argparse.Namespace, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The strategies to look at, as changes to a Config: those that agree with the flags `given`."""
+    copies = {given["replicas"]} if "replicas" in given else {1, max(1, args.gpus // args.gpus_per_node)}
+    for stage in (0, 1, 2, 3) if args.gpus > 1 else (0, 3):
+        for replicas in sorted(copies) if stage >= 2 else [1]:
+            for offload in (False, True) if stage >= 2 else (False,):
+                for recompute in ("none", "selective", "block"):
+                    values = (stage, replicas, recompute, offload)
+                    changes = dict(zip(CHOICES, values, strict=False))
+                    alone = args.gpus == 1 and stage == 3 and not offload  # nobody to share with
+                    if not alone and all(given.get(name, value) == value for name, value in changes.items()):
+                        yield changes
+
+
+def explore(config: Config, given: dict[str, Any], args: argparse.Namespace) -> list[list[Setting]]:
+    """Every strategy, with gradients reduced once a step and, where that is something else, every micro-step."""
+    found = []
+    for changes in strategies(args, given):
+        several = changes["zero_stage"] >= 2 and "sync_every_microbatch" not in given
+        syncs = [False, True] if several else [given.get("sync_every_microbatch", False)]
+        found.append([measure(config.model_copy(update=changes | {CHOICES[4]: s}), given, args) for s in syncs])
+    if not found:
+        raise UserError("no strategy on this number of GPUs agrees with these flags; leave some out")
+    return found
+
+
+def measure(config: Config, given: dict[str, Any], args: argparse.Namespace) -> Setting:
+    usable, memory = usable_bytes(args), planned_bytes(config, args.gpus)
+    rows = config.total_batch_size // (config.sequence_length * args.gpus)  # of a rank in a step: the most there can be
+    sizes = [config.batch_size] if "batch_size" in given else [b for b in range(rows, 0, -1) if rows % b == 0]
+    candidates = (config.model_copy(update={"batch_size": b}) for b in sizes)
+    largest = next((c.batch_size for c in candidates if planned_bytes(c, args.gpus).peak <= usable), 0)
+    return Setting(config, memory, memory.peak <= usable, largest)
+
+
+def shown(ways: list[Setting]) -> Setting:
+    """Of the ways to reduce gradients, that with the least communication that fits."""
+    fitting = [s for s in ways if s.fits] or [s for s in ways if s.largest] or ways[-1:]
+    return fitting[0]
+
+
+def preference(setting: Setting, args: argparse.Namespace) -> tuple:
+    """Sorts what fits: no offload, enough work in a micro-step, little to compute again and to communicate."""
+    c = setting.config
+    few = c.batch_size * c.sequence_length < ENOUGH_TOKENS
+    sync = c.sync_every_microbatch and micro_steps(c, args.gpus) > 1
+    across = args.gpus > args.gpus_per_node and c.replicas == 1  # weights are gathered between nodes
+    cost = COSTS.index((c.activation_checkpointing, int(sync)))
+    return c.cpu_offload, few, cost, c.zero_stage, across, -c.batch_size
+
+
+def recommend(found: list[list[Setting]], args: argparse.Namespace) -> Setting | None:
+    """The best setting that fits, with its largest micro-batch; None if nothing does."""
+    settings = []
+    for setting in (s for ways in found for s in ways if s.largest):
+        config = setting.config.model_copy(update={"batch_size": setting.largest})
+        if micro_steps(config, args.gpus) == 1 and config.sync_every_microbatch:
+            continue  # the same as without
+        settings.append(Setting(config, planned_bytes(config, args.gpus), True, setting.largest))
+    return min(settings, key=lambda s: preference(s, args), default=None)
+
+
+HEAD = ("stage", "recompute", "offload", "reduce", *PARTS, "peak", "fits", "largest batch")
+
+
+def row(setting: Setting, gpus: int) -> list[str]:
+    c, memory = setting.config, setting.memory
+    stage = f"{c.zero_stage} × {c.replicas}" if c.replicas > 1 else f"{c.zero_stage}"
+    each = c.sync_every_microbatch and micro_steps(c, gpus) > 1
+    words = [stage, c.activation_checkpointing, "yes" if c.cpu_offload else "no", "micro-step" if each else "step"]
+    numbers = [f"{n / 1e9:.1f}" for n in (*(memory.parts[part] for part in PARTS), memory.peak)]
+    return [*words, *numbers, "yes" if setting.fits else "no", str(setting.largest or "none")]
+
+
+def table(settings: list[Setting], gpus: int, markdown: bool) -> str:
+    """One line a strategy, for a terminal or as it stands in docs/memory.md."""
+    rows = [list(HEAD), *(row(s, gpus) for s in settings)]
+    if markdown:
+        rows.insert(1, ["---"] * len(HEAD))
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    widths = [max(len(cells[i]) for cells in rows) for i in range(len(HEAD))]
+    return "\n".join(
+        "  ".join(f"{cell:<{w}}" for cell, w in zip(cells, widths, strict=True)).rstrip() for cells in rows
+    )
+
+
+def expectation(config: Config, args: argparse.Namespace) -> str:
+    """What does not depend on the strategy: size, work, time and cost."""
+    with torch.device("meta"):
+        model = GPT(config)
+    peak = peak_flops(args.gpu)
+    assert peak is not None, f"{args.gpu} is missing in PEAK_TFLOPS"
+    flops = model.flops_per_token(config.sequence_length) * config.total_batch_size
+    seconds = flops / (args.gpus * peak * args.mfu)
+    hours = seconds * config.num_iterations / 3600
+    tokens = config.num_iterations * config.total_batch_size
+    cost = f", {hours * args.gpus * args.price:,.0f} for {args.price:g} a GPU hour" if args.price else ""
+    capacity, usable = args.memory_gb or GPU_MEMORY_GB[args.gpu], usable_bytes(args) / 1e9
+    return (
+        f"{model.num_params():,} parameters on {args.gpus} × {args.gpu}, {capacity:g} GB each, {usable:.1f} of them"
+        f" to use (less {FRAGMENTATION:.0%} for gaps, {CONTEXT_BYTES / 1e9:g} for the CUDA context and NCCL)\n"
+        f"{config.total_batch_size:,} tokens and {flops:.3g} FLOPs a step; {config.num_iterations:,} steps,"
+        f" {tokens / 1e9:.1f} billion tokens\n"
+        f"at an MFU of {args.mfu:.0%} of {peak / 1e12:g} TFLOP/s: {seconds:.3g} s a step,"
+        f" {config.total_batch_size / seconds:,.0f} tokens/s, {hours / 24:.3g} days,"
+        f" {hours * args.gpus:,.0f} GPU hours{cost}"
+    )
+
+
+def one_by_one(flags: list[str]) -> dict[str, str]:
+    """The flags of a command line by name: `--name=value`, `--name value`, or `--name` for 1."""
+    found, last = {}, ""
+    for word in flags:
+        if word.startswith("--"):
+            last, _, value = word[2:].partition("=")
+            found[last] = value if "=" in word else "1"
+        else:
+            found[last] = word
+    return found
+
+
+def command(config: Config, base: Config, flags: list[str], args: argparse.Namespace) -> str:
+    """The command line of a setting: the flags that were given, and what differs from what they mean."""
+    launch = f"torchrun --standalone --nproc_per_node={args.gpus}" if args.gpus > 1 else "python"
+    if args.gpus > args.gpus_per_node:
+        launch = f"torchrun --nnodes={args.gpus // args.gpus_per_node} --nproc_per_node={args.gpus_per_node}"
+        launch += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+    changed = {}
+    for name in (*CHOICES, "dtype", "num_iterations"):
+        value = getattr(config, name)
+        if value != getattr(base, name):
+            changed[name] = str(int(value) if isinstance(value, bool) else value)
+    return (
+        f"{launch} train_gpt.py {shlex.join(f'--{k}={v}' for k, v in (one_by_one(flags) | changed).items())}".rstrip()
+    )
+
+
+def recommendation(best: Setting, base: Config, flags: list[str], args: argparse.Namespace) -> str:
+    c, steps = best.config, micro_steps(best.config, args.gpus)
+    host = f"; {best.memory.host * min(args.gpus, args.gpus_per_node) / 1e9:.0f} GB of host memory a node"
+    notes = []
+    if c.activation_checkpointing == "block":
+        notes.append("every forward pass is computed twice: a third more work, which the MFU above must allow for")
+    if c.cpu_offload:
+        notes.append("the optimizer runs on the host, which is slow")
+    if c.dtype != base.dtype:
+        notes.append(f"{args.gpu} has no bfloat16")
+    if (args.gpu.split()[0] in OLD_GPUS or c.dtype == "float32") and c.n_kv_head != c.n_head:
+        notes.append("grouped-query attention has no fused kernel here: T × T scores come on top of the plan")
+    return (
+        f"recommended: stage {c.zero_stage}"
+        + (f" × {c.replicas} replicas" if c.replicas > 1 else "")
+        + f", {c.batch_size} × {c.sequence_length} tokens × {steps} micro-step{'s' * (steps > 1)},"
+        f" {best.memory.peak / 1e9:.1f} GB at its most (at the {best.memory.moment})"
+        + (host if c.cpu_offload else "")
+        + "".join(f"\n({note})" for note in notes)
+        + f"\n{command(c, base, flags, args)}"
+    )
+
+
+def ways_out(config: Config, given: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """What would make something fit: more GPUs, larger ones, shorter sequences, other settings than the given."""
+
+    def fits(config: Config = config, given: dict[str, Any] = given, **changes: Any) -> bool:
+        changed = argparse.Namespace(**(vars(args) | changes))
+        rows, rest = divmod(config.total_batch_size, config.sequence_length * changed.gpus)
+        several = given.get("replicas", 1) if given else 1
+        if rest or not rows or changed.gpus % several:
+            return False
+        size = {"batch_size": math.gcd(rows, config.batch_size)}
+        return recommend(explore(config.model_copy(update=size), given, changed), changed) is not None
+
+    found = []
+    if given and fits(given={}):
+        found.append(f"leaving out {', '.join('--' + name for name in given)}")
+    found += [f"--gpus={n}" for n in (args.gpus * 2**k for k in range(1, 11)) if fits(gpus=n)][:1]
+    larger = sorted(
+        (gb, name) for name, gb in GPU_MEMORY_GB.items() if gb > (args.memory_gb or GPU_MEMORY_GB[args.gpu])
+    )
+    found += [f"--gpu={shlex.quote(name)}" for _, name in larger if fits(gpu=name, memory_gb=None)][:1]
+    shorter = (config.sequence_length // 2**k for k in range(1, 6))
+    for length in shorter:
+        if length >= 128 and fits(config.model_copy(update={"sequence_length": length})):
+            return [*found, f"--sequence_length={length}"]
+    return found
+
+
+def main(args: argparse.Namespace, flags: list[str]) -> None:
+    base = load_config(flags, args.gpus)
+    if not base.flash:
+        raise UserError("--flash=0 holds T × T scores, which the plan does not know; leave it at 1")
+    changes: dict[str, Any] = {}
+    if args.tokens:
+        changes["num_iterations"] = math.ceil(args.tokens / base.total_batch_size)
+    if args.gpu.split()[0] in OLD_GPUS and base.dtype == "bfloat16":
+        changes["dtype"] = "float16"
+    config = base.model_copy(update=changes)
+    given = {name: getattr(config, name) for name in CHOICES if name in one_by_one(flags)}
+    found = explore(config, given, args)
+    settings = table([shown(ways) for ways in found], args.gpus, args.markdown)
+    if args.markdown:
+        print(settings)
+        return
+    print(expectation(config, args))
+    print(f"\nGB on the fullest rank with {config.batch_size} × {config.sequence_length} tokens in a micro-step:")
+    print(f"{settings}\n")
+    best = recommend(found, args)
+    if best is None:
+        least = min((s for ways in found for s in ways), key=lambda s: s.memory.peak)
+        ways = ways_out(config, given, args)
+        raise UserError(
+            f"nothing fits {args.gpus} × {args.gpu} with {usable_bytes(args) / 1e9:.1f} GB to use;"
+            f" the least is {least.memory.peak / 1e9:.1f} GB. What would: {'; '.join(ways) or 'a smaller model'}"
+        )
+    print(recommendation(best, base, flags, args))
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(ARGS, FLAGS))

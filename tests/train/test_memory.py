@@ -1,0 +1,140 @@
+"""The plan's formulas, held against the real code: simulated on fake tensors, and what the compiler keeps."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from cfg.config import load_config
+from model.gpt import GPT, Block
+from model.layers import rotary_table
+from scripts.bench.simulate_memory import compare
+from train.memory import PARTS, block_activations, deviation, largest_partition, moments, planned_bytes
+
+LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
+MODERN = ["--positions=rotary", "--norm=rmsnorm", "--mlp=relu2", "--bias=0", "--qk_norm=1", "--logit_softcap=15"]
+FAMILIES = {"gpt2": [], "llama": [*LLAMA, "--mlp_hidden=1792"], "modern": MODERN}
+SHAPE = ["--n_layer=3", "--n_embd=512", "--n_head=8", "--sequence_length=320", "--batch_size=3", "--dtype=bfloat16"]
+
+
+def config(*flags, family="gpt2", ranks=1):
+    return load_config([*SHAPE, *FAMILIES[family], *flags], ranks)
+
+
+# family, ranks, micro-steps, flags: every stage, recomputation, way to reduce and dtype, each at least once.
+SIMULATED = [
+    ("gpt2", 8, 2, "--zero_stage=0 --activation_checkpointing=selective"),
+    ("llama", 8, 1, "--zero_stage=1 --activation_checkpointing=block"),
+    ("modern", 8, 2, "--zero_stage=2 --activation_checkpointing=block --sync_every_microbatch=1"),
+    ("llama", 8, 2, "--zero_stage=3 --activation_checkpointing=selective"),
+    ("llama", 64, 1, "--zero_stage=3 --replicas=8 --dtype=float32"),
+    ("gpt2", 8, 1, "--zero_stage=3 --vocab_size=500 --activation_checkpointing=block"),  # the loss is not the peak
+]
+
+
+@pytest.mark.parametrize("family, ranks, steps, flags", SIMULATED)
+def test_the_plan_is_what_the_real_code_holds(family, ranks, steps, flags):
+    rows = compare([*SHAPE, *FAMILIES[family], *flags.split()], ranks, steps)
+    assert [what.split(",")[0] for what, _, _ in rows] == ["parameters", "gradients", "optimizer", "peak"]
+    for what, found, planned in rows:
+        assert found > 1e6 and planned == pytest.approx(found, rel=0.05), what
+
+
+LARGE = [(8, ""), (64, ""), (1024, ""), (64, "--replicas=8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("ranks, flags", LARGE)
+def test_the_plan_of_the_8b_model_on_up_to_1024_ranks(ranks, flags, stage, recompute):
+    choice = [f"--zero_stage={stage}", f"--activation_checkpointing={recompute}", *flags.split()]
+    for what, found, planned in compare(["--cfg=llama3-8b", *choice], ranks, 1):
+        assert planned == pytest.approx(found, rel=0.1), what
+
+
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_block_keeps_what_the_plan_says(family, recompute):
+    """The compiler's own partition of forward and backward, run by plain kernels."""
+    c = config("--compile=1", family=family)
+    torch._dynamo.reset()
+    block = Block(c)
+    block.recompute = recompute
+    forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
+    kept = {}
+
+    def keep(tensor):
+        B, T = c.batch_size, c.sequence_length  # which no weight has as a dimension; rotary tables are (T, …)
+        if tensor.shape[0] == B * T or (tensor.shape[0] == B and T in tensor.shape):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(c.batch_size, c.sequence_length, c.n_embd, requires_grad=True)
+    rotary = rotary_table(c.sequence_length, c.n_embd // c.n_head, c.rope_base, x.device) if family != "gpt2" else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = forward(x, rotary)
+    assert out.shape == x.shape
+    tokens = c.batch_size * c.sequence_length
+    assert block_activations(c, recompute) * tokens == pytest.approx(sum(kept.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [2, 5, 64])
+def test_the_fullest_rank_of_stage_1_is_that_of_zero_redundancy_optimizer(ranks):
+    c = config(family="gpt2")
+    model = GPT(config("--n_embd=64"))
+    groups = [[p for p in model.parameters() if (p.dim() < 2) == vectors] for vectors in (False, True)]
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        zero = ZeroRedundancyOptimizer([{"params": group} for group in groups], torch.optim.AdamW)
+        partition = zero._partition_parameters()
+    finally:
+        dist.destroy_process_group()
+    sizes = [sum(p.numel() for group in rank for p in group["params"]) for rank in partition]
+    assert largest_partition(config("--n_embd=64"), ranks) == max(sizes)
+    assert largest_partition(c, 1) == sum(p.numel() for p in GPT(c).parameters())
+
+
+def test_closed_forms_of_the_8b_model():
+    """16 bytes a parameter, divided by as many as the stage divides among; a replica divides within itself."""
+    state = {}
+    for name, flags in {"0": "", "1": "", "2": "", "3": "", "hybrid": "--zero_stage=3 --replicas=8"}.items():
+        stage = [f"--zero_stage={name}"] if not flags else flags.split()
+        c = load_config(["--cfg=llama3-8b", "--total_batch_size=524288", *stage], 64)
+        state[name] = moments(c, 64)["optimizer"]
+    n = 8_030_261_248
+    assert state["0"] == {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
+    assert state["1"]["parameters"] == 4 * n and state["1"]["optimizer"] == 8 * 128256 * 4096  # one embedding
+    assert state["2"] == state["3"] == {"parameters": n // 16, "gradients": n // 16, "optimizer": n // 8}
+    assert state["hybrid"] == {part: 8 * size for part, size in state["3"].items()}
+
+
+def test_a_measured_peak_is_compared_with_the_planned():
+    c = config("--zero_stage=3", ranks=8)
+    assert deviation(c, 8, planned_bytes(c, 8).peak) == 0
+    assert deviation(c, 8, 2 * planned_bytes(c, 8).peak) == -0.5
+
+
+def test_parts_peak_and_host_fit_together():
+    """On random strategies and shapes: no part exceeds the peak, nor the peak their sum; more ranks take no more."""
+    draw = random.Random(0)
+    for _ in range(100):
+        flags = [f"--zero_stage={draw.choice([2, 3])}", f"--compile={draw.choice([0, 1])}"]
+        flags += [f"--activation_checkpointing={draw.choice(['none', 'block', 'selective'])}"]
+        flags += [f"--sync_every_microbatch={draw.choice([0, 1])}", f"--dropout={draw.choice([0, 0.1])}"]
+        family, steps = draw.choice(list(FAMILIES)), draw.choice([1, 2])
+
+        def plan(ranks, *more, flags=flags, family=family, steps=steps):
+            total = f"--total_batch_size={3 * 320 * steps * ranks}"
+            memory = planned_bytes(config(*flags, total, *more, family=family, ranks=ranks), ranks)
+            assert set(memory.parts) == set(PARTS)
+            assert max(memory.parts.values()) <= memory.peak <= sum(memory.parts.values())
+            return memory
+
+        assert plan(16).peak <= plan(8).peak < plan(8, "--n_layer=4").peak
+        offloaded = plan(8, "--cpu_offload=1")
+        assert offloaded.peak < plan(8).peak and offloaded.parts["parameters"] == offloaded.parts["optimizer"] == 0
+        assert offloaded.host == 4 * plan(8).parts["parameters"] and plan(8).host == 0
