@@ -368,8 +368,10 @@ def train(config: Config) -> int:
     signalled, late = ranks.sum_floats(stop.votes()) if stopping else (0.0, 0.0)
     batches.close()
     metrics.close()
+    reason = (stop.reason or "a signal to another rank") if signalled else "--max_minutes" if late else ""
+    status = "stopped" if signalled else "out of time" if late else "done"
+    ranks.on_main(lambda: guard.write_status(output_dir, status, step, reason))  # before any rank has left
     if ranks.is_main:
-        reason = (stop.reason or "a signal to another rank") if signalled else "--max_minutes" if late else ""
         summarize_run(config, start, step, reason)
     close_ranks(ranks)
     return EXIT_STOPPED if signalled else 0
@@ -390,13 +392,15 @@ def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
 
 
 def main(config: Config) -> int:
-    try:
-        return train(config)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size, and more micro-steps"
-            f" make up the same --total_batch_size"
-        ) from error
+    guard.die_with_launcher()
+    with guard.mistakes_noted(Path(config.output_dir)):
+        try:
+            return train(config)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size, and more micro-steps"
+                f" make up the same --total_batch_size"
+            ) from error
 
 
 if __name__ == "__main__":
