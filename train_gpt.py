@@ -33,12 +33,22 @@ from data.shards import Shard, find_shards, open_shard
 from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, check_tokenizer_of, load_tokenizer
 from eval.generate import generate
 from eval.perplexity import fixed_windows, summarize, windows_loss
-from model.gpt import GPT, init_weights
+from model.gpt import GPT
 from train import checkpoint, guard
-from train.distributed import Ranks, close_ranks, init_ranks
+from train.distributed import Ranks, close_ranks, init_ranks, set_step_timeout
 from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot_losses, read_records
 from train.optimizer import make_optimizer, set_learning_rate
-from train.parallel import parallelize, settle, sync_gradients
+from train.parallel import (
+    Parallel,
+    differing_replica,
+    norm_squared,
+    parallelize,
+    reshard,
+    scale_gradients,
+    settle,
+    sync_gradients,
+)
+from train.scaling import LossScale
 from train.schedule import learning_rate
 
 EXIT_STOPPED = 4  # a signal ended the run early, and the checkpoint to go on from is written
@@ -55,10 +65,15 @@ class Run:
     tokenizer: Tokenizer | None
     tokenizer_identity: dict[str, Any]  # name, size and hash: what shards and checkpoints are compared with
     end_of_text: int | None  # the token that documents begin with; None without --doc_mask
-    model: GPT  # names the parameters, evaluates, samples
-    train_model: torch.nn.Module  # the same parameters, compiled and wrapped: this one trains
+    parallel: Parallel
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scale: LossScale
+    saver: checkpoint.Saver
+
+    @property
+    def model(self) -> GPT:
+        """What names the parameters, evaluates and samples; `parallel.train_model` trains."""
+        return self.parallel.model
 
     def autocast(self) -> AbstractContextManager[None]:
         dtype = getattr(torch, self.config.dtype)
@@ -67,10 +82,8 @@ class Run:
 
 def setup(config: Config) -> Run:
     """Ranks, data, model, strategy, optimizer. What is wrong with the data is known before anything is written."""
-    ranks = init_ranks(config.device)
+    ranks = init_ranks(config.device, config.start_timeout_minutes, sharded=config.zero_stage >= 2)
     device = ranks.device
-    if config.dtype == "float16" and device.type == "cpu":
-        raise UserError("--dtype=float16 needs a GPU; on the CPU use float32 or bfloat16")
     if config.tensorcores and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if config.deterministic:
@@ -85,17 +98,17 @@ def setup(config: Config) -> Run:
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
 
-    model = GPT(config)
-    init_weights(model, config.seed)
-    model.to(device)
-    train_model = parallelize(model, config, ranks)
-    optimizer, line = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    parallel = parallelize(config, ranks)
+    optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
+    scale = LossScale(enabled=config.dtype == "float16")
+    asynchronous = config.async_save == "1" or (config.async_save == "auto" and device.type == "cuda")
+    saver = checkpoint.Saver(config, ranks, asynchronous)
     if ranks.is_main:
         micro_steps = config.total_batch_size // (config.batch_size * config.sequence_length * ranks.world_size)
         tokens = sum(shard.count for shard in train_data.shards)
         print(
-            f"{model.num_params():,} parameters, {config.dtype}, {ranks.world_size} × {device_name(device)}\n"
+            f"{parallel.model.num_params():,} parameters, {config.dtype},"
+            f" {ranks.world_size} × {device_name(device)}{parallel.describe(config)}\n"
             f"{tokens:,} training tokens; {config.total_batch_size:,} a step = {config.batch_size} ×"
             f" {config.sequence_length} × {ranks.world_size} ranks × {micro_steps} micro-steps\n{line}"
         )
@@ -104,7 +117,7 @@ def setup(config: Config) -> Run:
         for warning in warnings(config, device, train_data.shards, val_data.shards if val_data else []):
             print(f"warning: {warning}")
     data = (train_data, val_data, tokenizer, identity, end_of_text)
-    return Run(config, ranks, *data, model, train_model, optimizer, scaler)
+    return Run(config, ranks, *data, parallel, optimizer, scale, saver)
 
 
 def warnings(config: Config, device: torch.device, train: list[Shard], val: list[Shard]) -> list[str]:
@@ -114,6 +127,8 @@ def warnings(config: Config, device: torch.device, train: list[Shard], val: list
         found.append(
             f"--warmup_iters={config.warmup_iters} is not over within --num_iterations={config.num_iterations}"
         )
+    if config.dtype == "float16" and device.type == "cpu":
+        found.append("float16 on a CPU is slow, and there to try out what a GPU does; float32 is faster")
     if both := {s.path.resolve() for s in train} & {s.path.resolve() for s in val}:
         found.append(f"{min(both)} is trained on and validated on")
     if config.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
@@ -189,8 +204,7 @@ def resume(run: Run) -> dict[str, Any]:
         run.tokenizer_identity = saved_tokenizer  # not looked at now, but not to be forgotten
     changes = checkpoint.check_same_model(path, config)
     checkpoint.load(path, run.model, run.optimizer)
-    if run.scaler.is_enabled() and state["scaler"]:
-        run.scaler.load_state_dict(state["scaler"])
+    run.scale.load_state_dict(state["scaler"])
     if path.resolve().parent.parent != output_dir.resolve():
         state["wandb_id"] = None  # a branch of another run is a run of its own
     if run.ranks.is_main:
@@ -201,38 +215,39 @@ def resume(run: Run) -> dict[str, Any]:
 def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[float, float, list[float]]:
     """One update from `batch` (rows, T + 1), this rank's part of the global batch.
 
-    Micro-batch losses are sums, divided by the tokens of the whole global batch; DDP averages over
+    Micro-batch losses are sums, divided by the tokens of the whole global batch; gradients are averaged over
     ranks, hence the world_size. Returns the mean loss over the global batch, the gradient norm before
     clipping, and the `votes` summed over ranks.
     """
-    config, scaler, parameters = run.config, run.scaler, list(run.model.parameters())
+    config, ranks, parallel = run.config, run.ranks, run.parallel
     # Dropout is all that draws from the global generator: seeded per step and rank, it leaves nothing to save.
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, step, run.ranks.rank]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
     loss_sum = torch.zeros((), device=batch.device)
     micro_batches = batch.split(config.batch_size)
     for i, micro_batch in enumerate(micro_batches):
         idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]
         positions = document_positions(idx, run.end_of_text) if run.end_of_text is not None else None
-        sync_gradients(run.train_model, on=i == len(micro_batches) - 1)
+        sync_gradients(parallel, config, last=i == len(micro_batches) - 1)
         with run.autocast():
-            loss, _ = run.train_model(idx, targets, positions=positions)
-        scaler.scale(loss * (run.ranks.world_size / config.total_batch_size)).backward()
+            loss, _ = parallel.train_model(idx, targets, positions=positions)
+        (loss * (run.scale.value * ranks.world_size / config.total_batch_size)).backward()
         loss_sum += loss.detach()
 
-    scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
-    # One reduction brings the loss together and lets all ranks stop on the same step.
-    total, *votes = run.ranks.sum(torch.cat((loss_sum[None], loss_sum.new_tensor(votes)))).tolist()
-    mean_loss, grad_norm = total / config.total_batch_size, norm.item()
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    squared = norm_squared(gradients, parallel.mesh, ranks.world_size).to(batch.device)
+    # One reduction brings loss and norm together and lets all ranks stop on the same step.
+    total, squared_norm, *votes = ranks.sum(torch.stack((loss_sum, squared, *loss_sum.new_tensor(votes)))).tolist()
+    mean_loss, norm = total / config.total_batch_size, math.sqrt(squared_norm) / run.scale.value
     # Both numbers are the same on all ranks, so all take the same branch.
-    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    if finite:
+        clipped = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
+        scale_gradients(gradients, clipped / run.scale.value)
         set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
-        scaler.step(run.optimizer)
-    scaler.update()  # has seen an overflow in unscale_, and lowers its scale
+        run.optimizer.step()
+    run.scale.update(finite)
     run.optimizer.zero_grad(set_to_none=True)
-    return mean_loss, grad_norm, votes
+    return mean_loss, norm, votes
 
 
 def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None] | None:
@@ -254,6 +269,7 @@ def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None] | Non
         sums = windows_loss(
             run.model, data, share, config.batch_size, rounds, ranks.device, bytes_of, go_on, run.end_of_text
         )
+    reshard(run.model)
     return summarize(*ranks.sum_floats(sums)) if sums is not None else None
 
 
@@ -266,6 +282,7 @@ def sample(run: Run, step: int) -> str:
     # To the compiler each length is a shape of its own, so samples are drawn uncompiled.
     with torch.compiler.set_stance("force_eager"), run.autocast():
         tokens = generate(run.model, idx, config.sample_tokens, 0.8, 50, generator)[0, 1:].tolist()
+    reshard(run.model)
     text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
     if run.ranks.is_main:
         (Path(config.output_dir) / "samples" / f"step_{step:08d}.txt").write_text(text + "\n")
@@ -273,17 +290,17 @@ def sample(run: Run, step: int) -> str:
 
 
 def save(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
-    """Writes the checkpoint of the step that `record` describes."""
+    """Writes the checkpoint of the step that `record` describes, which then says how long the loop waited for it."""
     metrics.flush()
     state = {
-        "record": record,
+        "record": record.copy(),
         "data": run.train_data.identity,
-        "scaler": run.scaler.state_dict(),
+        "scaler": run.scale.state_dict(),
         "wandb_id": metrics.wandb_id,
         "tokenizer": run.tokenizer_identity,
     }
     files = run.tokenizer.files if run.tokenizer else {}
-    checkpoint.save(run.ranks, run.config, record["step"], run.model, run.optimizer, state, files)
+    record["save_s"] = run.saver.save(record["step"], run.model, run.optimizer, state, files)
 
 
 def report(run: Run, metrics: Metrics, record: dict[str, Any], stop: guard.StopRequest) -> bool:
@@ -322,7 +339,9 @@ def train(config: Config) -> int:
     state = resume(run)
     step = start = state["step"]
     ranks.on_main(lambda: checkpoint.prepare_dir(output_dir, to_yaml(config)))
-    settle(run.train_model, config, ranks, run.autocast())
+    if name := differing_replica(run.parallel, ranks):
+        raise RuntimeError(f"{name} is not the same on all ranks that should hold the same part of it")
+    settle(run.parallel, config, ranks, run.autocast())
     metrics = Metrics(config, ranks.is_main, start, state["wandb_id"])
     stop = guard.StopRequest(config.max_minutes, STARTED)
     stopping = False
@@ -340,7 +359,10 @@ def train(config: Config) -> int:
         before = time.perf_counter()
         # Not without waiting on MPS, where the source may be freed before it is copied (pytorch#189690).
         batch = batches.get(step).to(device, non_blocking=device.type == "cuda").long()
-        loss, grad_norm, votes = train_step(run, step, batch, stop.votes())
+        failed = float(run.saver.failed())
+        loss, grad_norm, (failed, *votes) = train_step(run, step, batch, [failed, *stop.votes()])
+        if step == start + 1:
+            set_step_timeout(config.step_timeout_minutes, run.parallel.groups)
         now = time.perf_counter()
         tok_per_s = config.total_batch_size / (now - before)
         record = {
@@ -354,6 +376,8 @@ def train(config: Config) -> int:
             "elapsed_s": now - clock,
             "memory_bytes": peak_memory(device),
         }
+        if failed:
+            run.saver.wait()  # raises what went wrong, on all ranks in the same step
         stopping = any(votes)
         if stopping or due(config, config.save_every_niter, step):
             save(run, metrics, record)
@@ -366,6 +390,7 @@ def train(config: Config) -> int:
     # A run whose last step is logged is done, whoever asked it to stop.
     stopping = stopping and not (step == config.num_iterations and ranks.on_main(lambda: metrics.has(step)))
     signalled, late = ranks.sum_floats(stop.votes()) if stopping else (0.0, 0.0)
+    run.saver.close()
     batches.close()
     metrics.close()
     reason = (stop.reason or "a signal to another rank") if signalled else "--max_minutes" if late else ""
@@ -404,4 +429,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(config))
+    run_command(lambda: main(config), teardown=False)

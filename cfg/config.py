@@ -132,14 +132,29 @@ class ComputeConfig(Flags):
 
 
 class ParallelConfig(Flags):
-    """Strategy"""
+    """Strategy: the same numbers, another division of memory and communication (docs/parallel.md)"""
 
-    zero_stage: int = planned(0, "0: DDP or a single process", ge=0, le=3)
-    replicas: int = planned(1, "replicate axis of a (replicate, shard) mesh", ge=1)
-    cpu_offload: bool = planned(False, "parameters and optimizer on the host")
-    activation_checkpointing: Literal["none", "block", "selective"] = planned(
-        "none", "recompute activations in backward"
+    zero_stage: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="0: DDP or one process; 1: optimizer states sharded; 2: gradients too; 3: parameters too",
     )
+    replicas: int = Field(1, ge=1, description="stages 2, 3: shard over ranks/replicas, replicate over the rest (HSDP)")
+    sync_every_microbatch: bool = Field(
+        False, description="stages 2, 3: reduce gradients after each micro-step: less memory, more communication"
+    )
+    cpu_offload: bool = Field(
+        False, description="stages 2, 3: sharded parameters, gradients and optimizer in host memory"
+    )
+    activation_checkpointing: Literal["none", "block", "selective"] = Field(
+        "none",
+        description="recompute in backward: nothing, each block, or all but its matrix products and attention",
+    )
+    start_timeout_minutes: float = Field(
+        30.0, gt=0, description="longest wait for another rank until the first step is done, and while saving"
+    )
+    step_timeout_minutes: float = Field(10.0, gt=0, description="longest wait for another rank in training")
 
 
 class EvalConfig(Flags):
@@ -165,7 +180,9 @@ class CheckpointConfig(Flags):
     resume: str = Field(
         "auto", min_length=1, description="auto: go on from output_dir; never: refuse to; or a checkpoint's PATH"
     )
-    async_save: bool = planned(False, "write checkpoints in the background")
+    async_save: Literal["auto", "0", "1"] = Field(
+        "auto", description="write checkpoints in the background, from a copy in host memory; auto: on GPUs"
+    )
 
 
 class LogConfig(Flags):
@@ -302,6 +319,12 @@ def _check_run(c: Config, world_size: int) -> None:
         )
     if c.doc_mask and c.tokenizer == "none":
         raise UserError("--doc_mask=1 must know the end-of-text token; name the shards' --tokenizer instead of none")
+    if c.replicas > 1 and c.zero_stage < 2:
+        raise UserError(f"--replicas={c.replicas} is for --zero_stage=2 or 3; below, every rank is a replica anyway")
+    if world_size % c.replicas:
+        raise UserError(f"--replicas={c.replicas} must divide the number of ranks, {world_size}")
+    if c.cpu_offload and c.zero_stage < 2:
+        raise UserError("--cpu_offload=1 is for --zero_stage=2 or 3 (on one GPU too)")
     micro = c.batch_size * c.sequence_length * world_size
     if c.total_batch_size % micro:
         raise UserError(

@@ -79,15 +79,15 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
+def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
     """Runs a command's `main` and exits with what it returns.
 
-    Under torchrun without the interpreter's teardown: gloo's threads, which live as long as anything still holds
-    the process group, may want Python in the middle of it, and abort a run that is done (pytorch#179291).
+    A command that trains leaves without the interpreter's teardown: gloo's threads, which live as long as anything
+    still holds the process group, may want Python in the middle of it, and abort a run that is done (pytorch#179291).
     """
     with one_line_errors():
         code = main() or 0
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not teardown:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

@@ -53,7 +53,7 @@ def windows_loss(
         targets = rows[:, 1:].masked_fill(empty[:, None], IGNORE_INDEX)
         idx = rows[:, :-1].to(device)
         positions = document_positions(idx, end_of_text) if end_of_text is not None else None
-        loss, count = model.loss(idx, targets.to(device), positions)
+        loss, count = model(idx, targets.to(device), positions=positions)  # not model.loss: FSDP gathers in the call
         loss_sum += loss.item()
         tokens += count.item()
         if token_bytes is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cfg.config import ModelConfig
-from model.layers import apply_rotary
+from model.layers import RMSNorm, apply_rotary
 
 Rotary = tuple[Tensor, Tensor]
 Mask: TypeAlias = Tensor | BlockMask
@@ -53,15 +53,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         sizes = [self.n_head * self.head_dim] + [self.n_kv_head * self.head_dim] * 2
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(sizes, dim=-1))
-        if self.qk_norm:  # q (B, H, T, D), k (B, H_kv, T, D); in fp32, the dtype of the norms' weights
+        if self.qk_norm:  # q (B, H, T, D), k (B, H_kv, T, D); in fp32
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)

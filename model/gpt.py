@@ -6,9 +6,12 @@ Parameter names are GPT-2's (wte, wpe, h.0.attn.c_attn, ... ln_f), so that a che
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cfg.config import ModelConfig
 from model.attention import CausalSelfAttention, Mask, Rotary, document_mask
@@ -19,8 +22,36 @@ INIT_STD = 0.02  # GPT-2's
 FLEX_TILE = 128  # FlexAttention's: shorter rows leave nothing to skip, and go through a kernel meant for decoding
 
 
+# What selective recomputation keeps: nearly all of a block's arithmetic, and a part of its memory.
+EXPENSIVE = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+}
+
+
+def keep_products() -> Any:
+    """Contexts for `checkpoint` under which matrix products and attention are kept (Korthikanti et al. 2022)."""
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `recompute` is what the backward pass computes again instead of having kept it: nothing ("none"), everything
+    within the block ("block"), or everything but matrix products and attention ("selective").
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -28,8 +59,16 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
+        self.recompute = "none"
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None) -> Tensor:  # (B, T, C) -> same
+        # Here rather than in a wrapper: parameter names stay clean, and compiling or sharding a block comes on top.
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.residual(x, rotary, mask)
+        keep = {"context_fn": keep_products} if self.recompute == "selective" else {}
+        return checkpoint(self.residual, x, rotary, mask, use_reentrant=False, **keep)
+
+    def residual(self, x: Tensor, rotary: Rotary | None, mask: Mask | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -71,7 +110,7 @@ class GPT(nn.Module):
             raise ValueError(f"positions are {tuple(positions.shape)}, token ids {tuple(idx.shape)}")
         T = idx.size(1)
         mask = None if positions is None else document_mask(positions, self.flex and T >= FLEX_TILE)
-        x = self.wte(idx)
+        x = self.wte(idx).float()  # the residual stream is fp32 even where FSDP gathers weights in 16 bits
         rotary = None
         if self.wpe is not None:
             if self.wpe.num_embeddings < T:
@@ -150,7 +189,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 
 @torch.no_grad()
-def init_weights(model: GPT, seed: int) -> None:
-    """Fills every parameter with its `initial_value`."""
+def init_weights(model: GPT, seed: int, assign: Callable[[Tensor, Tensor], Any] = torch.Tensor.copy_) -> None:
+    """Fills every parameter with its `initial_value`; `assign(parameter, value)` may take only its shard of it."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+        assign(parameter, initial_value(name, parameter.shape, model.config, seed))

@@ -8,12 +8,30 @@ from torch import Tensor, nn
 
 from cfg.config import ModelConfig
 
+# Norms compute in their input's dtype: FSDP gathers weights in 16 bits, while the residual stream is fp32, and
+# torch's own refuse the mixture or leave their fused kernels.
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm (Ba et al. 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang and Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    """LayerNorm as in GPT-2, or RMSNorm (Zhang and Sennrich 2019) as in Llama."""
+    """LayerNorm as in GPT-2, or RMSNorm as in Llama."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+        return RMSNorm(width, eps=config.norm_eps)
+    return LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
 class MLP(nn.Module):

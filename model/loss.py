@@ -102,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # a sum over chunks, so not in 16 bits
         chunks = zip(*(t.split(chunk_rows) for t in (hidden, targets, grad_hidden)), strict=True)
         for x, t, grad_x in chunks:
             chunk_loss, grad_logits = chunk_fn(x @ w.t(), t, vocab_size, softcap, True)
@@ -110,11 +110,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = (t != IGNORE_INDEX)[:, None]
             torch.mm(grad_logits, w, out=grad_x)
             grad_x *= valid
-            if w.dtype == weight.dtype:
+            if w.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad_logits.t(), x * valid)
             else:
                 grad_weight += grad_logits.t() @ (x * valid)
         ctx.gradients = (grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
@@ -123,4 +124,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        return grad_hidden.mul_(grad_output), grad_weight.mul_(grad_output), None, None, None, None
+        grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
+        return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None

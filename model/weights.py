@@ -1,19 +1,20 @@
 """Reading a checkpoint directory: which one, is it whole, and the model in it.
 
 A checkpoint is a directory `step_%08d` of safetensors and JSON files, described by a manifest with
-their sizes and hashes; train/checkpoint.py writes it. Nothing here unpickles.
+their sizes and hashes; train/checkpoint.py writes it, on any number of ranks. Nothing here unpickles.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cfg.config import ModelConfig
@@ -21,8 +22,11 @@ from cfg.errors import UserError
 from cfg.files import file_sha256
 from model.gpt import GPT
 
+# One process reading or writing by itself is what we mean, and not to be wondered about.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -55,7 +59,7 @@ def problem_with(path: Path) -> str | None:
     try:
         for name, facts in read_manifest(path)["files"].items():
             file = path / name
-            if Path(name).name != name or not file.is_file():
+            if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != facts["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
@@ -90,28 +94,28 @@ def find_checkpoint(path: Path, report: Any = print) -> Path | None:
     return None
 
 
-def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
-    """All tensors of the files `{kind}*.safetensors` that the manifest lists, on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for name in read_manifest(path)["files"]:
-        if name.startswith(kind) and name.endswith(".safetensors"):
-            tensors |= load_file(path / name)
-    return tensors
+def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
+    """Name → shape of the whole tensors in a checkpoint's folder `kind`, model or optimizer."""
+    metadata = dcp.HuggingFaceStorageReader(str(path / kind)).read_metadata()
+    return {name: about.size for name, about in metadata.state_dict_metadata.items()}
 
 
-def copy_parameters(model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Copies tensors into the parameters of the same name. Raises UserError at the first that does not fit."""
-    parameters = dict(model.named_parameters())
-    if missing := sorted(parameters.keys() ^ tensors.keys()):
-        raise UserError(f"the checkpoint is of another model: {missing[0]} is only in one of the two")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                raise UserError(
-                    f"the checkpoint is of another model: {name} has shape {tuple(tensors[name].shape)},"
-                    f" here {tuple(parameter.shape)}"
-                )
-            parameter.copy_(tensors[name])
+def load_tensors(path: Path, kind: str, tensors: dict[str, Tensor], subset: bool = False) -> None:
+    """Reads into `tensors` those of the same names in a checkpoint's folder `kind`, or of DTensors the local part.
+
+    Every process reads for itself. With `subset` there may be more in the checkpoint, as when each rank asks for
+    its own. Raises UserError at the first name or shape that does not fit.
+    """
+    shapes = tensor_shapes(path, kind)
+    names = tensors.keys() - shapes.keys() if subset else tensors.keys() ^ shapes.keys()
+    if names:
+        raise UserError(f"{path} is of another model: {min(names)} is only in one of the two")
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise UserError(
+                f"{path} is of another model: {name} has shape {tuple(shapes[name])}, here {tuple(tensor.shape)}"
+            )
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / kind)), no_dist=True)
 
 
 def load_model(path: Path, device: torch.device) -> tuple[GPT, dict[str, Any]]:
@@ -125,5 +129,5 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, dict[str, Any]]:
     except ValidationError as e:
         raise UserError(f"{found}: its {MANIFEST} describes no model this version knows: {e.errors()[0]['msg']}") from e
     model = GPT(config)
-    copy_parameters(model, read_tensors(found, "model"))
+    load_tensors(found, "model", {name: p.detach() for name, p in model.named_parameters()})
     return model.to(device).eval(), flags

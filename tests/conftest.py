@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.shards import write_shard
+from model.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 251
@@ -99,6 +101,12 @@ def metrics() -> Callable[[Path], list[dict]]:
 def trace() -> Callable[[Path], list[dict]]:
     """The numbers of a run that must not depend on how it was interrupted, in full precision."""
     return lambda output_dir: [{k: r[k] for k in TRACE_KEYS if k in r} for r in read_metrics(output_dir)]
+
+
+@pytest.fixture(scope="session")
+def parameters_of() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """The parameters in a checkpoint, whole, whoever wrote it."""
+    return lambda path: {n: p.detach() for n, p in load_model(path, torch.device("cpu"))[0].named_parameters()}
 
 
 @pytest.fixture(scope="session")

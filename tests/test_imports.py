@@ -60,7 +60,8 @@ def test_a_room_imports_only_the_rooms_below_it(room, path):
 @pytest.mark.parametrize("room", ["model", "data"])
 def test_model_and_data_know_nothing_of_ranks(room):
     for path in files(room):
-        assert not [name for name in imports(parse(path)) if name.startswith("torch.distributed")], path
+        distributed = {name for name in imports(parse(path)) if name.startswith("torch.distributed")}
+        assert distributed <= {"torch.distributed.checkpoint"}, path  # which reads files without a process group too
         assert "WORLD_SIZE" not in path.read_text() and "LOCAL_RANK" not in path.read_text(), path
 
 

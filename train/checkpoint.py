@@ -1,11 +1,12 @@
 """Checkpoints that appear whole or not at all, and the way back from them.
 
-Saving: write everything into a hidden directory, flush it to disk, the manifest last; rename it to
-`checkpoints/step_%08d`; write the name into `checkpoints/latest`; prune. A directory of that name is
-never written into, so whatever the moment of a kill, what bears a step's name is complete.
+Saving: every rank writes its part into a hidden directory and flushes it to disk, the manifest comes last; rank 0
+renames the directory to `checkpoints/step_%08d`, writes the name into `checkpoints/latest`, and prunes. A directory
+of that name is never written into, so whatever the moment of a kill, what bears a step's name is complete.
 
-Tensors are keyed by parameter name (model*.safetensors) and parameter name / state name
-(optimizer*.safetensors), so that any strategy and any number of ranks can read them.
+Tensors are keyed by parameter name (model/) and parameter name / state name (optimizer/). torch's distributed
+checkpointing (DCP) plans who writes what and reads it back for any strategy and any number of ranks; in its
+safetensors format, since its own keeps a pickle.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
@@ -27,17 +37,18 @@ from model.gpt import GPT
 from model.weights import (
     FORMAT,
     MANIFEST,
-    copy_parameters,
     find_checkpoint,
     list_checkpoints,
+    load_tensors,
     problem_with,
     read_manifest,
-    read_tensors,
     step_of,
+    tensor_shapes,
 )
 from train.distributed import Ranks
-from train.optimizer import load_optimizer_tensors, optimizer_tensors
+from train.optimizer import make_states, named_states
 
+T = TypeVar("T")
 SAVING, DELETING = ".saving_", ".deleting_"
 STATE = "state.json"
 # Model flags that may differ between a checkpoint and the run that resumes it.
@@ -48,76 +59,148 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def save(
-    ranks: Ranks,
-    config: Config,
-    step: int,
-    model: GPT,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    extra: dict[str, bytes] | None = None,
-) -> None:
-    """Writes the checkpoint of `step`; every rank must call it. Raises UserError if the disk refuses.
+class Saver:
+    """Writes a run's checkpoints, one at a time, in the background if asked; every rank has one.
 
-    `state` is what else a resume needs, as JSON values; `extra` are files that go with the model, its tokenizer's.
+    What goes wrong in the background is raised by the next `save`, or by `wait`; `failed` tells without waiting.
     """
 
-    def write() -> None:
-        folder = Path(config.output_dir) / "checkpoints"
+    def __init__(self, config: Config, ranks: Ranks, asynchronous: bool):
+        self.config, self.folder = config, Path(config.output_dir) / "checkpoints"
+        # A group of its own, as the loop goes on talking while this one writes.
+        timeout = timedelta(minutes=config.start_timeout_minutes)
+        group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self.ranks = replace(ranks, host=group)
+        self._thread: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+        if asynchronous:
+            cuda = ranks.device.type == "cuda"
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+
+    def save(
+        self, step: int, model: GPT, optimizer: Optimizer, state: dict[str, Any], extra: dict[str, bytes] | None = None
+    ) -> float:
+        """Writes the checkpoint of `step`, or begins to; returns the seconds for which the loop stood still.
+
+        `state` is what else a resume needs, as JSON values; `extra` are files that go with the model, its
+        tokenizer's. Raises UserError if the disk refuses.
+        """
+        before = time.perf_counter()
+        self.wait()
+        parts = {
+            "model": {name: p.detach() for name, p in model.named_parameters()},
+            "optimizer": {name: t.detach() for name, t in named_states(optimizer, model).items()},
+        }
+        if self._thread is None:
+            self._write(step, parts, state, extra or {})
+        else:
+            copy = self._stager.stage(parts)  # into buffers in host memory that the next save uses again
+            self._running = self._thread.submit(self._write, step, copy, state, extra or {})
+        return time.perf_counter() - before
+
+    def failed(self) -> bool:
+        running = self._running
+        return running is not None and running.done() and running.exception() is not None
+
+    def wait(self) -> None:
+        """Until what was begun is on disk. Raises UserError if it could not be written."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        self.wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._stager.close()
+
+    def _write(self, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], extra: Any) -> None:
+        temporary = self.folder / f"{SAVING}{step:08d}"
+        if not self._together(step, lambda: self.ranks.is_main and _make_room(self.folder, step, parts))[0]:
+            return
+        self._together(step, lambda: self._write_tensors(temporary, parts))
+        facts = self._together(step, lambda: self._describe(temporary, parts))
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": self.ranks.world_size,
+            "torch": torch.__version__,
+            "config": self.config.model_dump(),
+            "files": {name: about for own in facts for name, about in own.items()},
+        }
+        self._together(step, lambda: self._publish(step, manifest, state, extra) if self.ranks.is_main else None)
+
+    def _together(self, step: int, act: Callable[[], T]) -> list[T]:
+        """What `act` gives on every rank. If the disk refuses one of them, all raise the same UserError."""
+        result: Any = None
         try:
-            _write(folder, config, step, ranks.world_size, model, optimizer, state, extra or {})
-            _prune(folder, step, config.keep_last, config.keep_every)
-        except OSError as e:
-            shutil.rmtree(folder / f"{SAVING}{step:08d}", ignore_errors=True)
+            result, problem = act(), None
+        except (OSError, CheckpointException) as e:
+            result, problem = None, _reason(e)
+        everyone = self.ranks.gather((result, problem))
+        if problem := next((p for _, p in everyone if p), None):
+            if self.ranks.is_main:
+                shutil.rmtree(self.folder / f"{SAVING}{step:08d}", ignore_errors=True)
             raise UserError(
-                f"--output_dir={config.output_dir}: the checkpoint of step {step} could not be written"
-                f" ({e.strerror or e}); earlier ones are untouched, the same command goes on from them"
-            ) from e
+                f"--output_dir={self.config.output_dir}: the checkpoint of step {step} could not be written"
+                f" ({problem}); earlier ones are untouched, the same command goes on from them"
+            )
+        return [value for value, _ in everyone]
 
-    ranks.on_main(write)
+    def _write_tensors(self, temporary: Path, parts: dict[str, dict[str, Tensor]]) -> None:
+        for kind, tensors in parts.items():
+            writer = dcp.HuggingFaceStorageWriter(str(temporary / kind), save_distributed=True)
+            alone = self.ranks.host is None
+            dcp.save(tensors, storage_writer=writer, process_group=self.ranks.host, no_dist=alone)
+
+    def _describe(self, temporary: Path, kinds: Any) -> dict[str, dict[str, Any]]:
+        """Name → size and hash of the files that this rank wrote."""
+        facts = {}
+        for kind in kinds:
+            for path in sorted((temporary / kind).glob(f"shard-{self.ranks.rank + 1:05d}-*")):
+                flush_to_disk(path)
+                facts[f"{kind}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        return facts
+
+    def _publish(self, step: int, manifest: dict[str, Any], state: dict[str, Any], extra: dict[str, bytes]) -> None:
+        """Completes the checkpoint and lets it appear."""
+        temporary, final = self.folder / f"{SAVING}{step:08d}", self.folder / f"step_{step:08d}"
+        _write_json(temporary / STATE, {"step": step, **state})
+        for name, content in extra.items():
+            (temporary / name).write_bytes(content)
+        for name in (STATE, *extra):
+            path = temporary / name
+            flush_to_disk(path)
+            manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        _write_json(temporary / MANIFEST, manifest)
+        flush_to_disk(temporary / MANIFEST)
+        for folder in (temporary / "model", temporary / "optimizer", temporary):
+            flush_to_disk(folder)
+        os.rename(temporary, final)
+        flush_to_disk(self.folder)
+        write_atomically(self.folder / "latest", f"{final.name}\n".encode())  # for people; we look at them all
+        _prune(self.folder, step, self.config.keep_last, self.config.keep_every)
 
 
-def _write(
-    folder: Path,
-    config: Config,
-    step: int,
-    world_size: int,
-    model: GPT,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    extra: dict[str, bytes],
-) -> None:
+def _reason(error: BaseException) -> str:
+    """In a few words why a save failed; DCP wraps the errors of the ranks."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+
+
+def _make_room(folder: Path, step: int, kinds: Any) -> bool:
+    """An empty hidden directory for the checkpoint of `step`; False if that checkpoint is already there."""
     final, temporary = folder / f"step_{step:08d}", folder / f"{SAVING}{step:08d}"
     if final.exists():
         if problem_with(final) is None:
-            return
+            return False
         _move_aside(final)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, temporary / "model.safetensors")
-    tensors = {k: v.detach().contiguous() for k, v in optimizer_tensors(optimizer, model).items()}
-    save_file(tensors, temporary / "optimizer.safetensors")
-    _write_json(temporary / STATE, {"step": step, **state})
-    for name, content in extra.items():
-        (temporary / name).write_bytes(content)
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        flush_to_disk(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": world_size,
-        "torch": torch.__version__,
-        "config": config.model_dump(),
-        "files": files,
-    }
-    _write_json(temporary / MANIFEST, manifest)
-    flush_to_disk(temporary / MANIFEST)
-    flush_to_disk(temporary)
-    os.rename(temporary, final)
-    flush_to_disk(folder)
-    write_atomically(folder / "latest", f"{final.name}\n".encode())  # for people and scripts; we look at them all
+    for kind in kinds:
+        (temporary / kind).mkdir(parents=True)
+    return True
 
 
 def _move_aside(damaged: Path) -> None:
@@ -202,6 +285,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, model: GPT, optimizer: Optimizer) -> None:
-    """Fills model and optimizer from a checkpoint that `choose` has verified."""
-    copy_parameters(model, read_tensors(path, "model"))
-    load_optimizer_tensors(optimizer, model, read_tensors(path, "optimizer"))
+    """Fills model and optimizer from a checkpoint that `choose` has verified, each rank its own part.
+
+    Raises UserError if it is of another model.
+    """
+    load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
+    if tensor_shapes(path, "optimizer"):  # none: the optimizer had not stepped yet
+        load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cfg.config import launched_world_size
 from cfg.errors import UserError
@@ -20,12 +21,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers. With one process there is no process group."""
+    """This process among its peers. With one process there is nobody to talk to.
+
+    `host` is a gloo group with a long timeout, for what ranks decide or write on the host while others wait.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    host: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -53,26 +58,54 @@ class Ranks:
                 box = [decide()]
             except UserError as error:
                 box = [error]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.host)
         if isinstance(box[0], UserError):
             raise box[0]
         return cast(T, box[0])
 
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host)
+        return values
 
-def init_ranks(wanted_device: str, timeout_minutes: float = 30) -> Ranks:
-    """Joins the process group that torchrun describes in the environment, if there is one."""
+
+def init_ranks(wanted_device: str, start_timeout_minutes: float = 30, sharded: bool = False) -> Ranks:
+    """Joins the process group that torchrun describes in the environment, if there is one.
+
+    `sharded`: also one process becomes a group, of itself, which FSDP needs.
+    """
     world_size = launched_world_size()
     rank, local_rank = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK")) if world_size > 1 else (0, 0)
     device = choose_device(wanted_device, local_rank)
-    if world_size > 1:
-        if device.type == "mps":
-            raise UserError("--device=mps trains with one process; use python train_gpt.py, or --device=cpu")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        device_id = device if device.type == "cuda" else None  # NCCL otherwise guesses it from the rank
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), device_id=device_id)
-    return Ranks(rank, local_rank, world_size, device)
+    if world_size == 1 and not sharded:
+        return Ranks(rank, local_rank, world_size, device)
+    if device.type == "mps":
+        raise UserError("--device=mps trains with one process and --zero_stage=0; change that, or use --device=cpu")
+    cuda = device.type == "cuda"
+    alone: dict[str, Any] = {} if world_size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = timedelta(minutes=start_timeout_minutes)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",  # gloo too, for what is offloaded to the host
+        timeout=timeout,
+        device_id=device if cuda else None,  # NCCL otherwise guesses it from the rank
+        **alone,
+    )
+    host = dist.new_group(backend="gloo", timeout=timeout)
+    return Ranks(rank, local_rank, world_size, device, host)
+
+
+def set_step_timeout(minutes: float, groups: list[dist.ProcessGroup]) -> None:
+    """From now on a rank that is waited for longer than this in one of `groups` ends the run (--step_timeout_minutes).
+
+    At start, compilation and uneven disks make some ranks wait long for others; in training that means a hang.
+    """
+    for group in groups:
+        _set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def close_ranks(ranks: Ranks) -> None:
-    if ranks.world_size > 1 and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

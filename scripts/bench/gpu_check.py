@@ -40,7 +40,6 @@ from cfg.errors import CommandParser, UserError, run_command
 from cfg.files import write_atomically
 from data.documents import document_positions
 from data.shards import write_shard
-from model.gpt import GPT, init_weights
 from model.loss import IGNORE_INDEX
 from train.distributed import Ranks
 from train.metrics import device_name, peak_memory, read_records
@@ -111,10 +110,7 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     `full_logits` the loss is the plain F.cross_entropy.
     """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    model = GPT(config)
-    init_weights(model, config.seed)
-    model.to(device)
-    train_model = parallelize(model, config, Ranks(0, 0, 1, device))
+    model = parallelize(config, Ranks(0, 0, 1, device)).model
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, config.sequence_length + 1)
     tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
@@ -124,10 +120,10 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     positions = document_positions(idx % (config.sequence_length // 4), 0) if config.doc_mask else None
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         if full_logits:
-            logits = train_model(idx, positions=positions).float().flatten(0, 1)
+            logits = model(idx, positions=positions).float().flatten(0, 1)
             loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
         else:
-            loss_sum, count = train_model(idx, targets, positions=positions)
+            loss_sum, count = model(idx, targets, positions=positions)
             loss = loss_sum / count
     loss.backward()
     found = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -280,10 +276,7 @@ def measure_documents(bench: Bench) -> Iterator[Figure]:
     """
     flags = ["--sequence_length=1024", "--batch_size=16", "--dtype=bfloat16", "--compile=1"]
     config, device = load_config(flags, world_size=1), torch.device(bench.device)
-    model = GPT(config)
-    init_weights(model, config.seed)
-    model.to(device)
-    train_model = parallelize(model, config, Ranks(0, 0, 1, device))
+    model = parallelize(config, Ranks(0, 0, 1, device)).model
     shape = (config.batch_size, config.sequence_length)
     idx = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     rates = []
@@ -293,7 +286,7 @@ def measure_documents(bench: Bench) -> Iterator[Figure]:
             start = time.perf_counter()
             positions = document_positions(idx % 500, 0) if doc_mask else None
             with torch.autocast(device.type, dtype=torch.bfloat16):
-                loss, _ = train_model(idx, idx, positions=positions)
+                loss, _ = model(idx, idx, positions=positions)
             loss.backward()
             model.zero_grad()
             loss.item()  # waits for all of it

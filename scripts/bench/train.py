@@ -77,7 +77,7 @@ def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
         model = GPT(config)
         init_weights(model, 0)
         model.to(device)
-        optimizer: torch.optim.Optimizer = make_optimizer(model, config)[0]
+        optimizer: torch.optim.Optimizer = make_optimizer(model, config, world_size=1)[0]
     else:
         model = Reference(padded, config.sequence_length, config.n_layer, config.n_head, config.n_embd).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)

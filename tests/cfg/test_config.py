@@ -21,15 +21,7 @@ few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 NUMBERS = [name for name, field in Config.model_fields.items() if field.annotation in (int, float)]
 BOOLEANS = [name for name, field in Config.model_fields.items() if field.annotation is bool]
 CHOICES = [name for name, field in Config.model_fields.items() if get_args(field.annotation)]
-PLANNED = {
-    "init_from": "gpt2",
-    "zero_stage": "2",
-    "replicas": "2",
-    "cpu_offload": "1",
-    "activation_checkpointing": "block",
-    "hellaswag_every": "100",
-    "async_save": "1",
-}
+PLANNED = {"init_from": "gpt2", "hellaswag_every": "100"}
 # Zero stands for "derive it" or "off" in the others.
 NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length batch_size
     learning_rate cooldown_frac adam_eps replicas val_max_steps sample_tokens keep_last log_every
@@ -73,8 +65,9 @@ def test_booleans_take_numbers_and_words(text, value):
 
 @pytest.mark.parametrize("name", [name for name in BOOLEANS if name not in PLANNED])
 def test_a_bare_flag_is_true(name):
-    assert getattr(load(f"--{name}"), name) is True
-    assert getattr(load(f"--{name}", "--batch_size=2"), name) is True
+    stage = "--zero_stage=3"  # which --cpu_offload wants
+    assert getattr(load(stage, f"--{name}"), name) is True
+    assert getattr(load(f"--{name}", stage), name) is True
     assert getattr(load(f"--{name}=0"), name) is False
 
 
@@ -149,6 +142,24 @@ def test_a_flag_that_is_only_a_name_so_far_takes_its_default_alone(name, other):
     assert getattr(load(f"--{name}={default}"), name) == default
     message = refusal(f"--{name}={other}")
     assert message.startswith(f"--{name}=") and "not available yet" in message
+
+
+@pytest.mark.parametrize(
+    "flags, world_size, message",
+    [
+        (["--replicas=2"], 4, "--replicas=2 is for --zero_stage=2 or 3"),
+        (["--replicas=3", "--zero_stage=3"], 4, "--replicas=3 must divide the number of ranks, 4"),
+        (["--cpu_offload=1", "--zero_stage=1"], 2, "--cpu_offload=1 is for --zero_stage=2 or 3"),
+        (["--zero_stage=4"], 1, "--zero_stage=4"),
+        (["--activation_checkpointing=all"], 1, "--activation_checkpointing=all"),
+        (["--async_save=yes"], 1, "--async_save=yes"),
+        (["--step_timeout_minutes=0"], 1, "--step_timeout_minutes=0"),
+    ],
+)
+def test_strategies_that_do_not_exist_are_refused(flags, world_size, message):
+    with pytest.raises(UserError) as refused:
+        load_config(flags, world_size)
+    assert message in str(refused.value)
 
 
 # Names

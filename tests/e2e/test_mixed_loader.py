@@ -1,7 +1,6 @@
 """A run on two sources: it resumes bit for bit, tells what it mixes, and refuses another mixture."""
 
 import pytest
-from safetensors.torch import load_file
 
 FLAGS = ["--num_iterations=16", "--save_every_niter=8"]
 
@@ -13,7 +12,7 @@ def mixture(shards):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_undisturbed_one(trainer, trace, mixture, shards, tmp_path):
+def test_a_resumed_run_is_the_undisturbed_one(trainer, parameters_of, trace, mixture, shards, tmp_path):
     whole = trainer.run(tmp_path / "whole", mixture, *FLAGS)
     assert "\none: 33.33% of the samples, 6,000 tokens, 0.228 epochs\ntwo: 66.67% of the samples, " in whole.stdout
     assert "warning" not in whole.stdout
@@ -29,9 +28,7 @@ def test_a_resumed_run_is_the_undisturbed_one(trainer, trace, mixture, shards, t
     trainer.run(tmp_path / "again", mixture, *FLAGS, "--max_minutes=1e-9")
     trainer.run(tmp_path / "again", mixture, *FLAGS)
     assert trace(tmp_path / "again") == trace(tmp_path / "whole")  # ==: all digits
-    ours, theirs = (
-        load_file(tmp_path / name / "checkpoints/step_00000016/model.safetensors") for name in ("again", "whole")
-    )
+    ours, theirs = parameters_of(tmp_path / "again"), parameters_of(tmp_path / "whole")
     assert all((ours[name] == value).all() for name, value in theirs.items())
 
     for flag, message in (

@@ -1,0 +1,222 @@
+"""Run by torchrun from test_parallel.py: each check asserts on every rank, and rank 0 writes how they went to argv[1].
+
+argv[2] is the folder in which the settings leave their checkpoints for those on other numbers of ranks to load.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from cfg.config import load_config
+from cfg.errors import run_command
+from model.gpt import GPT, initial_value
+from model.weights import list_checkpoints
+from train import checkpoint
+from train.distributed import Ranks, close_ranks, init_ranks
+from train.optimizer import make_optimizer, named_states
+from train.parallel import (
+    differing_replica,
+    local,
+    norm_squared,
+    parallelize,
+    reshard,
+    scale_gradients,
+    sync_gradients,
+)
+
+LAYERS, MICRO_STEPS = 3, 2
+# Tied and untied, padded vocabulary (251 → 256), rows that no number of ranks divides (biases, 7 heads' norms).
+SHAPE = [f"--n_layer={LAYERS}", "--n_head=2", "--n_embd=28", "--vocab_size=251", "--sequence_length=16"]
+FAMILIES = {"gpt2": [], "llama": ["--norm=rmsnorm", "--mlp=swiglu", "--positions=rotary", "--tie_embeddings=0"]}
+
+
+def settings(world_size):
+    found = {f"stage{stage}": [f"--zero_stage={stage}"] for stage in range(4)}
+    if world_size == 4:
+        found |= {f"hsdp{stage}": [f"--zero_stage={stage}", "--replicas=2"] for stage in (2, 3)}
+    return found
+
+
+class Setting:
+    def __init__(self, ranks: Ranks, *flags, output_dir="unused"):
+        flags = [*SHAPE, "--batch_size=2", f"--total_batch_size={32 * 4 * MICRO_STEPS}", *flags]
+        self.config = load_config([*flags, "--device=cpu", f"--output_dir={output_dir}"], ranks.world_size)
+        self.ranks = ranks
+        self.parallel = parallelize(self.config, ranks)
+        self.model = self.parallel.model
+        self.optimizer = make_optimizer(self.model, self.config, ranks.world_size)[0]
+
+    def step(self, seed, micro_steps=MICRO_STEPS):
+        """One update, as train_gpt.py does it; the gradient norm."""
+        rows = torch.arange(8 * micro_steps * 17).view(-1, 17) * (seed + 1) % 251
+        mine = rows.chunk(self.ranks.world_size)[self.ranks.rank]
+        for i, micro_batch in enumerate(mine.chunk(micro_steps)):
+            sync_gradients(self.parallel, self.config, last=i == micro_steps - 1)
+            loss, _ = self.parallel.train_model(micro_batch[:, :-1], micro_batch[:, 1:])
+            (loss * self.ranks.world_size / rows.numel()).backward()
+        gradients = [p.grad for p in self.model.parameters()]
+        squared = self.ranks.sum(norm_squared(gradients, self.parallel.mesh, self.ranks.world_size))
+        scale_gradients(gradients, 0.5)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return squared.sqrt().item()
+
+    def whole(self):
+        """Every parameter and every state of the optimizer, whole, on every rank."""
+        parts = {n: p.detach() for n, p in self.model.named_parameters()} | named_states(self.optimizer, self.model)
+        mine = {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in parts.items()}
+        return {n: t for theirs in self.ranks.gather(mine) for n, t in theirs.items()}
+
+
+def assert_equal(ours, theirs, tolerance=0.0):
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    for name, value in theirs.items():
+        apart = (ours[name] - value).abs().max().item()
+        assert apart <= tolerance, f"{name}: {apart}"
+
+
+def check_initial_weights(ranks, folder):
+    """A pure function of seed, name and shape, whatever the stage, and nowhere more than this rank's part."""
+    for family in FAMILIES.values():
+        for flags in settings(ranks.world_size).values():
+            setting = Setting(ranks, *flags, *family)
+            config, named = setting.config, dict(setting.model.named_parameters())
+            expected = {n: initial_value(n, p.shape, config, config.seed) for n, p in named.items()}
+            assert named.keys() == {n for n, _ in GPT(config).named_parameters()}  # names stay clean
+            assert_equal({n: t for n, t in setting.whole().items() if n in expected}, expected)
+            if config.zero_stage >= 2:
+                shards = ranks.world_size // config.replicas
+                held = sum(local(p).numel() for p in named.values())
+                assert held < setting.model.num_params() / shards * 1.25
+
+
+def check_numbers(ranks, folder):
+    """Norms, parameters and moments after three steps: stage 1 as stage 0 bit for bit, the others to rounding."""
+    variants = [("gpt2", ["--sync_every_microbatch=1"]), ("gpt2", ["--activation_checkpointing=selective"])]
+    for family, more in [("gpt2", []), ("llama", []), *variants]:
+        reference = Setting(ranks, *FAMILIES[family])
+        norms = [reference.step(k) for k in range(3)]
+        for name, flags in settings(ranks.world_size).items():
+            setting = Setting(ranks, *flags, *more, *FAMILIES[family])
+            apart = max(abs(setting.step(k) - norms[k]) for k in range(3))
+            limit = 0 if name in ("stage0", "stage1") else 5e-6
+            assert apart <= limit, (name, more, apart)
+            assert_equal(setting.whole(), reference.whole(), limit)
+
+
+def comm_counter():
+    """CommDebugMode without the module tracker, which stumbles over modules that run more than once a step."""
+    mode = CommDebugMode()
+    tracker = mode.advanced_module_tracker
+    tracker.__enter__, tracker.__exit__ = (lambda: None), (lambda: None)
+    tracker.module_parents_dict[tracker.name] = set()
+    return mode
+
+
+def check_collectives(ranks, folder):
+    """How often a step communicates, as docs/parallel.md has it."""
+    L, A, W = LAYERS, MICRO_STEPS, ranks.world_size
+    assert W > 1, "a rank alone has nobody to talk to"
+    groups = L + 1  # each block, and the rest
+    expected = {
+        "stage0": {"allreduce_": 1 + 1},  # one bucket, and the loss
+        "stage1": {"allreduce_": 1 + 1, "broadcast_": W},
+        "stage2": {"_allgather_base_": groups, "_reduce_scatter_base_": groups, "allreduce_": 1},
+        "stage3": {"_allgather_base_": A * 2 * L, "_reduce_scatter_base_": groups, "allreduce_": 1},
+        "hsdp2": {"_allgather_base_": groups, "_reduce_scatter_base_": groups, "allreduce_": groups + 1},
+        "hsdp3": {"_allgather_base_": A * 2 * L, "_reduce_scatter_base_": groups, "allreduce_": groups + 1},
+    }
+    for name, flags in settings(W).items():
+        for every in (0, 1):
+            setting = Setting(ranks, *flags, f"--sync_every_microbatch={every}")
+            for k in range(2):  # DDP arranges its buckets
+                setting.step(k)
+            with comm_counter() as mode:
+                setting.step(2)
+            counts = {str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()}
+            wanted = dict(expected[name])
+            if every and setting.config.zero_stage >= 2:
+                wanted["_reduce_scatter_base_"] *= A
+            assert counts == wanted, (name, every, counts, wanted)
+
+
+def check_replicas(ranks, folder):
+    """A rank that holds something else than its copies is found by the parameter's name, on all ranks."""
+    for name, flags in settings(ranks.world_size).items():
+        setting = Setting(ranks, *flags)
+        assert differing_replica(setting.parallel, ranks) is None
+        if ranks.rank == ranks.world_size - 1:
+            with torch.no_grad():
+                local(setting.model.h[1].mlp.c_fc.weight)[-1, -1] += 1e-3
+        has_copies = ranks.world_size > 1 and (setting.config.zero_stage < 2 or setting.config.replicas > 1)
+        expected = "h.1.mlp.c_fc.weight" if has_copies else None
+        assert differing_replica(setting.parallel, ranks) == expected, name
+
+
+def check_evaluation_leaves_shards(ranks, folder):
+    """After a forward pass without a backward, parameters are this rank's part again, and can be saved."""
+    for flags in settings(ranks.world_size).values():
+        setting = Setting(ranks, *flags)
+        before = {n: tuple(local(p).shape) for n, p in setting.model.named_parameters()}
+        with torch.no_grad():
+            setting.model(torch.zeros(1, 8, dtype=torch.long), last_only=True)
+        reshard(setting.model)
+        assert {n: tuple(local(p).shape) for n, p in setting.model.named_parameters()} == before
+
+
+def check_save(ranks, folder):
+    """Every setting leaves a checkpoint after two steps, and what it holds; half of them write in the background."""
+    for i, (name, flags) in enumerate(settings(ranks.world_size).items()):
+        output_dir = folder / f"{name}-{ranks.world_size}"
+        setting = Setting(ranks, *flags, output_dir=output_dir)
+        for k in range(2):
+            setting.step(k)
+        saver = checkpoint.Saver(setting.config, ranks, asynchronous=i % 2 == 1)
+        saver.save(2, setting.model, setting.optimizer, {})
+        whole = setting.whole()
+        setting.step(2)  # the copy is written, not what the next step makes of it
+        saver.close()
+        if ranks.is_main:
+            torch.save(whole, output_dir / "whole.pt")
+        dist.barrier()
+
+
+def check_load(ranks, folder):
+    """Every setting takes every checkpoint that there is bit for bit, and goes on from it."""
+    for family in sorted(folder.iterdir()):
+        expected = torch.load(family / "whole.pt")
+        norms = []
+        for flags in settings(ranks.world_size).values():
+            setting = Setting(ranks, *flags)
+            checkpoint.load(list_checkpoints(family)[0], setting.model, setting.optimizer)
+            assert_equal(setting.whole(), expected)
+            norms.append(setting.step(2))
+        assert max(norms) - min(norms) < 5e-6, (family, norms)
+
+
+def main():
+    result, folder, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    ranks = init_ranks("cpu", sharded=True)
+    report = {}
+    for name in names:
+        try:
+            globals()[f"check_{name}"](ranks, Path(folder))
+            problem = ""
+        except Exception:
+            problem = traceback.format_exc()
+        report[name] = "\n".join(p for p in ranks.gather(problem) if p)
+    if ranks.is_main:
+        Path(result).write_text(json.dumps(report))
+    close_ranks(ranks)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, teardown=False)

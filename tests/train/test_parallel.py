@@ -1,0 +1,36 @@
+"""Every stage on 1, 2 and 4 ranks: the same weights, numbers and checkpoints; see on_ranks.py for the checks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS = ["initial_weights", "numbers", "collectives", "replicas", "evaluation_leaves_shards"]
+# Checkpoints of all are there before any is loaded.
+LAUNCHES = [(1, ["save"]), (2, ["save"]), (4, [*CHECKS, "save", "load"]), (2, [*CHECKS, "load"]), (1, ["load"])]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """(ranks, check) → what was wrong, by one launch for many checks."""
+    folder, found = tmp_path_factory.mktemp("on_ranks"), {}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    (folder / "checkpoints").mkdir()
+    for ranks, checks in LAUNCHES:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        words = [str(Path(__file__).with_name("on_ranks.py")), str(folder / "report"), str(folder / "checkpoints")]
+        done = subprocess.run([*command, *words, *checks], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        report = json.loads((folder / "report").read_text())
+        found |= {(ranks, check): problem for check, problem in report.items()}
+    assert len(list((folder / "checkpoints").iterdir())) == 4 + 4 + 6
+    return found
+
+
+@pytest.mark.parametrize("ranks, check", [(ranks, check) for ranks, checks in LAUNCHES for check in checks])
+def test_on_ranks(reports, ranks, check):
+    assert not reports[ranks, check], reports[ranks, check]
