@@ -9,6 +9,7 @@ cd "$(dirname "$0")/../.."
 source scripts/launch/env.sh
 [ -n "${NNODES:-}" ] || fail "set NNODES, the number of machines"
 [ -n "${RDZV_ENDPOINT:-}" ] || fail "set RDZV_ENDPOINT=HOST:PORT, the first machine, the same on all"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarted workers must not find the dead ones' addresses
 exec torchrun --nnodes="$NNODES" --nproc-per-node="$NPROC" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" \
     --rdzv-id="${RDZV_ID:-rawgpt}" --max-restarts="$MAX_RESTARTS" --signals-to-handle="$SIGNALS" \
     train_gpt.py "$@"
