@@ -97,6 +97,7 @@ def setup(config: Config) -> Run:
     val_data = open_val_data(config, identity) if config.input_val_bin else None
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
+    guard.check_shared(Path(config.output_dir), ranks)
 
     parallel = parallelize(config, ranks)
     optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
@@ -424,7 +425,8 @@ def main(config: Config) -> int:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size, and more micro-steps"
-                f" make up the same --total_batch_size"
+                f" make up the same --total_batch_size; or see scripts/plan.py for what --activation_checkpointing and"
+                f" --zero_stage save"
             ) from error
 
 

@@ -287,8 +287,10 @@ def read_state(path: Path) -> dict[str, Any]:
 def load(path: Path, model: GPT, optimizer: Optimizer) -> None:
     """Fills model and optimizer from a checkpoint that `choose` has verified, each rank its own part.
 
-    Raises UserError if it is of another model.
+    Raises UserError if it is of another model, or holds no optimizer.
     """
+    if not (path / "optimizer").is_dir():
+        raise UserError(f"{path} holds a model without its optimizer; resume from the checkpoint it was made of")
     load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
     if tensor_shapes(path, "optimizer"):  # none: the optimizer had not stepped yet
         load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)

@@ -16,6 +16,7 @@ from typing import IO
 
 from cfg.errors import UserError
 from cfg.files import take_lock, write_atomically
+from train.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -108,3 +109,16 @@ def mistakes_noted(output_dir: Path) -> Iterator[None]:
         with suppress(OSError):  # a full disk is its own message
             write_status(output_dir, "user error", reason=str(error))
         raise
+
+
+def check_shared(output_dir: Path, ranks: Ranks) -> None:
+    """Raises UserError if `output_dir` is another folder on some rank: each writes its own part of a checkpoint."""
+    mark = output_dir / ranks.on_main(lambda: f".shared_{os.getpid()}_{time.time_ns()}")
+    ranks.on_main(lambda: mark.write_bytes(b""))
+    seen = ranks.gather(mark.exists())
+    ranks.on_main(lambda: mark.unlink())
+    if not all(seen):
+        raise UserError(
+            f"--output_dir={output_dir} of rank {seen.index(False)} is not that of rank 0; every rank writes its part"
+            f" of a checkpoint, so it must be on storage that all nodes share"
+        )

@@ -36,13 +36,22 @@ def assert_close(ours, reference, limit=5e-6):
         assert a == pytest.approx(b, rel=0, abs=limit)
 
 
+@pytest.fixture(autouse=True)
+def tell_of_recompilation(monkeypatch):
+    monkeypatch.setenv("TORCH_LOGS", "recompiles")
+
+
 def run_case(trainer, trace, one_process, output_dir, stage, accumulation, recompute, compile):
     ranks, flags = STAGES[stage]
     tokens = 512 if accumulation * ranks > 8 else 256
     flags = [*flags, f"--batch_size={ACCUMULATION[accumulation][ranks]}", f"--total_batch_size={tokens}"]
     flags += [f"--activation_checkpointing={recompute}", f"--compile={compile}", "--save_every_niter=0"]
-    trainer.run(output_dir, *flags, ranks=ranks)
+    if compile:  # samples, whose lengths differ, are not to be compiled
+        flags += ["--sample_every=10", "--sample_tokens=4"]
+    done = trainer.run(output_dir, *flags, ranks=ranks)
     assert_close(trace(output_dir), one_process[tokens])
+    recompiled = done.stderr.count("Recompiling function forward")
+    assert recompiled == (ranks if compile else 0), done.stderr  # once each: validation needs no gradients
     return trace(output_dir)
 
 

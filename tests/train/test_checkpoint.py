@@ -1,6 +1,7 @@
 """The checkpoint protocol: whole or absent, whatever fails on the way; and the optimizer by name."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -167,3 +168,53 @@ def test_an_optimizer_that_never_stepped_is_saved_and_loaded(tmp_path):
     _, other, other_optimizer = setup(tmp_path)
     checkpoint.load(list_checkpoints(tmp_path)[0], other, other_optimizer)
     assert step(model, optimizer) == step(other, other_optimizer)
+
+
+def test_what_fails_in_the_background_is_raised_by_the_next_save_or_wait(tmp_path, monkeypatch):
+    config, model, optimizer = setup(tmp_path)
+    step(model, optimizer)
+    saver = checkpoint.Saver(config, RANKS, asynchronous=True)
+    saver.save(1, model, optimizer, {})
+    saver.wait()
+    assert not saver.failed()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.dcp, "save", full)
+        saver.save(2, model, optimizer, {})  # raises nothing yet
+        while not saver.failed():
+            time.sleep(0.01)
+    with pytest.raises(UserError, match="step 2 could not be written .No space left"):
+        saver.save(3, model, optimizer, {})
+    assert not saver.failed()  # it has been told
+    saver.save(4, model, optimizer, {})
+    saver.close()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000004", "step_00000001"]
+
+
+def test_never_two_saves_at_once_and_each_of_its_own_moment(tmp_path, monkeypatch):
+    config, model, optimizer = setup(tmp_path)
+    saver = checkpoint.Saver(config, RANKS, asynchronous=True)
+    running, together, write = [], [], saver._write
+
+    def slow_write(number, *args):
+        running.append(number)
+        together.append(len(running))
+        time.sleep(0.2)
+        write(number, *args)
+        running.remove(number)
+
+    monkeypatch.setattr(saver, "_write", slow_write)
+    weights = {}
+    for number in (1, 2, 3):
+        step(model, optimizer, number)
+        weights[number] = model.wte.weight.detach().clone()
+        stall = saver.save(number, model, optimizer, {})
+        assert stall < 0.1 if number == 1 else stall > 0.1  # it waits for the one before, not for itself
+    saver.close()
+    assert together == [1, 1, 1]
+    for path in list_checkpoints(tmp_path):
+        loaded, _ = load_model(path, torch.device("cpu"))
+        assert torch.equal(loaded.wte.weight, weights[int(path.name[-1])])

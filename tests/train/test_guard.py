@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cfg.errors import UserError
 from train import guard
-from train.guard import SIGNALS, StopRequest, claim_output_dir, mistakes_noted, write_status
+from train.distributed import Ranks
+from train.guard import SIGNALS, StopRequest, check_shared, claim_output_dir, mistakes_noted, write_status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,3 +115,14 @@ def test_a_worker_dies_with_its_launcher_and_only_with_that(under_torchrun):
         os.kill(pid, signal.SIGKILL)  # raises ProcessLookupError if it were gone
         process.stdout.read()
     process.wait()
+
+
+def test_an_output_dir_that_is_not_shared_is_refused(tmp_path):
+    class Two(Ranks):
+        def gather(self, value):
+            return [value, False]  # the other node has a disk of its own
+
+    check_shared(tmp_path, Ranks(0, 0, 1, torch.device("cpu")))
+    with pytest.raises(UserError, match="of rank 1 is not that of rank 0"):
+        check_shared(tmp_path, Two(0, 0, 1, torch.device("cpu")))
+    assert not list(tmp_path.iterdir())
