@@ -123,7 +123,7 @@ def test_multi_node_asks_for_what_it_cannot_know(stand_ins, env, missing):
     assert not stand_ins.calls("torchrun")
 
 
-@pytest.mark.parametrize("model,batch_size", [("gpt2-124m", 8), ("gpt2-350m", 4)])
+@pytest.mark.parametrize("model,batch_size", [("gpt2-124m", 16), ("gpt2-350m", 4)])
 def test_t4x4(stand_ins, model, batch_size):
     done = stand_ins.run("t4x4.sh", "--compile=0", MODEL=model)
     assert done.returncode == 0, done.stderr
