@@ -65,7 +65,7 @@ class Saver:
     What goes wrong in the background is raised by the next `save`, or by `wait`; `failed` tells without waiting.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, asynchronous: bool):
+    def __init__(self, config: Config, ranks: Ranks):
         self.config, self.folder = config, Path(config.output_dir) / "checkpoints"
         # A group of its own, as the loop goes on talking while this one writes.
         timeout = timedelta(minutes=config.start_timeout_minutes)
@@ -73,8 +73,8 @@ class Saver:
         self.ranks = replace(ranks, host=group)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
-        if asynchronous:
-            cuda = ranks.device.type == "cuda"
+        cuda = ranks.device.type == "cuda"
+        if config.async_save == "1" or (config.async_save == "auto" and cuda):
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
 
