@@ -9,4 +9,5 @@ if [ "${1:-}" = --slow ]; then slow=(); shift; fi
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "${slow[@]}" "$@"
+# By file, so that what a file sets up is set up once.
+python -m pytest -n 2 --dist loadfile "${slow[@]}" "$@"

@@ -218,8 +218,29 @@ def check_resume(bench: Bench) -> Iterator[Figure]:
         yield f"{name}: undisturbed and resumed", difference, 2 * spread
 
 
+def check_strategies(bench: Bench) -> Iterator[Figure]:
+    """Ten steps in every setting that one device can show, beside a plain process: losses and gradient norms.
+
+    In bfloat16 sharded weights are rounded once more, where they are gathered.
+    """
+    flags = [*bench.shape(), "--num_iterations=10", "--save_every_niter=5", "--deterministic=1"]
+    cases = {
+        "stage 3": "--zero_stage=3 --async_save=1",
+        "stage 2, offloaded": "--zero_stage=2 --cpu_offload=1 --activation_checkpointing=selective",
+        "stage 3, compiled": "--zero_stage=3 --compile=1 --activation_checkpointing=block",
+        "recompute block": "--activation_checkpointing=block",
+        "recompute selective": "--activation_checkpointing=selective",
+    }
+    for dtype, limit in (("float32", 1e-4), ("bfloat16", 3e-2)):
+        plain = bench.train(f"plain {dtype}", *flags, f"--dtype={dtype}")
+        for name, more in list(cases.items())[: 2 if bench.quick else None]:
+            records = bench.train(f"{name} {dtype}", *flags, f"--dtype={dtype}", *more.split())
+            apart = [abs(a[k] / b[k] - 1) for a, b in zip(records, plain, strict=True) for k in ("loss", "grad_norm")]
+            yield f"{name} {dtype}", max(apart), limit
+
+
 def check_half(bench: Bench) -> Iterator[Figure]:
-    """Twenty steps in float16 with its loss scaler; the CPU has bfloat16 instead."""
+    """Twenty steps in float16 with its loss scale; the CPU has bfloat16 instead."""
     dtype = "float16" if bench.device == "cuda" else "bfloat16"
     flags = [*bench.shape(), "--num_iterations=20", "--learning_rate=3e-3", f"--dtype={dtype}"]
     losses = [record["loss"] for record in bench.train("half", *flags)]
@@ -235,6 +256,7 @@ CHECKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "numbers: compiled and eager": check_compile,
     "numbers: document mask, compiled and plain": check_flex,
     "training: resumed and undisturbed": check_resume,
+    "training: every strategy on one device": check_strategies,
     "training: half precision learns": check_half,
 }
 

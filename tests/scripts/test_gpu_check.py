@@ -19,7 +19,7 @@ def test_every_check_passes_on_the_cpu_with_tiny_shapes(tmp_path):
     done = gpu_check("--device", "cpu", "--quick", "--output", output)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(output.read_text())
-    assert report["passed"] and len(report["checks"]) == 9 and not report["throughput"]
+    assert report["passed"] and len(report["checks"]) == 10 and not report["throughput"]
     for check in report["checks"]:
         assert check["passed"] and check["figures"] and "error" not in check, check
         assert any(figure["at_most"] is not None for figure in check["figures"].values())
