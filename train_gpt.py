@@ -101,24 +101,29 @@ def setup(config: Config) -> Run:
 
     parallel = parallelize(config, ranks)
     optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
-    scale = LossScale(enabled=config.dtype == "float16")
-    asynchronous = config.async_save == "1" or (config.async_save == "auto" and device.type == "cuda")
-    saver = checkpoint.Saver(config, ranks, asynchronous)
-    if ranks.is_main:
-        micro_steps = config.total_batch_size // (config.batch_size * config.sequence_length * ranks.world_size)
-        tokens = sum(shard.count for shard in train_data.shards)
-        print(
-            f"{parallel.model.num_params():,} parameters, {config.dtype},"
-            f" {ranks.world_size} × {device_name(device)}{parallel.describe(config)}\n"
-            f"{tokens:,} training tokens; {config.total_batch_size:,} a step = {config.batch_size} ×"
-            f" {config.sequence_length} × {ranks.world_size} ranks × {micro_steps} micro-steps\n{line}"
-        )
-        if isinstance(train_data, MixedLoader):
-            print(train_data.describe(config.num_iterations))
-        for warning in warnings(config, device, train_data.shards, val_data.shards if val_data else []):
-            print(f"warning: {warning}")
+    saver = checkpoint.Saver(config, ranks)
     data = (train_data, val_data, tokenizer, identity, end_of_text)
-    return Run(config, ranks, *data, parallel, optimizer, scale, saver)
+    run = Run(config, ranks, *data, parallel, optimizer, LossScale(config.dtype == "float16"), saver)
+    if ranks.is_main:
+        announce(run, line)
+    return run
+
+
+def announce(run: Run, optimizer_line: str) -> None:
+    """The first lines of a run: what trains on what, and what may be a mistake."""
+    config, ranks, data = run.config, run.ranks, run.train_data
+    micro_steps = config.total_batch_size // (config.batch_size * config.sequence_length * ranks.world_size)
+    print(
+        f"{run.model.num_params():,} parameters, {config.dtype},"
+        f" {ranks.world_size} × {device_name(ranks.device)}{run.parallel.describe(config)}\n"
+        f"{sum(shard.count for shard in data.shards):,} training tokens; {config.total_batch_size:,} a step ="
+        f" {config.batch_size} × {config.sequence_length} × {ranks.world_size} ranks × {micro_steps} micro-steps\n"
+        f"{optimizer_line}"
+    )
+    if isinstance(data, MixedLoader):
+        print(data.describe(config.num_iterations))
+    for warning in warnings(config, ranks.device, data.shards, run.val_data.shards if run.val_data else []):
+        print(f"warning: {warning}")
 
 
 def warnings(config: Config, device: torch.device, train: list[Shard], val: list[Shard]) -> list[str]:
@@ -394,8 +399,10 @@ def train(config: Config) -> int:
     run.saver.close()
     batches.close()
     metrics.close()
+    reason = (stop.reason or "a signal to another rank") if signalled else "--max_minutes" if late else ""
+    status = "stopped" if signalled else "out of time" if late else "done"
+    ranks.on_main(lambda: guard.write_status(output_dir, status, step, reason))  # before any rank has left
     if ranks.is_main:
-        reason = (stop.reason or "a signal to another rank") if signalled else "--max_minutes" if late else ""
         summarize_run(config, start, step, reason)
     close_ranks(ranks)
     return EXIT_STOPPED if signalled else 0
@@ -416,14 +423,16 @@ def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
 
 
 def main(config: Config) -> int:
-    try:
-        return train(config)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size, and more micro-steps make up"
-            f" the same --total_batch_size; or see scripts/plan.py for what --activation_checkpointing and --zero_stage"
-            f" save"
-        ) from error
+    guard.die_with_launcher()
+    with guard.mistakes_noted(Path(config.output_dir)):
+        try:
+            return train(config)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size, and more micro-steps"
+                f" make up the same --total_batch_size; or see scripts/plan.py for what --activation_checkpointing and"
+                f" --zero_stage save"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Saver:
     What goes wrong in the background is raised by the next `save`, or by `wait`; `failed` tells without waiting.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, asynchronous: bool):
+    def __init__(self, config: Config, ranks: Ranks):
         self.config, self.folder = config, Path(config.output_dir) / "checkpoints"
         # A group of its own, as the loop goes on talking while this one writes.
         timeout = timedelta(minutes=config.start_timeout_minutes)
@@ -73,10 +73,8 @@ class Saver:
         self.ranks = replace(ranks, host=group)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
-        if asynchronous:
-            cuda = ranks.device.type == "cuda"
+        if config.async_save == "1" or (config.async_save == "auto" and ranks.device.type == "cuda"):
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
 
     def save(
         self, step: int, model: GPT, optimizer: Optimizer, state: dict[str, Any], extra: dict[str, bytes] | None = None
@@ -95,7 +93,9 @@ class Saver:
         if self._thread is None:
             self._write(step, parts, state, extra or {})
         else:
-            copy = self._stager.stage(parts)  # into buffers in host memory that the next save uses again
+            # Into ordinary memory: to pin it takes longer than it saves, and 2.11's stager keeps no buffers anyway.
+            stager = DefaultStager(StagingOptions(False, False, False, False))
+            copy = stager.stage(parts)
             self._running = self._thread.submit(self._write, step, copy, state, extra or {})
         return time.perf_counter() - before
 
@@ -113,7 +113,6 @@ class Saver:
         self.wait()
         if self._thread is not None:
             self._thread.shutdown()
-            self._stager.close()
 
     def _write(self, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], extra: Any) -> None:
         temporary = self.folder / f"{SAVING}{step:08d}"

@@ -85,16 +85,30 @@ def init_ranks(wanted_device: str, start_timeout_minutes: float = 30, sharded: b
     if device.type == "mps":
         raise UserError("--device=mps trains with one process and --zero_stage=0; change that, or use --device=cpu")
     cuda = device.type == "cuda"
-    alone: dict[str, Any] = {} if world_size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = timedelta(minutes=start_timeout_minutes)
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",  # gloo too, for what is offloaded to the host
         timeout=timeout,
         device_id=device if cuda else None,  # NCCL otherwise guesses it from the rank
-        **alone,
+        **(_after_a_restart(timeout) if world_size > 1 else alone),
     )
     host = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, local_rank, world_size, device, host)
+
+
+def _after_a_restart(timeout: timedelta) -> dict[str, Any]:
+    """For init_process_group: torchrun's store, under a prefix of its own for each of torchrun's --max-restarts.
+
+    The store lives as long as torchrun, and so do the addresses that workers left in it: after a restart gloo and
+    NCCL would look for the dead ones, and fail or hang (pytorch#135712; so it is in 2.11 to 2.13). Machines may count
+    restarts differently; on several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun use a new store each time.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    return {"store": dist.PrefixStore(f"restart_{restarts}", store), "rank": rank, "world_size": world_size}
 
 
 def set_step_timeout(minutes: float, groups: list[dist.ProcessGroup]) -> None:

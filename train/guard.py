@@ -1,25 +1,46 @@
-"""What ends a run before its time: a signal, or the clock. And one run per output directory."""
+"""What ends a run before its time: a signal, the clock, the launcher's death. And one run per output directory."""
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from cfg.errors import UserError
-from cfg.files import take_lock
+from cfg.files import take_lock, write_atomically
 from train.distributed import Ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_launcher() -> None:
+    """Has the kernel SIGKILL this worker when torchrun dies; a no-op without torchrun, and elsewhere than on Linux.
+
+    A SIGKILL of torchrun reaches nobody else: its workers, each in a session of its own, would train on, holding
+    the GPUs and the output directory.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class StopRequest:
     """Remembers that this rank was asked to stop; the loop lets all ranks agree on the step.
 
-    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask; a second Ctrl-C ends the process at once.
+    SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP (the terminal is closed; not under nohup) ask; a second Ctrl-C
+    ends the process at once.
     """
 
     def __init__(self, max_minutes: float, since: float):
@@ -27,7 +48,8 @@ class StopRequest:
         self.reason = ""
         self._deadline = since + 60 * max_minutes if max_minutes else float("inf")
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
@@ -43,7 +65,7 @@ _held_lock: IO[str] | None = None
 
 
 def claim_output_dir(output_dir: Path) -> None:
-    """Makes the run's directory and locks it for as long as this process lives.
+    """Makes the run's directory, locks it for as long as this process lives, and marks it as running.
 
     The kernel drops the lock with the process, so none is left stale. Raises UserError if the
     directory cannot be written, or another process trains into it.
@@ -55,13 +77,38 @@ def claim_output_dir(output_dir: Path) -> None:
     try:
         for folder in ("checkpoints", "samples", "logs"):
             (output_dir / folder).mkdir(parents=True, exist_ok=True)
-        _held_lock, holder = take_lock(output_dir / ".lock")
+        lock, holder = take_lock(output_dir / ".lock")
+        if not holder:
+            _held_lock = lock
+            write_status(output_dir, "running")
     except OSError as e:
         raise UserError(f"--output_dir={output_dir} cannot be written: {e.strerror}") from e
     if holder:
         raise UserError(
             f"--output_dir={output_dir} is in use by another run (process {holder}); wait for it, or choose another"
         )
+
+
+def write_status(output_dir: Path, status: str, step: int | None = None, reason: str = "") -> None:
+    """Says in status.json how the run stands, for scripts: torchrun's exit code is 1 whatever its workers' were.
+
+    running (if nobody is, it crashed or was killed), done, stopped (by a signal, with a checkpoint), out of time
+    (--max_minutes, with a checkpoint) or user error. Only the process that has claimed the directory writes it.
+    """
+    if _held_lock is not None:
+        content = {"status": status, "step": step, "reason": reason}
+        write_atomically(output_dir / "status.json", (json.dumps(content) + "\n").encode())
+
+
+@contextmanager
+def mistakes_noted(output_dir: Path) -> Iterator[None]:
+    """Leaves the one line of a UserError also in status.json."""
+    try:
+        yield
+    except UserError as error:
+        with suppress(OSError):  # a full disk is its own message
+            write_status(output_dir, "user error", reason=str(error))
+        raise
 
 
 def check_shared(output_dir: Path, ranks: Ranks) -> None:

@@ -10,28 +10,6 @@ import pytest
 FLAGS = ["--dropout=0.1", "--num_iterations=30", "--save_every_niter=5"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(trainer, trace, parameters_of, tmp_path_factory):
-    """Traces of the same run without interruption, by number of ranks."""
-    traces = {}
-    for ranks in (1, 2, 4):  # on more than two, the order of an all-reduce's additions matters
-        output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-        trainer.run(output_dir, *FLAGS, ranks=ranks)
-        traces[ranks] = (trace(output_dir), parameters_of(output_dir))
-    return traces
-
-
-@pytest.fixture(scope="module")
-def assert_same_run(trace, parameters_of):
-    def check(output_dir, reference):
-        lines, parameters = reference
-        assert trace(output_dir) == lines  # ==: all digits
-        ours = parameters_of(output_dir)
-        assert all((ours[name] == value).all() for name, value in parameters.items())
-
-    return check
-
-
 def steps_logged(output_dir):
     path = output_dir / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
@@ -52,7 +30,7 @@ def test_stopped_by_a_signal(trainer, assert_same_run, wait_for, undisturbed, tm
     assert 11 <= stopped_at < 30
     assert f"after step {stopped_at} of 30" in out
     trainer.run(output_dir, *FLAGS, ranks=ranks)
-    assert_same_run(output_dir, undisturbed[ranks])
+    assert_same_run(output_dir, undisturbed(ranks, *FLAGS))
 
 
 def test_stopped_by_the_clock(trainer, assert_same_run, undisturbed, tmp_path):
@@ -60,7 +38,7 @@ def test_stopped_by_the_clock(trainer, assert_same_run, undisturbed, tmp_path):
     done = trainer.run(output_dir, *FLAGS, "--max_minutes=0.001")
     assert "stopped by --max_minutes after step" in done.stdout
     trainer.run(output_dir, *FLAGS)
-    assert_same_run(output_dir, undisturbed[1])
+    assert_same_run(output_dir, undisturbed(1, *FLAGS))
 
 
 def test_stopped_during_validation(trainer, trace, tmp_path):
@@ -100,7 +78,7 @@ def test_killed_ten_times(trainer, assert_same_run, wait_for, kill_all, undistur
         kill_all(process)
     assert during_saves >= 2
     trainer.run(output_dir, *FLAGS, "--save_every_niter=3", ranks=ranks)
-    assert_same_run(output_dir, undisturbed[ranks])
+    assert_same_run(output_dir, undisturbed(ranks, *FLAGS))
     assert not list((output_dir / "checkpoints").glob(".*"))  # nothing half-written is left
 
 

@@ -174,10 +174,10 @@ def check_save(ranks, folder):
     """Every setting leaves a checkpoint after two steps, and what it holds; half of them write in the background."""
     for i, (name, flags) in enumerate(settings(ranks.world_size).items()):
         output_dir = folder / f"{name}-{ranks.world_size}"
-        setting = Setting(ranks, *flags, output_dir=output_dir)
+        setting = Setting(ranks, *flags, f"--async_save={i % 2}", output_dir=output_dir)
         for k in range(2):
             setting.step(k)
-        saver = checkpoint.Saver(setting.config, ranks, asynchronous=i % 2 == 1)
+        saver = checkpoint.Saver(setting.config, ranks)
         saver.save(2, setting.model, setting.optimizer, {})
         whole = setting.whole()
         setting.step(2)  # the copy is written, not what the next step makes of it

@@ -35,7 +35,7 @@ def step(model, optimizer, seed=0):
 
 
 def save(config, number, model, optimizer):
-    checkpoint.Saver(config, RANKS, asynchronous=False).save(number, model, optimizer, {"record": {"step": number}})
+    checkpoint.Saver(config, RANKS).save(number, model, optimizer, {"record": {"step": number}})
 
 
 def test_round_trip_is_exact_and_training_goes_on_alike(tmp_path):
@@ -171,9 +171,9 @@ def test_an_optimizer_that_never_stepped_is_saved_and_loaded(tmp_path):
 
 
 def test_what_fails_in_the_background_is_raised_by_the_next_save_or_wait(tmp_path, monkeypatch):
-    config, model, optimizer = setup(tmp_path)
+    config, model, optimizer = setup(tmp_path, "--async_save=1")
     step(model, optimizer)
-    saver = checkpoint.Saver(config, RANKS, asynchronous=True)
+    saver = checkpoint.Saver(config, RANKS)
     saver.save(1, model, optimizer, {})
     saver.wait()
     assert not saver.failed()
@@ -195,8 +195,8 @@ def test_what_fails_in_the_background_is_raised_by_the_next_save_or_wait(tmp_pat
 
 
 def test_never_two_saves_at_once_and_each_of_its_own_moment(tmp_path, monkeypatch):
-    config, model, optimizer = setup(tmp_path)
-    saver = checkpoint.Saver(config, RANKS, asynchronous=True)
+    config, model, optimizer = setup(tmp_path, "--async_save=1")
+    saver = checkpoint.Saver(config, RANKS)
     running, together, write = [], [], saver._write
 
     def slow_write(number, *args):

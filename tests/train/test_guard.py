@@ -1,25 +1,39 @@
-"""Stopping early, and one run per directory."""
+"""Stopping early, one run per directory, and what a run leaves in status.json."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from cfg.errors import UserError
+from train import guard
 from train.distributed import Ranks
-from train.guard import SIGNALS, StopRequest, check_shared, claim_output_dir
+from train.guard import SIGNALS, StopRequest, check_shared, claim_output_dir, mistakes_noted, write_status
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def handlers_restored():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_claimed(monkeypatch):
+    monkeypatch.setattr(guard, "_held_lock", None)
+
+
+def status(output_dir):
+    return json.loads((output_dir / "status.json").read_text())
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -28,6 +42,13 @@ def test_a_signal_is_remembered(number):
     assert stop.votes() == [0.0, 0.0]
     os.kill(os.getpid(), number)
     assert stop.votes() == [1.0, 0.0] and stop.reason == number.name
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest(0, time.monotonic())
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.votes() == [0.0, 0.0]
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
@@ -47,17 +68,53 @@ def test_a_directory_is_locked_while_its_process_lives(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", code + "; print('locked', flush=True); input()"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(UserError, match=f"in use by another run .process {holder.pid}"):
+    (tmp_path / "status.json").unlink()
+    with pytest.raises(UserError, match=f"in use by another run .process {holder.pid}"), mistakes_noted(tmp_path):
         claim_output_dir(tmp_path)
+    assert not (tmp_path / "status.json").exists()  # it is the other run's to write
     holder.kill()
     holder.communicate()
     claim_output_dir(tmp_path)
+    assert status(tmp_path)["status"] == "running"
 
 
 def test_an_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output_dir=.*file/run cannot be written: Not a directory"):
         claim_output_dir(tmp_path / "file" / "run")
+
+
+def test_the_status_is_that_of_whoever_claimed_the_directory(tmp_path):
+    write_status(tmp_path, "done", 3)
+    assert not (tmp_path / "status.json").exists()
+    claim_output_dir(tmp_path)
+    write_status(tmp_path, "stopped", 3, "SIGTERM")
+    assert status(tmp_path) == {"status": "stopped", "step": 3, "reason": "SIGTERM"}
+    with pytest.raises(UserError), mistakes_noted(tmp_path):
+        raise UserError("--resume=x: holds no checkpoint")
+    assert status(tmp_path) == {"status": "user error", "step": None, "reason": "--resume=x: holds no checkpoint"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoints", "samples", "logs", "status.json"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("under_torchrun", [True, False])
+def test_a_worker_dies_with_its_launcher_and_only_with_that(under_torchrun):
+    worker = "import time; from train.guard import die_with_launcher as d; d(); print('up', flush=True); time.sleep(60)"
+    launcher = f"import subprocess, sys; w = subprocess.Popen([sys.executable, '-c', {worker!r}]); print(w.pid); "
+    env = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
+    env |= {"TORCHELASTIC_RUN_ID": "x"} if under_torchrun else {}
+    process = subprocess.Popen([sys.executable, "-uc", launcher + "w.wait()"], env=env, cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    pid = int(process.stdout.readline())
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    if under_torchrun:
+        assert process.stdout.read() == ""  # to its end: whoever held it has gone
+    else:
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGKILL)  # raises ProcessLookupError if it were gone
+        process.stdout.read()
+    process.wait()
 
 
 def test_an_output_dir_that_is_not_shared_is_refused(tmp_path):
