@@ -248,6 +248,8 @@ def recommendation(best: Setting, base: Config, flags: list[str], args: argparse
         notes.append("every forward pass is computed twice: a third more work, which the MFU above must allow for")
     if c.cpu_offload:
         notes.append("the optimizer runs on the host, which is slow")
+    if args.gpus > args.gpus_per_node:
+        notes.append("on every node, HOST being the first; scripts/launch/ has the same for SLURM, and with restarts")
     if c.dtype != base.dtype:
         notes.append(f"{args.gpu} has no bfloat16")
     if (args.gpu.split()[0] in OLD_GPUS or c.dtype == "float32") and c.n_kv_head != c.n_head:
