@@ -35,7 +35,7 @@ from eval.generate import generate
 from eval.perplexity import fixed_windows, summarize, windows_loss
 from model.gpt import GPT
 from train import checkpoint, guard
-from train.distributed import Ranks, close_ranks, init_ranks, set_step_timeout
+from train.distributed import Ranks, close_ranks, init_ranks, set_timeout
 from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot_losses, read_records
 from train.optimizer import make_optimizer, set_learning_rate
 from train.parallel import (
@@ -100,6 +100,7 @@ def setup(config: Config) -> Run:
     guard.check_shared(Path(config.output_dir), ranks)
 
     parallel = parallelize(config, ranks)
+    set_timeout(config.start_timeout_minutes, parallel.groups)  # those of --replicas have one of their own
     optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
     saver = checkpoint.Saver(config, ranks)
     data = (train_data, val_data, tokenizer, identity, end_of_text)
@@ -368,7 +369,7 @@ def train(config: Config) -> int:
         failed = float(run.saver.failed())
         loss, grad_norm, (failed, *votes) = train_step(run, step, batch, [failed, *stop.votes()])
         if step == start + 1:
-            set_step_timeout(config.step_timeout_minutes, run.parallel.groups)
+            set_timeout(config.step_timeout_minutes, run.parallel.groups)
         now = time.perf_counter()
         tok_per_s = config.total_batch_size / (now - before)
         record = {

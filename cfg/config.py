@@ -152,9 +152,9 @@ class ParallelConfig(Flags):
         description="recompute in backward: nothing, each block, or all but its matrix products and attention",
     )
     start_timeout_minutes: float = Field(
-        30.0, gt=0, description="longest wait for another rank until the first step is done, and while saving"
+        30.0, gt=0, le=1e5, description="longest wait for another rank until the first step is done, and while saving"
     )
-    step_timeout_minutes: float = Field(10.0, gt=0, description="longest wait for another rank in training")
+    step_timeout_minutes: float = Field(10.0, gt=0, le=1e5, description="longest wait for another rank in training")
 
 
 class EvalConfig(Flags):

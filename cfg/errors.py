@@ -91,6 +91,8 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoRetu
     try:
         with one_line_errors():
             code = main() or 0
+    except SystemExit as e:  # Ctrl-C
+        code = int(e.code or 0)
     except Exception:
         if teardown:
             raise

@@ -23,27 +23,34 @@ FLEX_TILE = 128  # FlexAttention's: shorter rows leave nothing to skip, and go t
 
 
 # What selective recomputation keeps: nearly all of a block's arithmetic, and a part of its memory.
-EXPENSIVE = {
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-    )
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 
 
 def keep_products() -> Any:
     """Contexts for `checkpoint` under which matrix products and attention are kept (Korthikanti et al. 2022)."""
+    return create_selective_checkpoint_contexts(_policy(PRODUCTS | ATTENTION))
 
+
+def keep_products_only() -> Any:
+    """The same without attention, for training with dropout.
+
+    Attention's kernels draw their own: what is kept does not run again, the generator would stay behind, and the
+    dropouts after it would draw other masks in the backward pass than in the forward pass.
+    """
+    return create_selective_checkpoint_contexts(_policy(PRODUCTS))
+
+
+def _policy(kept: set[Any]) -> Callable[..., CheckpointPolicy]:
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return policy
 
 
 class Block(nn.Module):
@@ -65,7 +72,8 @@ class Block(nn.Module):
         # Here rather than in a wrapper: parameter names stay clean, and compiling or sharding a block comes on top.
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.residual(x, rotary, mask)
-        keep = {"context_fn": keep_products} if self.recompute == "selective" else {}
+        kept = keep_products_only if self.attn.dropout else keep_products
+        keep = {"context_fn": kept} if self.recompute == "selective" else {}
         return checkpoint(self.residual, x, rotary, mask, use_reentrant=False, **keep)
 
     def residual(self, x: Tensor, rotary: Rotary | None, mask: Mask | None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST}: {e.strerror}") from e
     except ValueError as e:
         raise ValueError(f"{MANIFEST} is damaged") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "config" not in manifest:
         raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
     return manifest
 
@@ -57,7 +58,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def problem_with(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words, or None if every file is there and hashes as promised."""
     try:
-        for name, facts in read_manifest(path)["files"].items():
+        listed = read_manifest(path)["files"]
+        if odd := [f for f in path.glob("*/*") if str(f.relative_to(path)) not in listed]:
+            return f"{odd[0].relative_to(path)} does not belong to it"
+        for name, facts in listed.items():
             file = path / name
             if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
                 return f"{name} is missing"
@@ -95,9 +99,16 @@ def find_checkpoint(path: Path, report: Any = print) -> Path | None:
 
 
 def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
-    """Name → shape of the whole tensors in a checkpoint's folder `kind`, model or optimizer."""
-    metadata = dcp.HuggingFaceStorageReader(str(path / kind)).read_metadata()
-    return {name: about.size for name, about in metadata.state_dict_metadata.items()}
+    """Name → shape of the whole tensors in a checkpoint's folder `kind`, model or optimizer.
+
+    Raises UserError if a part of a tensor is missing.
+    """
+    shapes = {}
+    for name, about in dcp.HuggingFaceStorageReader(str(path / kind)).read_metadata().state_dict_metadata.items():
+        if sum(prod(chunk.sizes) for chunk in about.chunks) != prod(about.size):
+            raise UserError(f"{path}: its parts of {name} do not make up the whole")
+        shapes[name] = about.size
+    return shapes
 
 
 def load_tensors(path: Path, kind: str, tensors: dict[str, Tensor], subset: bool = False) -> None:

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -74,7 +75,10 @@ class Saver:
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
         if config.async_save == "1" or (config.async_save == "auto" and ranks.device.type == "cuda"):
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            cuda = ranks.device.type == "cuda"
+            # A new thread's device is GPU 0, where each rank would otherwise open a context.
+            set_device: dict[str, Any] = {"initializer": torch.cuda.set_device, "initargs": (ranks.device,)}
+            self._thread = ThreadPoolExecutor(1, "checkpoint", **(set_device if cuda else {}))
 
     def save(
         self, step: int, model: GPT, optimizer: Optimizer, state: dict[str, Any], extra: dict[str, bytes] | None = None
@@ -90,6 +94,10 @@ class Saver:
             "model": {name: p.detach() for name, p in model.named_parameters()},
             "optimizer": {name: t.detach() for name, t in named_states(optimizer, model).items()},
         }
+        if self.config.zero_stage <= 1:
+            parts["model"] = _share(parts["model"], self.ranks)
+        if self.config.zero_stage == 0:
+            parts["optimizer"] = _share(parts["optimizer"], self.ranks)
         if self._thread is None:
             self._write(step, parts, state, extra or {})
         else:
@@ -135,7 +143,9 @@ class Saver:
         result: Any = None
         try:
             result, problem = act(), None
-        except (OSError, CheckpointException) as e:
+        except (Exception, CheckpointException) as e:  # any: the other ranks wait for this one in `gather`
+            if not isinstance(e, OSError | CheckpointException):
+                traceback.print_exc()
             result, problem = None, _reason(e)
         everyone = self.ranks.gather((result, problem))
         if problem := next((p for _, p in everyone if p), None):
@@ -182,11 +192,22 @@ class Saver:
         _prune(self.folder, step, self.config.keep_last, self.config.keep_every)
 
 
+def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Of tensors that all ranks hold, those that this one writes: dealt out, the largest first, to who has least."""
+    loads, mine = [0] * ranks.world_size, {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += tensor.numel()
+        if rank == ranks.rank:
+            mine[name] = tensor
+    return mine
+
+
 def _reason(error: BaseException) -> str:
     """In a few words why a save failed; DCP wraps the errors of the ranks."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+    return str(getattr(error, "strerror", None) or error or type(error).__name__).partition("\n")[0]
 
 
 def _make_room(folder: Path, step: int, kinds: Any) -> bool:

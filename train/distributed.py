@@ -111,8 +111,8 @@ def _after_a_restart(timeout: timedelta) -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"restart_{restarts}", store), "rank": rank, "world_size": world_size}
 
 
-def set_step_timeout(minutes: float, groups: list[dist.ProcessGroup]) -> None:
-    """From now on a rank that is waited for longer than this in one of `groups` ends the run (--step_timeout_minutes).
+def set_timeout(minutes: float, groups: list[dist.ProcessGroup]) -> None:
+    """From now on a rank that is waited for longer than this in one of `groups` ends the run.
 
     At start, compilation and uneven disks make some ranks wait long for others; in training that means a hang.
     """
