@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -82,14 +83,20 @@ def one_line_errors() -> Iterator[None]:
 def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
     """Runs a command's `main` and exits with what it returns.
 
-    A command that trains leaves without the interpreter's teardown: gloo's threads, which live as long as anything
-    still holds the process group, may want Python in the middle of it, and abort a run that is done (pytorch#179291).
+    Without `teardown` it leaves at once, also after an exception: gloo's threads, which live as long as anything still
+    holds the process group, may want Python while the interpreter is taken down, and abort a run that is done
+    (pytorch#179291); and a thread that still waits for another rank must not keep torchrun from seeing the failure.
     """
-    with one_line_errors():
-        code = main() or 0
-        if not teardown:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
-    raise AssertionError("unreachable")
+    code = 1
+    try:
+        with one_line_errors():
+            code = main() or 0
+    except Exception:
+        if teardown:
+            raise
+        traceback.print_exc()
+    if not teardown:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
