@@ -22,12 +22,24 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from cfg.config import Config, load_config
 from cfg.errors import CommandParser, UserError, one_line_errors, run_command
 
+
+def parse(argv: list[str] | None = None) -> tuple[list[int], int, list[str]]:
+    """Numbers of ranks, micro-steps, and the flags that are train_gpt.py's."""
+    parser = CommandParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--ranks", default="8", help="numbers of ranks, separated by commas (default 8)")
+    parser.add_argument("--micro_steps", type=int, default=1, help="micro-steps in a step (default 1)")
+    args, flags = parser.parse_known_args(argv)
+    words = args.ranks.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"--ranks={args.ranks} must be numbers of ranks separated by commas, as in --ranks=8,64")
+    if args.micro_steps < 1:
+        raise UserError(f"--micro_steps={args.micro_steps} must be at least 1")
+    return [int(word) for word in words], args.micro_steps, flags
+
+
 if __name__ == "__main__":
     with one_line_errors():
-        parser = CommandParser(description=__doc__)
-        parser.add_argument("--ranks", default="8", help="numbers of ranks, separated by commas")
-        parser.add_argument("--micro_steps", type=int, default=1)
-        args, flags = parser.parse_known_args()
+        RANKS, STEPS, FLAGS = parse()  # before torch is imported, so that --help and mistakes are answered at once
 
 import contextlib
 import time
@@ -151,10 +163,10 @@ def compare(flags: list[str], world_size: int, steps: int) -> list[tuple[str, in
     return [*rows, (f"peak, at {plan.moment}", found["peak"], plan.peak)]
 
 
-def main() -> None:
-    for world_size in map(int, args.ranks.split(",")):
+def main(rank_counts: list[int], steps: int, flags: list[str]) -> None:
+    for world_size in rank_counts:
         start = time.perf_counter()
-        rows = compare(flags, world_size, args.micro_steps)
+        rows = compare(flags, world_size, steps)
         seconds = time.perf_counter() - start
         shown = "; ".join(f"{what} {found / 1e9:.3f} ({planned / 1e9:.3f})" for what, found, planned in rows)
         deviation = rows[-1][2] / rows[-1][1] - 1
@@ -162,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, teardown=False)
+    run_command(lambda: main(RANKS, STEPS, FLAGS), teardown=False)

@@ -9,9 +9,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cfg.config import load_config
+from cfg.errors import UserError
 from model.gpt import GPT, Block
 from model.layers import rotary_table
-from scripts.bench.simulate_memory import compare
+from scripts.bench.simulate_memory import compare, parse
 from train.memory import PARTS, block_activations, deviation, largest_partition, moments, planned_bytes
 
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
@@ -41,6 +42,16 @@ def test_the_plan_is_what_the_real_code_holds(family, ranks, steps, flags):
     assert [what.split(",")[0] for what, _, _ in rows] == ["parameters", "gradients", "optimizer", "peak"]
     for what, found, planned in rows:
         assert found > 1e6 and planned == pytest.approx(found, rel=0.05), what
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--ranks=0", "--ranks=a,8", "--ranks=8,", "--micro_steps=0", "--zero_stage=3 --cpu_offload=1", "--dropout=0.1"],
+)
+def test_what_the_simulation_does_not_know_is_refused_by_name(flags):
+    with pytest.raises(UserError, match=flags.split()[-1].split("=")[0]):
+        ranks, steps, rest = parse(flags.split())
+        compare([*SHAPE, *rest], ranks[0], steps)
 
 
 LARGE = [(8, ""), (64, ""), (1024, ""), (64, "--replicas=8")]
