@@ -171,7 +171,7 @@ HEAD = ("stage", "recompute", "offload", "reduce", *PARTS, "peak", "fits", "larg
 def row(setting: Setting, gpus: int) -> list[str]:
     c, memory = setting.config, setting.memory
     stage = f"{c.zero_stage} × {c.replicas}" if c.replicas > 1 else f"{c.zero_stage}"
-    each = c.sync_every_microbatch and micro_steps(c, gpus) > 1
+    each = (c.sync_every_microbatch or c.cpu_offload) and micro_steps(c, gpus) > 1
     words = [stage, c.activation_checkpointing, "yes" if c.cpu_offload else "no", "micro-step" if each else "step"]
     numbers = [f"{n / 1e9:.1f}" for n in (*(memory.parts[part] for part in PARTS), memory.peak)]
     return [*words, *numbers, "yes" if setting.fits else "no", str(setting.largest or "none")]

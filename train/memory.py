@@ -175,13 +175,11 @@ def sharded_moments(config: Config, world_size: int) -> dict[str, Parts]:
     """
     c, e, n = config, element_size(config), count(config, world_size // config.replicas)
     L, several, on_device = c.n_layer, micro_steps(c, world_size) > 1, 0 if c.cpu_offload else 4
-    wait = several and not c.sync_every_microbatch
+    wait = several and not c.sync_every_microbatch and not c.cpu_offload
     states = {"parameters": on_device * n.own, "optimizer": 2 * on_device * n.own}
     before = 4 * n.total if wait else on_device * n.own if several else 0
     at_work = e * (n.head + n.widest)  # the head's, reduced with the embeddings', and those of the block at work
     at_end = max(on_device * n.own_blocks, 0 if wait else before)
-    # In sync_gradients FSDP2 is told which backward pass is the last: until then it keeps the last buffer.
-    kept = 4 * n.root if several and not wait else 0
     keeps = c.zero_stage == 2  # all blocks gathered
     gathered = e * (n.total if keeps else n.root + n.block)
     moments = {
@@ -189,12 +187,12 @@ def sharded_moments(config: Config, world_size: int) -> dict[str, Parts]:
             "gradients": before,
             "activations": loss_activations(c),
             "logits": loss_bytes(c),
-            "buffers": gathered + (0 if keeps and several else e * n.block) + kept,
+            "buffers": gathered + (0 if keeps and several else e * n.block),
         },
         "backward of the last block": {
             "gradients": before + at_work,
             "activations": backward_activations(c, L),
-            "buffers": gathered + (0 if keeps else e * n.block) + kept,
+            "buffers": gathered + (0 if keeps else e * n.block),
         },
         "backward of the block before the last": {
             "gradients": before + at_work,

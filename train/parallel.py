@@ -132,9 +132,10 @@ def sync_gradients(parallel: Parallel, config: Config, last: bool) -> None:
     if isinstance(parallel.train_model, DistributedDataParallel):
         cast(Any, parallel.train_model).require_backward_grad_sync = last
     elif isinstance(parallel.model, FSDPModule):
-        parallel.model.set_is_last_backward(last)
         # Gradients that are offloaded must not wait for the last micro-step on the GPU.
-        parallel.model.set_requires_gradient_sync(last or config.sync_every_microbatch or config.cpu_offload)
+        reduces = last or config.sync_every_microbatch or config.cpu_offload
+        parallel.model.set_is_last_backward(reduces)  # else the last buffer lives through the next micro-step
+        parallel.model.set_requires_gradient_sync(reduces)
         parallel.model.set_requires_all_reduce(last)
         if config.zero_stage == 2:
             parallel.model.set_reshard_after_backward(last)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 
 from cfg.config import load_config
-from model.gpt import GPT, init_weights, initial_value
+from model.gpt import ATTENTION, GPT, PRODUCTS, init_weights, initial_value, keep_products, keep_products_only
 from model.layers import apply_rotary, rotary_table
 from train.parallel import compile_blocks
 
@@ -150,3 +151,27 @@ def test_wrong_shapes_are_refused():
         model(torch.zeros(1, 49, dtype=torch.long))
     with pytest.raises(ValueError, match="must be"):
         model(torch.zeros(4, dtype=torch.long))
+
+
+@FAMILIES
+@pytest.mark.parametrize("recompute", ["block", "selective"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_computed_again_changes_nothing(family, recompute, dropout):
+    plain, recomputing = (make(*family, f"--dropout={dropout}") for _ in range(2))
+    for block in recomputing.h:
+        block.recompute = recompute
+    found = []
+    for model in (plain, recomputing):
+        torch.manual_seed(0)
+        found.append(loss_and_gradients(model))
+    assert found[0][0] == found[1][0] and largest_difference(found[0][1], found[1][1]) == 0
+
+
+def test_with_dropout_attention_which_draws_its_own_is_computed_again():
+    """On CUDA a kernel that is kept would leave the generator behind; only its kind can be told here."""
+    assert not PRODUCTS & ATTENTION
+    for contexts, attention_is_kept in ((keep_products, True), (keep_products_only, False)):
+        policy = contexts()[0].policy_fn
+        kept = {policy(None, op) is CheckpointPolicy.MUST_SAVE for op in ATTENTION}
+        assert kept == {attention_is_kept}
+        assert all(policy(None, op) is CheckpointPolicy.MUST_SAVE for op in PRODUCTS)

@@ -159,11 +159,11 @@ def test_when_nothing_fits_it_says_what_would(refusal, answer, capsys):
     message = refusal("--cfg=llama3-8b --gpu=A100 --gpus=8 --zero_stage=0")
     assert "leaving out --zero_stage" in message
     answer("--cfg=llama3-8b --gpu=A100 --gpus=8")
-    message = refusal("--cfg=llama3-8b --gpu=T4 --gpus=8")
+    message = refusal("--cfg=llama3-8b --gpu='RTX 3080' --gpus=8")
     ways = message.split("What would: ")[1].split("; ")
     assert len(ways) >= 2
     for way in ways:
-        given = {"--cfg": "llama3-8b", "--gpu": "T4", "--gpus": "8"} | dict([way.split("=")])
+        given = {"--cfg": "llama3-8b", "--gpu": "'RTX 3080'", "--gpus": "8"} | dict([way.split("=")])
         assert "recommended" in answer(" ".join(f"{k}={v}" for k, v in given.items()))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from cfg.config import load_config
@@ -23,6 +23,7 @@ from train.optimizer import make_optimizer, named_states
 from train.parallel import (
     differing_replica,
     local,
+    make_mesh,
     norm_squared,
     parallelize,
     reshard,
@@ -157,6 +158,19 @@ def check_replicas(ranks, folder):
         has_copies = ranks.world_size > 1 and (setting.config.zero_stage < 2 or setting.config.replicas > 1)
         expected = "h.1.mlp.c_fc.weight" if has_copies else None
         assert differing_replica(setting.parallel, ranks) == expected, name
+
+
+def check_norm(ranks, folder):
+    """Of a gradient as large as an embedding's, however it is divided; and what is not finite reaches all ranks."""
+    whole = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0))
+    mesh = make_mesh(Setting(ranks, "--zero_stage=3").config, ranks.world_size, "cpu")
+    shard = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+    for gradient, how in ((whole, None), (shard, mesh)):
+        norm = ranks.sum(norm_squared([gradient], how, ranks.world_size)).sqrt().item()
+        assert abs(norm / whole.double().norm().item() - 1) < 1e-6, norm
+    if ranks.rank == ranks.world_size - 1:
+        local(shard)[-1] = float("nan")
+    assert ranks.sum(norm_squared([shard], mesh, ranks.world_size)).isnan()
 
 
 def check_evaluation_leaves_shards(ranks, folder):

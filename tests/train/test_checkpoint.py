@@ -5,9 +5,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cfg.config import load_config
 from cfg.errors import UserError
+from cfg.files import file_sha256
 from model.gpt import GPT, init_weights
 from model.weights import find_checkpoint, list_checkpoints, load_model, problem_with
 from train import checkpoint
@@ -218,3 +220,27 @@ def test_never_two_saves_at_once_and_each_of_its_own_moment(tmp_path, monkeypatc
     for path in list_checkpoints(tmp_path):
         loaded, _ = load_model(path, torch.device("cpu"))
         assert torch.equal(loaded.wte.weight, weights[int(path.name[-1])])
+
+
+def test_a_checkpoint_with_a_missing_part_or_a_stray_file_is_refused(tmp_path):
+    config, model, optimizer = setup(tmp_path)
+    save(config, 1, model, optimizer)
+    path = list_checkpoints(tmp_path)[0]
+    save_file({"wte.weight": torch.zeros(3, 16)}, path / "model/stray.safetensors")
+    assert "model/stray.safetensors does not belong to it" in problem_with(path)
+    (path / "model/stray.safetensors").unlink()
+    file = next(path.glob("model/*"))
+    tensors = load_file(file)
+    tensors["wte.weight"] = tensors["wte.weight"][1:].clone()  # the first row is gone
+    about = {name: {"saved_offsets": [0] * t.dim()} for name, t in tensors.items()}
+    about["wte.weight"]["saved_offsets"] = [1, 0]
+    save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(about)})
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][f"model/{file.name}"] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert problem_with(path) is None  # so say the hashes
+    with pytest.raises(UserError, match="parts of wte.weight do not make up the whole"):
+        checkpoint.load(path, model, optimizer)
+    del manifest["config"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert "is not of format" in problem_with(path)

@@ -55,6 +55,14 @@ def test_training_leaves_without_the_teardown_in_which_gloo_may_abort():
         assert (done.returncode, done.stdout) == (4, expected)
 
 
+def test_an_interrupted_run_waits_for_no_thread():
+    code = "import threading, time; from cfg.errors import run_command\n"
+    code += "def main():\n    threading.Thread(target=time.sleep, args=(60,)).start(); raise KeyboardInterrupt\n"
+    code += "run_command(main, teardown=False)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_a_crash_is_told_and_waits_for_no_thread():
     code = "import threading, time; from cfg.errors import run_command; "
     code += "threading.Thread(target=time.sleep, args=(60,)).start(); run_command(lambda: 1 / 0, teardown=False)"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKS = ["initial_weights", "numbers", "collectives", "replicas", "evaluation_leaves_shards"]
+CHECKS = ["initial_weights", "numbers", "collectives", "replicas", "norm", "evaluation_leaves_shards"]
 # Checkpoints of all are there before any is loaded.
 LAUNCHES = [(1, ["save"]), (2, ["save"]), (4, [*CHECKS, "save", "load"]), (2, [*CHECKS, "load"]), (1, ["load"])]
 
