@@ -59,7 +59,7 @@ def test_a_stop_without_validation_data_still_logs_its_step(trainer, metrics, tm
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_ten_times(trainer, assert_same_run, wait_for, kill_all, undisturbed, tmp_path, ranks):
     """SIGKILL at seeded random moments, on every third occasion in the middle of a save."""
     output_dir = tmp_path / "run"
