@@ -405,7 +405,7 @@ def train(config: Config) -> int:
     ranks.on_main(lambda: guard.write_status(output_dir, status, step, reason))  # before any rank has left
     if ranks.is_main:
         summarize_run(config, start, step, reason)
-    close_ranks(ranks)
+    close_ranks()
     return EXIT_STOPPED if signalled else 0
 
 

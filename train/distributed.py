@@ -120,6 +120,6 @@ def set_timeout(minutes: float, groups: list[dist.ProcessGroup]) -> None:
         _set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-def close_ranks(ranks: Ranks) -> None:
+def close_ranks() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

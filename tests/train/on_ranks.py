@@ -229,7 +229,7 @@ def main():
         report[name] = "\n".join(p for p in ranks.gather(problem) if p)
     if ranks.is_main:
         Path(result).write_text(json.dumps(report))
-    close_ranks(ranks)
+    close_ranks()
     return 0
 
 
