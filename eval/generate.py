@@ -63,7 +63,7 @@ def generate(
     was_training = model.training
     model.eval()
     for _ in range(max_new_tokens):
-        logits = model(idx[:, -limit:], last_only=True)[:, -1].float().cpu()
+        logits = model(idx[:, -limit:])[:, -1].float().cpu()
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from model.layers import RMSNorm, apply_rotary
 
 Rotary = tuple[Tensor, Tensor]
 Mask: TypeAlias = Tensor | BlockMask
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # this layer's `KVCache.add`
 
 
 def document_mask(positions: Tensor, flex: bool) -> Mask:
@@ -57,7 +59,9 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(
+        self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None, remember: Remember | None = None
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         sizes = [self.n_head * self.head_dim] + [self.n_kv_head * self.head_dim] * 2
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(sizes, dim=-1))
@@ -66,12 +70,15 @@ class CausalSelfAttention(nn.Module):
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         q, k = q.to(v.dtype), k.to(v.dtype)  # attention wants one dtype
+        if remember is not None:
+            k, v = remember(k, v)
+        causal = mask is None and T > 1  # one token sees all that came before
         dropout = self.dropout if self.training else 0.0
         gqa = self.n_kv_head != self.n_head
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
         elif self.flash:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=gqa)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=gqa)
         else:
             y = masked_softmax_attention(q, k, v, dropout, mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -80,12 +87,12 @@ class CausalSelfAttention(nn.Module):
 def masked_softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None) -> Tensor:
     """softmax(QKᵀ/√D, mask) V written out, softmax in fp32. Shapes as in the class; returns (B, H, T, D).
 
-    `mask` as of `document_mask`; None is causal.
+    `mask` as of `document_mask`; None is causal, the queries being the last of the keys' positions.
     """
     repeat = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))
     if mask is None:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
     return F.dropout(weights, dropout).to(v.dtype) @ v

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cfg.config import ModelConfig
-from model.attention import CausalSelfAttention, Mask, Rotary, document_mask
+from model.attention import CausalSelfAttention, Mask, Remember, Rotary, document_mask
+from model.cache import KVCache
 from model.layers import MLP, make_norm, rotary_table
-from model.loss import linear_cross_entropy
+from model.loss import IGNORE_INDEX, linear_cross_entropy, token_losses
 
 INIT_STD = 0.02  # GPT-2's
 FLEX_TILE = 128  # FlexAttention's: shorter rows leave nothing to skip, and go through a kernel meant for decoding
@@ -68,16 +70,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute = "none"
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None) -> Tensor:  # (B, T, C) -> same
+    def forward(
+        self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None, remember: Remember | None = None
+    ) -> Tensor:  # (B, T, C) -> same
         # Here rather than in a wrapper: parameter names stay clean, and compiling or sharding a block comes on top.
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.residual(x, rotary, mask)
+            return self.residual(x, rotary, mask, remember)
         kept = keep_products_only if self.attn.dropout else keep_products
         keep = {"context_fn": kept} if self.recompute == "selective" else {}
         return checkpoint(self.residual, x, rotary, mask, use_reentrant=False, **keep)
 
-    def residual(self, x: Tensor, rotary: Rotary | None, mask: Mask | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, mask)
+    def residual(self, x: Tensor, rotary: Rotary | None, mask: Mask | None, remember: Remember | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, mask, remember)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -105,34 +109,53 @@ class GPT(nn.Module):
         """(V_padded, C)"""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Token ids (B, T) to the final normalised hidden states (B, T, C).
 
         `positions` (B, T) of each token in its document, from 0 on and below T, keep attention within documents;
-        without them a row is one document. Raises ValueError if the ids are not a (B, T) batch, are longer than
-        the position table, or the positions have another shape.
+        without them a row is one document. With a `mask` (B or 1, 1, T, T), bool, it alone says who sees whom, and
+        positions are only that. With a `cache` the ids go on from what is in it, and are added to it: at its next
+        positions, or at `positions`, which lie before those in rows that are shorter. Raises ValueError if the ids are
+        not a (B, T) batch, do not fit into the position table or the cache, or the positions have another shape.
         """
         if idx.dim() != 2:
             raise ValueError(f"token ids must be (batch, time), not {tuple(idx.shape)}")
         if positions is not None and positions.shape != idx.shape:
             raise ValueError(f"positions are {tuple(positions.shape)}, token ids {tuple(idx.shape)}")
-        T = idx.size(1)
-        mask = None if positions is None else document_mask(positions, self.flex and T >= FLEX_TILE)
+        start = cache.used if cache is not None else 0
+        x, rotary = self.embed(idx, start, positions, check=mask is None)
+        who: Mask | None = mask
+        if cache is not None:
+            who = cache.advance(idx.size(1), positions, idx.device)
+        elif positions is not None and mask is None:
+            who = document_mask(positions, self.flex and idx.size(1) >= FLEX_TILE)
+        for i, block in enumerate(self.h):
+            x = block(x, rotary, who, None if cache is None else partial(cache.add, i))
+        return self.ln_f(x)
+
+    def embed(self, idx: Tensor, start: int, positions: Tensor | None, check: bool) -> tuple[Tensor, Rotary | None]:
+        """Residual stream (B, T, C) at the first block, and the rotary angles if positions are rotary.
+
+        Positions are `start` and on, unless given. `check`: they are below start + T, which must fit into the table.
+        """
+        end = start + idx.size(1)
+        places = torch.arange(start, end, device=idx.device) if positions is None else positions
         x = self.wte(idx).float()  # the residual stream is fp32 even where FSDP gathers weights in 16 bits
         rotary = None
         if self.wpe is not None:
-            if self.wpe.num_embeddings < T:
-                raise ValueError(f"{T} tokens, but the position table has {self.wpe.num_embeddings} rows")
-            x = x + self.wpe(torch.arange(T, device=idx.device) if positions is None else positions)
+            if check and end > self.wpe.num_embeddings:
+                raise ValueError(f"{end} tokens, but the position table has {self.wpe.num_embeddings} rows")
+            x = x + self.wpe(places)
         else:
-            head_dim = self.config.n_embd // self.config.n_head
-            rotary = rotary_table(T, head_dim, self.config.rope_base, idx.device)
-            if positions is not None:  # (T, D/2) -> (B, 1, T, D/2)
-                rotary = rotary[0][positions][:, None], rotary[1][positions][:, None]
-        x = self.drop(x)
-        for block in self.h:
-            x = block(x, rotary, mask)
-        return self.ln_f(x)
+            cos, sin = rotary_table(places, self.config.n_embd // self.config.n_head, self.config.rope_base)
+            rotary = (cos, sin) if positions is None else (cos[:, None], sin[:, None])  # (B, 1, T, D/2), for all heads
+        return self.drop(x), rotary
 
     def loss(self, idx: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Summed loss in nats and number of targets, for ids and targets (B, T); see `linear_cross_entropy`."""
@@ -140,17 +163,39 @@ class GPT(nn.Module):
         c = self.config
         return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), c.vocab_size, c.logit_softcap)
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, last_only: bool = False, positions: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """With targets: (loss sum, target count). Without: logits (B, T, vocab_size), or of the last position only.
+    def scores(
+        self, idx: Tensor, targets: Tensor, positions: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss in nats of each target that counts, in order, and whether it is the likeliest token: (N,) each.
 
-        `positions` as in `hidden`.
+        Without gradient. Other positions than these never meet the output head.
+        """
+        x = self.hidden(idx, positions, mask)
+        chosen = targets != IGNORE_INDEX
+        c = self.config
+        return token_losses(x[chosen], self.head_weight, targets[chosen], c.vocab_size, c.logit_softcap)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        last: Tensor | None = None,
+        each: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With targets: (loss sum, target count), or, of `each` one, what `scores` gives. Without: logits.
+
+        These are (B, T, vocab_size), or (B, vocab_size) where `last` (B,) names the one position of a row they are
+        wanted of. `positions`, `mask` and `cache` as in `hidden`. All goes through this one call, since it is where
+        FSDP gathers weights.
         """
         if targets is not None:
-            return self.loss(idx, targets, positions)
-        x = self.hidden(idx, positions)
-        x = x[:, -1:] if last_only else x
+            return self.scores(idx, targets, positions, mask) if each else self.loss(idx, targets, positions)
+        x = self.hidden(idx, positions, mask, cache)
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last]
         # Slicing after the product keeps the matrix shape aligned; the padding is dropped here.
         logits = nn.functional.linear(x, self.head_weight)[..., : self.config.vocab_size]
         if c := self.config.logit_softcap:

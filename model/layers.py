@@ -60,14 +60,14 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))
 
 
-def rotary_table(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (length, head_dim/2), fp32.
+def rotary_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of `positions`, each (*positions.shape, head_dim/2), fp32.
 
     RoFormer (Su et al. 2021): pair i turns by position / base^(2i/head_dim). Computed anew in each
     forward: it is small beside a block, and there is no buffer to shard, cast or outgrow.
     """
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float()[..., None] * base**-exponents
     return angles.cos(), angles.sin()
 
 

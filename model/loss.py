@@ -40,28 +40,59 @@ def linear_cross_entropy(
     and the number of targets counted (int64).
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    # A power of two divides the usual batches, so that all chunks have one shape to compile.
-    chunk_rows = chunk_rows or 2 ** max(0, (CHUNK_ELEMENTS.get(device, 2**26) // weight.size(0)).bit_length() - 1)
+    chunk_rows = chunk_rows or rows_of_a_chunk(weight)
     count = (targets != IGNORE_INDEX).sum()
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    # Inside, every dtype is explicit.
-    with torch.autocast(device, enabled=False):
-        if with_gradient:
-            loss = _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, softcap, chunk_rows)
-        else:
-            w = weight.to(hidden.dtype)
-            loss = torch.zeros((), device=hidden.device)
-            for x, t in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
-                loss += chunk_loss_and_grad(x @ w.t(), t, vocab_size, softcap, with_grad=False)[0]
-    return loss, count
+    if not with_gradient:
+        return token_losses(hidden, weight, targets, vocab_size, softcap, chunk_rows)[0].sum(), count
+    hidden = in_autocast_dtype(hidden)
+    with torch.autocast(device, enabled=False):  # inside, every dtype is explicit
+        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, softcap, chunk_rows), count
 
 
-def chunk_loss_and_grad(
-    logits: Tensor, targets: Tensor, vocab_size: int, softcap: float, with_grad: bool
+def rows_of_a_chunk(weight: Tensor) -> int:
+    """A power of two, which divides the usual batches, so that all chunks have one shape to compile."""
+    return 2 ** max(0, (CHUNK_ELEMENTS.get(weight.device.type, 2**26) // weight.size(0)).bit_length() - 1)
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    softcap: float = 0.0,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss sum of one chunk of logits (R, V_padded) and its gradient in them, in their dtype (empty if not asked).
+    """Cross-entropy of each target in nats, 0 where there is none, and whether it is the likeliest token: (N,) both.
+
+    Arguments and dtypes as of `linear_cross_entropy`; of equally likely tokens the first is the likeliest.
+    """
+    hidden = in_autocast_dtype(hidden)
+    rows = chunk_rows or rows_of_a_chunk(weight)
+    losses = torch.zeros(len(targets), device=hidden.device)
+    likeliest = torch.zeros_like(targets, dtype=torch.bool)
+    with torch.autocast(hidden.device.type, enabled=False):
+        w = weight.to(hidden.dtype)
+        parts = zip(*(t.split(rows) for t in (hidden, targets, losses, likeliest)), strict=True)
+        for x, t, loss, hit in parts:
+            z = (x @ w.t())[:, :vocab_size].float()
+            if softcap:
+                z = softcap * torch.tanh(z / softcap)
+            valid = t != IGNORE_INDEX
+            target = z.gather(1, t.where(valid, 0)[:, None]).squeeze(1)
+            loss.copy_((z.logsumexp(-1) - target).where(valid, 0.0))
+            hit.copy_(z.argmax(-1) == t)
+    return losses, likeliest
+
+
+def chunk_loss_and_grad(logits: Tensor, targets: Tensor, vocab_size: int, softcap: float) -> tuple[Tensor, Tensor]:
+    """Loss sum of one chunk of logits (R, V_padded) and its gradient in them, in their dtype.
 
     Rows of ignored targets get a gradient too; the caller multiplies the other operand of each
     matrix product by zero there, which is cheaper than another pass over the logits.
@@ -75,8 +106,6 @@ def chunk_loss_and_grad(
     valid = targets != IGNORE_INDEX
     index = targets.where(valid, 0)[:, None]
     loss = -(log_p.gather(1, index).squeeze(1).where(valid, 0.0)).sum()
-    if not with_grad:
-        return loss, logits.new_empty(0)
     grad = log_p.exp_()  # softmax, then minus one at the target
     grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
     if softcap:
@@ -105,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # a sum over chunks, so not in 16 bits
         chunks = zip(*(t.split(chunk_rows) for t in (hidden, targets, grad_hidden)), strict=True)
         for x, t, grad_x in chunks:
-            chunk_loss, grad_logits = chunk_fn(x @ w.t(), t, vocab_size, softcap, True)
+            chunk_loss, grad_logits = chunk_fn(x @ w.t(), t, vocab_size, softcap)
             loss += chunk_loss
             valid = (t != IGNORE_INDEX)[:, None]
             torch.mm(grad_logits, w, out=grad_x)

@@ -74,9 +74,11 @@ def test_no_position_sees_the_future(family):
     assert not torch.equal(model(x)[0, 30:], model(changed)[0, 30:])
 
 
-def test_last_only_gives_the_last_row():
+def test_logits_of_one_position_a_row():
     model = make().eval()
-    assert torch.allclose(model(batch()[0], last_only=True), model(batch()[0])[:, -1:], atol=1e-6)
+    last = torch.tensor([3, 0])
+    x = batch(rows=2)[0]
+    assert torch.allclose(model(x, last=last), model(x)[[0, 1], last], atol=1e-6)
 
 
 def test_initial_value_depends_on_seed_name_and_shape_alone():
@@ -128,7 +130,7 @@ def test_dropout_acts_in_training_only():
 
 def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    cos, sin = rotary_table(64, 16, 10000.0, torch.device("cpu"))
+    cos, sin = rotary_table(torch.arange(64), 16, 10000.0)
 
     def score(i, j):
         return (apply_rotary(q, cos[i : i + 1], sin[i : i + 1]) * apply_rotary(k, cos[j : j + 1], sin[j : j + 1])).sum()

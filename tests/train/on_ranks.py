@@ -180,7 +180,7 @@ def check_evaluation_leaves_shards(ranks, folder):
         setting = Setting(ranks, *flags)
         before = {n: tuple(local(p).shape) for n, p in setting.model.named_parameters()}
         with torch.no_grad():
-            setting.model(torch.zeros(1, 8, dtype=torch.long), last_only=True)
+            setting.model(torch.zeros(1, 8, dtype=torch.long), last=torch.tensor([7]))
         reshard(setting.model)
         assert {n: tuple(local(p).shape) for n, p in setting.model.named_parameters()} == before
 
