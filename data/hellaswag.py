@@ -29,6 +29,7 @@ from data.tokenizer import load_tokenizer
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "hellaswag"
 OFFICIAL = "hellaswag_val.jsonl"
+FIELDS, PARTS = ("ctx", "endings", "label"), ("activity_label", "ctx_a", "ctx_b")
 ENDINGS = 4
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -44,6 +45,7 @@ class Example:
     context: str
     endings: list[str]
     label: int
+    parts: tuple[str, str, str] | None = None  # activity label and the context's two sentences, where asked for
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ class TokenExample:
     label: int
 
 
-def read_hellaswag(path: Path) -> Iterator[Example]:
+def read_hellaswag(path: Path, with_parts: bool = False) -> Iterator[Example]:
     """The examples of a .jsonl file with the official file's fields `ctx`, `endings` and `label`.
 
-    Raises UserError naming the file, and the line if one of them is not an example.
+    `with_parts` also `activity_label`, `ctx_a` and `ctx_b`, which lm-evaluation-harness makes its context of. Raises
+    UserError naming the file, and the line if one of them is not an example.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -69,12 +72,12 @@ def read_hellaswag(path: Path) -> Iterator[Example]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield _example(line)
+                yield _example(line, PARTS if with_parts else ())
             except ValueError as e:
                 raise UserError(f"{path}, line {number}: {e}") from e
 
 
-def _example(line: bytes) -> Example:
+def _example(line: bytes, parts: tuple[str, ...]) -> Example:
     """Raises ValueError that says what in `line` is not an example's."""
     try:
         row: Any = json.loads(line)
@@ -82,8 +85,8 @@ def _example(line: bytes) -> Example:
         raise ValueError("not JSON") from e
     if not isinstance(row, dict):
         raise ValueError("not an object {...}")
-    if missing := [field for field in ("ctx", "endings", "label") if field not in row]:
-        raise ValueError(f"no field {missing[0]!r}; an example has ctx, endings and label")
+    if missing := [field for field in (*FIELDS, *parts) if field not in row]:
+        raise ValueError(f"no field {missing[0]!r}; an example has {', '.join((*FIELDS, *parts))}")
     context, endings, label = row["ctx"], row["endings"], row["label"]
     if not isinstance(endings, list) or len(endings) != ENDINGS:
         raise ValueError(f"endings must be a list of {ENDINGS}")
@@ -93,7 +96,12 @@ def _example(line: bytes) -> Example:
         text.encode()  # half a surrogate pair is no text; UnicodeEncodeError is a ValueError
     if type(label) is not int or not 0 <= label < ENDINGS:
         raise ValueError(f"label {label!r} is not a number from 0 to {ENDINGS - 1}")
-    return Example(context, endings, label)
+    texts = [row[part] for part in parts]
+    for part, text in zip(parts, texts, strict=True):  # the second sentence may be empty
+        if not isinstance(text, str):
+            raise ValueError(f"{part} is no text")
+        text.encode()
+    return Example(context, endings, label, (texts[0], texts[1], texts[2]) if parts else None)
 
 
 def encode_example(example: Example, encode: Callable[[str], list[int]]) -> TokenExample:

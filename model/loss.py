@@ -84,11 +84,16 @@ def token_losses(
             z = (x @ w.t())[:, :vocab_size].float()
             if softcap:
                 z = softcap * torch.tanh(z / softcap)
-            valid = t != IGNORE_INDEX
-            target = z.gather(1, t.where(valid, 0)[:, None]).squeeze(1)
-            loss.copy_((z.logsumexp(-1) - target).where(valid, 0.0))
-            hit.copy_(z.argmax(-1) == t)
+            for out, value in zip((loss, hit), losses_of_logits(z, t), strict=True):
+                out.copy_(value)
     return losses, likeliest
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As `token_losses`, from fp32 logits (N, V)."""
+    valid = targets != IGNORE_INDEX
+    target = logits.gather(1, targets.where(valid, 0)[:, None]).squeeze(1)
+    return (logits.logsumexp(-1) - target).where(valid, 0.0), logits.argmax(-1) == targets
 
 
 def chunk_loss_and_grad(logits: Tensor, targets: Tensor, vocab_size: int, softcap: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,188 @@
+"""HellaSwag (Zellers et al. 2019): `python eval/hellaswag.py --checkpoint RUN`, or --hf FOLDER.
+
+Which of four endings does the model find likeliest? Two scorings, both always given by name:
+completion  the context as it is, endings encoded by themselves; acc_norm divides an ending's loss by its tokens
+            (the evaluation of nanoGPT's family: karpathy/build-nanogpt)
+lm_eval     "activity label: context", cleaned of WikiHow's marks; acc_norm divides by characters
+            (EleutherAI's lm-evaluation-harness, task hellaswag version 1)
+Under torchrun ranks share the examples. The file is the official one, fetched if need be, or --input.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cfg.errors import CommandParser, UserError, one_line_errors, run_command
+from eval import command
+
+
+def parser() -> CommandParser:
+    parser = command.subject_parser(__doc__)
+    parser.add_argument("--input", default="", help="a copy of hellaswag_val.jsonl, or a .jsonl of your own")
+    parser.add_argument("--limit", type=int, default=0, help="evaluate the first N examples only; 0: all")
+    return parser
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
+        command.check(args)
+
+from data.hellaswag import DEFAULT_OUTPUT, OFFICIAL, Example, find_source, read_hellaswag
+from eval.reference import GPT2
+from eval.scoring import Request, Score
+from eval.subject import Subject, open_subject
+
+STYLES = ("completion", "lm_eval")
+METRICS = ("acc", "acc_norm")
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example as one of the scorings asks it."""
+
+    request: Request
+    lengths: list[int]  # of each ending, in tokens or characters: what acc_norm divides by
+    label: int
+
+    def choices(self, scores: list[Score]) -> dict[str, int]:
+        """The ending that each metric takes for the likeliest; of equally likely ones the first."""
+        losses = [score.loss for score in scores]
+        # An ending of which cleaning has left nothing is never taken (lm_eval divides by zero there).
+        per_unit = [loss / n if n else math.inf for loss, n in zip(losses, self.lengths, strict=True)]
+        return {"acc": losses.index(min(losses)), "acc_norm": per_unit.index(min(per_unit))}
+
+
+def completion_question(example: Example, encode: Encode, encode_more: Encode) -> Question:
+    endings = [encode_more(" " + ending) for ending in example.endings]
+    return Question(Request(encode(example.context), endings), [len(e) for e in endings], example.label)
+
+
+def lm_eval_question(example: Example, encode: Encode) -> Question:
+    assert example.parts is not None, "read with its parts"
+    activity, first, second = example.parts
+    context = clean(f"{activity}: {first} {second.capitalize()}")
+    endings = [clean(ending) for ending in example.endings]
+    pairs = [encode_pair(context, " " + ending, encode) for ending in endings]
+    return Question(Request(pairs[0][0], [more for _, more in pairs]), [len(e) for e in endings], example.label)
+
+
+def clean(text: str) -> str:
+    """Takes WikiHow's marks out of a text, as lm-evaluation-harness does it."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def encode_pair(context: str, continuation: str, encode: Encode) -> tuple[list[int], list[int]]:
+    """Ids of a context and of what follows it, cut where the context ends in the ids of both together.
+
+    Spaces at the context's end go to what follows, where most tokenizers have them (as in lm-evaluation-harness).
+    """
+    bare = context.rstrip()
+    both, first = encode(context + continuation), encode(bare)
+    return first, both[len(first) :]
+
+
+def questions(examples: list[Example], encode: Encode, encode_more: Encode) -> dict[str, list[Question]]:
+    return {
+        "completion": [completion_question(e, encode, encode_more) for e in examples],
+        "lm_eval": [lm_eval_question(e, encode) for e in examples],
+    }
+
+
+def requests(asked: dict[str, list[Question]]) -> list[Request]:
+    """All requests of both scorings, one after the other, as `accuracies` expects their scores."""
+    return [question.request for style in STYLES for question in asked[style]]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    value: float
+    stderr: float  # of the mean over examples
+
+
+def accuracies(asked: dict[str, list[Question]], scores: list[list[Score]]) -> dict[str, dict[str, Accuracy]]:
+    """style → metric → accuracy."""
+    found: dict[str, dict[str, Accuracy]] = {}
+    for i, style in enumerate(STYLES):
+        n = len(asked[style])
+        choices = [q.choices(s) for q, s in zip(asked[style], scores[i * n : (i + 1) * n], strict=True)]
+        found[style] = {}
+        for metric in METRICS:
+            mean = sum(c[metric] == q.label for c, q in zip(choices, asked[style], strict=True)) / n
+            found[style][metric] = Accuracy(mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.nan)
+    return found
+
+
+def record_of(found: dict[str, dict[str, Accuracy]]) -> dict[str, float]:
+    """Accuracies under the names that metrics.jsonl has them by: hellaswag_acc ... hellaswag_lm_eval_acc_norm."""
+    return {
+        "_".join(("hellaswag", *(["lm_eval"] if style == "lm_eval" else []), metric)): found[style][metric].value
+        for style in STYLES
+        for metric in METRICS
+    }
+
+
+def table(name: str, found: dict[str, dict[str, Accuracy]], reference: bool) -> str:
+    """The accuracies, and if asked those of GPT-2 under them."""
+    lines = [f"{'':24}{'completion':^32}{'lm_eval':^32}", f"{'':24}" + "".join(f"{m:<16}" for m in METRICS * 2)]
+    cells = [f"{found[s][m].value:.4f} ± {found[s][m].stderr:.4f}" for s in STYLES for m in METRICS]
+    lines.append(f"{name[-23:]:24}" + "".join(f"{cell:<16}" for cell in cells))
+    for r in GPT2 if reference else ():
+        published = (r.acc, r.acc_norm, r.lm_eval_acc, r.lm_eval_acc_norm)
+        lines.append(f"{r.name:24}" + "".join(f"{'-' if v is None else format(v, '.4f'):<16}" for v in published))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def details(asked: dict[str, list[Question]], scores: list[list[Score]]) -> list[dict[str, Any]]:
+    """Of each example its label, and in each scoring the losses of its endings (nats) and what the metrics choose."""
+    n = len(asked["completion"])
+    return [
+        {"label": asked["completion"][k].label}
+        | {
+            style: {"losses": [s.loss for s in scores[i * n + k]]} | asked[style][k].choices(scores[i * n + k])
+            for i, style in enumerate(STYLES)
+        }
+        for k in range(n)
+    ]
+
+
+def read_examples(path: Path, limit: int) -> list[Example]:
+    return list(read_hellaswag(path, with_parts=True))[: limit or None]
+
+
+def main(args: Namespace) -> None:
+    if args.limit < 0:
+        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
+    rank, _ = command.my_rank()
+    source = find_source(args.input, DEFAULT_OUTPUT)
+    examples = read_examples(source, args.limit)
+    subject: Subject = open_subject(args)
+    asked = questions(examples, subject.encode, subject.encode_more)
+    scores = subject.score(requests(asked), "HellaSwag")
+    found = accuracies(asked, scores)
+    if rank:
+        return
+    print(f"HellaSwag, {len(examples):,} examples of {source.name}: {subject.name}")
+    whole = source.name == OFFICIAL and not args.limit
+    print(table(f"step {subject.step}" if subject.step is not None else args.hf, found, reference=True))
+    if not whole:
+        print("GPT-2's figures are those of all 10,042 examples")
+    results = {"subject": subject.name, "examples": len(examples), "dtype": args.dtype}
+    plain = {s: {m: vars(a) for m, a in by_metric.items()} for s, by_metric in found.items()}
+    command.write_output(args.output, results | plain | {"details": details(asked, scores)})
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(args), teardown=False)

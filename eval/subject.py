@@ -1,0 +1,214 @@
+"""What is evaluated: a checkpoint of ours, or any causal language model in a Hugging Face folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cfg.errors import UserError
+from data.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
+from eval.command import my_rank
+from eval.scoring import Batch, Forward, Request, Score, merge, score
+from model.device import choose_device
+from model.gpt import GPT
+from model.loss import IGNORE_INDEX, losses_of_logits
+from model.weights import find_checkpoint, load_model, step_of
+
+T = TypeVar("T")
+BATCH_TOKENS = {"cpu": 4096}  # enough to keep its cores busy
+GPU_BATCH_TOKENS = 65536
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its tokenizer, ready to be asked how likely texts are."""
+
+    name: str
+    step: int | None  # of the checkpoint
+    forward: Forward
+    encode: Callable[[str], list[int]]  # a text from its beginning on, with what the tokenizer puts there
+    encode_more: Callable[[str], list[int]]  # a text that follows on another; begins with a space or a newline
+    end_of_text: int
+    limit: int  # positions that the model sees at once
+    shared: bool  # whether `forward` takes masks, so that endings can share their context
+    device: torch.device
+    batch_tokens: int
+    byte_lengths: np.ndarray | None  # (vocab_size,) of each token's text; None where that is not known
+    gpt: GPT | None = None
+    tokenizer: Tokenizer | None = None
+    flags: dict[str, Any] | None = None  # that a checkpoint was trained with
+
+    def score(self, requests: list[Request], what: str) -> list[list[Score]]:
+        """Scores of all requests on every rank, each of which does its share; shows progress called `what`."""
+        from tqdm import tqdm
+
+        rank, world_size = my_rank()
+        work = score(self.forward, requests, self.limit, self.batch_tokens, self.device, self.shared, rank, world_size)
+        rows = len(requests) * (1 if self.shared else len(requests[0].endings))
+        with tqdm(total=rows, desc=what, unit="", disable=None if rank == 0 else True) as bar:
+            pieces = drain(work, bar.update)
+        return merge((piece for share in gather(pieces) for piece in share), requests)
+
+
+def drain(work: Generator[int, None, T], seen: Callable[[int], Any]) -> T:
+    """Runs a generator to its end, telling `seen` what it yields, and returns its value."""
+    while True:
+        try:
+            seen(next(work))
+        except StopIteration as end:
+            return end.value
+
+
+def join_ranks() -> None:
+    """Under torchrun: the group in which results are put together. A rank may then wait for hours for a slower one."""
+    if my_rank()[1] > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, on every rank."""
+    if my_rank()[1] == 1:
+        return [value]
+    values: list[Any] = [None] * my_rank()[1]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def open_subject(args: Namespace) -> Subject:
+    """What --checkpoint or --hf names. Raises UserError if it cannot be loaded."""
+    device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if my_rank()[1] > 1 else 0)
+    batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
+    dtype = getattr(torch, args.dtype)
+    subject = open_checkpoint if args.checkpoint else open_hf
+    opened = subject(args, device, batch_tokens, dtype)
+    join_ranks()
+    return opened
+
+
+def in_dtype(forward: Forward, device: torch.device, dtype: torch.dtype) -> Forward:
+    """`forward` under autocast, without gradients."""
+
+    @torch.inference_mode()
+    def run(batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return forward(batch)
+
+    return run
+
+
+def gpt_forward(model: Callable[..., Any]) -> Forward:
+    return lambda batch: model(batch.idx, batch.targets, positions=batch.positions, mask=batch.mask, each=True)
+
+
+def tokenizer_of(args: Namespace, found: Path, flags: dict[str, Any], vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint: what --tokenizer says, else its own copy, else what the run was given.
+
+    Raises UserError if there is none, or it is another than the model was trained with.
+    """
+    name = args.tokenizer or str(found if (found / "tokenizer.json").is_file() else flags["tokenizer"])
+    if name == "none":
+        raise UserError(f"{args.checkpoint}: trained with --tokenizer=none; name its tokenizer with --tokenizer")
+    tokenizer = load_tokenizer(name, vocab_size)
+    check_same_tokenizer(
+        json.loads((found / "state.json").read_text()).get("tokenizer", {"name": "none"}), tokenizer.identity
+    )
+    return tokenizer
+
+
+def open_checkpoint(args: Namespace, device: torch.device, batch_tokens: int, dtype: torch.dtype) -> Subject:
+    found = find_checkpoint(args.checkpoint)
+    if found is None:
+        raise UserError(f"--checkpoint={args.checkpoint}: holds no checkpoint")
+    model, flags = load_model(found, device)
+    tokenizer = tokenizer_of(args, found, flags, model.config.vocab_size)
+    return Subject(
+        name=str(found),
+        step=step_of(found),
+        forward=in_dtype(gpt_forward(model), device, dtype),
+        encode=tokenizer.encode,
+        encode_more=follow_on(tokenizer.encode),
+        end_of_text=tokenizer.end_of_text,
+        limit=model.config.n_positions,
+        shared=True,
+        device=device,
+        batch_tokens=batch_tokens,
+        byte_lengths=tokenizer.byte_lengths(model.config.vocab_size),
+        gpt=model,
+        tokenizer=tokenizer,
+        flags=flags,
+    )
+
+
+def follow_on(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """Encodes text that follows on another: SentencePiece's encoders would put a space of their own before it."""
+    before = encode("x")
+    return lambda text: encode("x" + text)[len(before) :]
+
+
+def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: torch.dtype) -> Subject:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = os.path.expanduser(args.hf)
+    here = Path(name).is_dir()
+    if not here and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise UserError(f"--hf={args.hf}: no such folder")
+    if here and not (Path(name) / "config.json").is_file():
+        raise UserError(f"--hf={args.hf}: no config.json in it, so not a model's folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+    except Exception as e:  # its loaders raise whatever they please
+        where = "" if here else "; there is no such folder, and the hub does not have it or cannot be reached"
+        raise UserError(
+            f"--hf={args.hf}: transformers cannot load it ({type(e).__name__}: {str(e)[:200]}){where}"
+        ) from e
+    plain = lambda text: list(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
+    return Subject(
+        name=args.hf,
+        step=None,
+        forward=in_dtype(hf_forward(model), device, dtype),
+        encode=lambda text: list(tokenizer.encode(text)),
+        encode_more=follow_on(plain),
+        end_of_text=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+        limit=positions_of(model.config, tokenizer),
+        shared=False,
+        device=device,
+        batch_tokens=batch_tokens,
+        byte_lengths=None,
+    )
+
+
+def positions_of(config: Any, tokenizer: Any) -> int:
+    """How many tokens a Hugging Face model takes at once, as its configuration calls it; 2,048 if it does not say."""
+    named = (getattr(config, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx"))
+    found = next((n for n in named if n), tokenizer.model_max_length)
+    return int(found) if found < 10**9 else 2048
+
+
+def hf_forward(model: nn.Module) -> Forward:
+    """Rows are causal and padded on the right, so any causal model scores them without being told of the padding."""
+    trims = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+        chosen = batch.targets != IGNORE_INDEX
+        first = int(chosen.any(0).float().argmax())
+        kept = batch.idx.size(1) - first  # the logits of these last positions are all that is looked at
+        logits = model(batch.idx, **({"logits_to_keep": kept} if trims else {})).logits[:, -kept:]
+        chosen = chosen[:, first:]
+        return losses_of_logits(logits[chosen].float(), batch.targets[:, first:][chosen])
+
+    return forward
