@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ def fixed_windows(available: int, wanted: int) -> list[int]:
     return [i * available // wanted for i in range(wanted)]
 
 
-@torch.no_grad()
 def windows_loss(
     model: GPT,
     loader: Loader,
@@ -29,36 +28,31 @@ def windows_loss(
     rounds: int,
     device: torch.device,
     token_bytes: np.ndarray | None,
-    go_on: Callable[[], bool],
     end_of_text: int | None = None,
-) -> list[float] | None:
+) -> Generator[None, None, list[float]]:
     """[summed loss in nats, tokens, bytes] over `windows`, in exactly `rounds` forward passes of `batch_size`.
 
-    What is missing is filled up with rows that count nothing: all passes then have one shape, and all
-    ranks make the same number of them, which a sharded model needs. `token_bytes` (vocab_size,) gives
-    the bytes of the targets' text; without it that number is 0. `go_on` is asked before each pass, and None
-    returned once it says no. `end_of_text`, if given, keeps attention within documents. Leaves the model in
-    training mode.
+    Yields before each pass, when its data are read. What is missing is filled up with rows that count nothing: all
+    passes then have one shape, and all ranks make the same number of them, which a sharded model needs. `token_bytes`
+    (vocab_size,) gives the bytes of the targets' text; without it that number is 0. `end_of_text`, if given, keeps
+    attention within documents.
     """
     padded: list[int | None] = [*windows, *[None] * (rounds * batch_size - len(windows))]
     loss_sum = tokens = count_bytes = 0.0
-    model.eval()
     for start in range(0, len(padded), batch_size):
-        if not go_on():
-            model.train()
-            return None
         chosen = padded[start : start + batch_size]
         rows = loader.gather([0 if w is None else w for w in chosen]).long()
         empty = torch.tensor([w is None for w in chosen])
         targets = rows[:, 1:].masked_fill(empty[:, None], IGNORE_INDEX)
         idx = rows[:, :-1].to(device)
         positions = document_positions(idx, end_of_text) if end_of_text is not None else None
-        loss, count = model(idx, targets.to(device), positions=positions)  # not model.loss: FSDP gathers in the call
+        targets = targets.to(device)
+        yield
+        loss, count = model(idx, targets, positions=positions)  # not model.loss: FSDP gathers in the call
         loss_sum += loss.item()
         tokens += count.item()
         if token_bytes is not None:
             count_bytes += float(token_bytes[rows[~empty, 1:].numpy()].sum())
-    model.train()
     return [loss_sum, tokens, count_bytes]
 
 
