@@ -145,7 +145,7 @@ def generate(
         raise ValueError("a prompt needs at least one token; a new document begins with the end-of-text token")
     limit = model.config.n_positions
     texts = [prompt[-limit:] for prompt in prompts]
-    cache = KVCache(min(max(map(len, texts)) + max_new_tokens - 1, limit))
+    cache = KVCache(min(max(map(len, texts)) + max_new_tokens, limit))
     logits = read(model, texts, cache).repeat_interleave(samples, dim=0)
     cache.repeat(samples)
     texts = [text.copy() for text in texts for _ in range(samples)]

@@ -28,10 +28,10 @@ from model.gpt import GPT, init_weights
 PROMPT_TOKENS = 16
 
 
-def cached(
-    model: GPT, prompts: list[list[int]], samples: int, new_tokens: int, device: torch.device
-) -> list[list[int]]:
-    """The new tokens of each row."""
+Texts = list[list[int]]  # token ids, row by row
+
+
+def cached(model: GPT, prompts: Texts, samples: int, new_tokens: int, device: torch.device) -> Texts:
     steps = list(generate(model, prompts, new_tokens, Sampling(temperature=0), samples=samples))
     return [list(row) for row in zip(*steps, strict=True)]
 
