@@ -40,7 +40,7 @@ if __name__ == "__main__":
 
 from data.hellaswag import DEFAULT_OUTPUT, OFFICIAL, Example, find_source, read_hellaswag
 from eval.reference import GPT2
-from eval.scoring import Request, Score
+from eval.scoring import Request, Score, encode_pair
 from eval.subject import Subject, open_subject
 
 STYLES = ("completion", "lm_eval")
@@ -82,16 +82,6 @@ def clean(text: str) -> str:
     """Takes WikiHow's marks out of a text, as lm-evaluation-harness does it."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
-
-
-def encode_pair(context: str, continuation: str, encode: Encode) -> tuple[list[int], list[int]]:
-    """Ids of a context and of what follows it, cut where the context ends in the ids of both together.
-
-    Spaces at the context's end go to what follows, where most tokenizers have them (as in lm-evaluation-harness).
-    """
-    bare = context.rstrip()
-    both, first = encode(context + continuation), encode(bare)
-    return first, both[len(first) :]
 
 
 def questions(examples: list[Example], encode: Encode, encode_more: Encode) -> dict[str, list[Question]]:
