@@ -250,9 +250,7 @@ def main(args: Namespace) -> None:
     window, stride = check_window(args, subject.limit)
     texts = cut(open_texts(shards, files, args.text_key, subject), args.max_tokens)
     if not texts:
-        raise UserError(
-            f"--input={' '.join(args.input)}: a text of two tokens at least is needed, of which the last is scored"
-        )
+        raise UserError(f"--input={' '.join(args.input)}: too little to score; a text of two tokens is the shortest")
     count = count_bytes(texts, byte_lengths_for(shards, subject))
     found = Measured(*measure(subject, texts, window, stride), count)
     if rank:
