@@ -36,9 +36,9 @@ from data.shards import Shard
 from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, load_tokenizer
 from eval import hellaswag
 from eval.generate import Sampling, generate
-from eval.perplexity import fixed_windows, summarize, windows_loss
 from eval.reference import GPT2
 from eval.scoring import follow_on, gpt_forward, merge, score
+from eval.validation import fixed_windows, summarize, windows_loss
 from model.gpt import GPT
 from train import checkpoint, guard
 from train.aside import aside

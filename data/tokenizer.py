@@ -222,7 +222,7 @@ def check_tokenizer_of(paths: Iterable[Path], identity: dict[str, Any], flag: st
     are not judged.
     """
     for folder in dict.fromkeys(path.parent for path in paths):
-        made = _manifest_tokenizer(folder / "manifest.json")
+        made = tokenizer_in_manifest(folder)
         if made and not same_tokenizer(made, identity):
             raise UserError(
                 f"--{flag}: the shards in {folder} were made with tokenizer {made['name']}, but"
@@ -245,10 +245,13 @@ def check_same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _manifest_tokenizer(manifest: Path) -> dict[str, Any] | None:
-    """What a manifest of ours says of the tokenizer: an identity, or in the first ones its name. None if not ours."""
+def tokenizer_in_manifest(folder: Path) -> dict[str, Any] | None:
+    """What the manifest.json in a folder of shards says of their tokenizer: an identity, or in the first ones its name.
+
+    None if there is none of ours.
+    """
     try:
-        made = json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]
+        made = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if made in ("gpt2", "gpt2-fim"):

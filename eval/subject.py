@@ -40,7 +40,8 @@ class Subject:
     forward: Forward
     encode: Callable[[str], list[int]]  # a text from its beginning on, with what the tokenizer puts there
     encode_more: Callable[[str], list[int]]  # a text that follows on another; begins with a space or a newline
-    end_of_text: int
+    end_of_text: int  # that a document begins with; -1 where there is no tokenizer
+    vocab_size: int  # ids are below this
     limit: int  # positions that the model sees at once
     shared: bool  # whether `forward` takes masks, so that endings can share their context
     device: torch.device
@@ -48,17 +49,21 @@ class Subject:
     byte_lengths: np.ndarray | None  # (vocab_size,) of each token's text; None where that is not known
     gpt: GPT | None = None
     tokenizer: Tokenizer | None = None
+    tokenizer_identity: dict[str, Any] | None = None  # of what made a checkpoint's ids, also where it is not loaded
     flags: dict[str, Any] | None = None  # that a checkpoint was trained with
 
-    def score(self, requests: list[Request], what: str) -> list[list[Score]]:
-        """Scores of all requests on every rank, each of which does its share; shows progress called `what`."""
+    def score(self, requests: list[Request], what: str, seen: Callable[[int], Any] | None = None) -> list[list[Score]]:
+        """Scores of all requests on every rank, each of which does its share.
+
+        Shows progress called `what`, unless `seen` is to be told of the rows that each step has done.
+        """
         from tqdm import tqdm
 
         rank, world_size = my_rank()
         work = score(self.forward, requests, self.limit, self.batch_tokens, self.device, self.shared, rank, world_size)
         rows = len(requests) * (1 if self.shared else len(requests[0].endings))
-        with tqdm(total=rows, desc=what, unit="", disable=None if rank == 0 else True) as bar:
-            pieces = drain(work, bar.update)
+        with tqdm(total=rows, desc=what, unit="", disable=True if rank or seen else None) as bar:
+            pieces = drain(work, seen or bar.update)
         return merge((piece for share in gather(pieces) for piece in share), requests)
 
 
@@ -86,13 +91,16 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def open_subject(args: Namespace) -> Subject:
-    """What --checkpoint or --hf names. Raises UserError if it cannot be loaded."""
+def open_subject(args: Namespace, text: bool = True) -> Subject:
+    """What --checkpoint or --hf names. Raises UserError if it cannot be loaded.
+
+    Without `text` only ids will be scored, and a checkpoint may do without its tokenizer, as training may.
+    """
     device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if my_rank()[1] > 1 else 0)
     batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
     dtype = getattr(torch, args.dtype)
-    subject = open_checkpoint if args.checkpoint else open_hf
-    opened = subject(args, device, batch_tokens, dtype)
+    how = (args, device, batch_tokens, dtype)
+    opened = open_checkpoint(*how, text) if args.checkpoint else open_hf(*how)
     join_ranks()
     return opened
 
@@ -108,41 +116,56 @@ def in_dtype(forward: Forward, device: torch.device, dtype: torch.dtype) -> Forw
     return run
 
 
-def tokenizer_of(args: Namespace, found: Path, flags: dict[str, Any], vocab_size: int) -> Tokenizer:
+def tokenizer_of(args: Namespace, found: Path, flags: dict[str, Any], saved: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a checkpoint: what --tokenizer says, else its own copy, else what the run was given.
 
-    Raises UserError if there is none, or it is another than the model was trained with.
+    Raises UserError if there is none, or it is another than the model was trained with, `saved`.
     """
     name = args.tokenizer or str(found if (found / "tokenizer.json").is_file() else flags["tokenizer"])
     if name == "none":
         raise UserError(f"{args.checkpoint}: trained with --tokenizer=none; name its tokenizer with --tokenizer")
-    tokenizer = load_tokenizer(name, vocab_size)
-    check_same_tokenizer(
-        json.loads((found / "state.json").read_text()).get("tokenizer", {"name": "none"}), tokenizer.identity
-    )
+    tokenizer = load_tokenizer(name, flags["vocab_size"])
+    check_same_tokenizer(saved, tokenizer.identity)
     return tokenizer
 
 
-def open_checkpoint(args: Namespace, device: torch.device, batch_tokens: int, dtype: torch.dtype) -> Subject:
+def no_text(text: str) -> list[int]:
+    raise ValueError("this subject was opened without a tokenizer")
+
+
+def open_checkpoint(
+    args: Namespace, device: torch.device, batch_tokens: int, dtype: torch.dtype, text: bool
+) -> Subject:
     found = find_checkpoint(args.checkpoint)
     if found is None:
         raise UserError(f"--checkpoint={args.checkpoint}: holds no checkpoint")
     model, flags = load_model(found, device)
-    tokenizer = tokenizer_of(args, found, flags, model.config.vocab_size)
+    saved = json.loads((found / "state.json").read_text()).get("tokenizer", {"name": "none"})
+    tokenizer = None
+    try:
+        tokenizer = tokenizer_of(args, found, flags, saved)
+    except UserError as error:
+        if text or args.tokenizer or flags["doc_mask"]:
+            raise
+        if my_rank()[0] == 0 and flags["tokenizer"] != "none":
+            print(f"no bits per byte: {error}")
+    encode = tokenizer.encode if tokenizer else no_text
     return Subject(
         name=str(found),
         step=step_of(found),
         forward=in_dtype(gpt_forward(model), device, dtype),
-        encode=tokenizer.encode,
-        encode_more=follow_on(tokenizer.encode),
-        end_of_text=tokenizer.end_of_text,
+        encode=encode,
+        encode_more=follow_on(encode) if tokenizer else no_text,
+        end_of_text=tokenizer.end_of_text if tokenizer else -1,
+        vocab_size=model.config.vocab_size,
         limit=model.config.n_positions,
         shared=True,
         device=device,
         batch_tokens=batch_tokens,
-        byte_lengths=tokenizer.byte_lengths(model.config.vocab_size),
+        byte_lengths=tokenizer.byte_lengths(model.config.vocab_size) if tokenizer else None,
         gpt=model,
         tokenizer=tokenizer,
+        tokenizer_identity=tokenizer.identity if tokenizer else saved,
         flags=flags,
     )
 
@@ -174,6 +197,7 @@ def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: tor
         encode=lambda text: list(tokenizer.encode(text)),
         encode_more=follow_on(plain),
         end_of_text=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+        vocab_size=model.get_input_embeddings().num_embeddings,
         limit=positions_of(model.config, tokenizer),
         shared=False,
         device=device,

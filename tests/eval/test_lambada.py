@@ -1,0 +1,112 @@
+"""LAMBADA: the last word and its context, as lm-evaluation-harness cuts them, scored as a plain forward does."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfg.errors import UserError
+from data.tokenizer import load_tokenizer
+from eval import lambada
+from eval.lambada import Example, example_of, read_lambada, summarize
+from eval.reference import LAMBADA_GPT2
+from eval.scoring import Score
+
+EOT = 50256
+PASSAGES = [
+    ("He looked at the clear stone and said that he would not care about", "signs"),
+    ('She gripped his arm. "I can make it there on my own,', "Shane"),
+    (
+        "A passage that is longer than the model sees at once: " + "one and two and three " * 8 + "and",
+        "supercalifragilistic",
+    ),
+    ("It ends with a space ", "here"),
+    ("", "alone"),
+]
+
+
+@pytest.fixture
+def passages(tmp_path):
+    path = tmp_path / "lambada.jsonl"
+    rows = [{"context": context, "continuation": word} for context, word in PASSAGES]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_command_scores_the_last_word_as_a_plain_forward_does(
+    text_checkpoint, passages, gpt_of, plain_losses, evaluate, tmp_path
+):
+    out = evaluate(
+        lambada,
+        f"--checkpoint={text_checkpoint}",
+        f"--input={passages}",
+        f"--output={tmp_path}/o.json",
+        "--batch_tokens=60",
+    )
+    found = json.loads((tmp_path / "o.json").read_text())
+    model, encode, losses = gpt_of(text_checkpoint), load_tokenizer().encode, []
+    for (context, word), detail in zip(PASSAGES, found["details"], strict=True):
+        first, both = encode(context.rstrip()), encode(f"{context} {word}")
+        ids = ([] if first else [EOT]) + both
+        each, likeliest = plain_losses(model, ids[-25:])  # 24 positions
+        scored = len(both) - len(first)
+        losses.append(float(each[-scored:].sum()))
+        assert detail == {"loss": pytest.approx(losses[-1], rel=1e-5), "greedy": bool(likeliest[-scored:].all())}
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 5), rel=1e-4)
+    assert found["examples"] == 5 and "5 examples of lambada.jsonl" in out
+    assert f"{LAMBADA_GPT2[0].name:24}0.3256            40.06" in out and "all 5,153 examples" in out
+
+
+def test_accuracy_and_its_error():
+    found = summarize([Score(1.0, True), Score(2.0, False), Score(3.0, True), Score(4.0, True)])
+    assert (found.accuracy, found.perplexity) == (0.75, math.exp(2.5))
+    assert found.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert math.isnan(summarize([Score(1.0, True)]).stderr)
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet="ab \n.é", min_size=1).filter(lambda text: text.split(" ")[-1].strip()))
+def test_the_official_form_is_cut_at_the_last_space(text):
+    words = text.split(" ")  # as the task's template does
+    assert example_of({"text": text}, "here") == Example(" ".join(words[:-1]), words[-1])
+
+
+def test_limit(passages):
+    assert [e.word for e in read_lambada(passages, 2)] == ["signs", "Shane"]
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("", "empty file"),
+        ("\n", "holds no examples"),
+        ('{"text": "a b"}\n{"context": "a"}\n', "line 2: not an object with `text`, or with"),
+        ('{"context": 1, "continuation": "b"}\n', "line 1: not an object with text in a field 'context'"),
+        ('{"text": "a b "}\n', "line 1: there is no last word"),
+        ('{"text": "a b"\n', "line 1: not JSON"),
+        ("[1]\n", "line 1: not an object"),
+    ],
+)
+def test_mistakes_name_file_and_line(tmp_path, content, complaint):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"x.jsonl.*{complaint}"):
+        read_lambada(path)
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [(["--input=nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--input=x", "--limit=-1"], "--limit=-1")],
+)
+def test_mistakes_in_flags(evaluate, flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        evaluate(lambada, "--checkpoint=nowhere", *flags)
+
+
+def test_an_existing_file_of_results_is_kept(passages, evaluate):
+    with pytest.raises(UserError, match="exists; choose another name"):
+        evaluate(lambada, "--checkpoint=x", f"--input={passages}", f"--output={passages}")
+    assert Path(passages).read_text().count("\n") == 5

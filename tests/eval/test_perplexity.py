@@ -1,0 +1,377 @@
+"""Perplexity: every token scored once, with the context promised, as a plain scorer does it; the command."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lm_eval.utils import get_rolling_token_windows
+
+from cfg.errors import UserError
+from data.documents import document_positions
+from data.loader import Loader
+from data.shards import open_shard, write_shard
+from data.tokenizer import NAMED_IDENTITIES, load_tokenizer
+from eval import perplexity, texts
+from eval.perplexity import by_document, measure, requests_of, segments, strided_windows
+from eval.subject import open_subject
+from eval.texts import Text, count_bytes, cut, open_texts
+
+ROOT = Path(__file__).resolve().parents[2]
+EOT = 50256
+STORY = "Once upon a time,\r\nthere was naïve 東京 🙂.\n\n" * 4
+unhurried = settings(deadline=None)
+LENGTHS = st.integers(2, 80)
+
+
+@st.composite
+def windows_and_strides(draw):
+    window = draw(st.integers(1, 20))
+    return window, draw(st.integers(1, window))
+
+
+def text_of(ids):
+    ids = np.array(ids, np.int32)
+    return Text(len(ids), lambda start, stop: ids[start:stop])
+
+
+def subject_of(run, *flags, text=False):
+    args = perplexity.parser().parse_args([f"--checkpoint={run}", "--input=x", "--device=cpu", *flags])
+    return open_subject(args, text=text)
+
+
+@pytest.fixture(scope="module")
+def subject(text_checkpoint):
+    return subject_of(text_checkpoint, text=True)
+
+
+@pytest.fixture(scope="module")
+def subject_251(checkpoint):
+    return subject_of(checkpoint)
+
+
+# What is scored
+
+
+@unhurried
+@given(length=LENGTHS, sizes=windows_and_strides())
+def test_every_token_but_the_first_is_scored_once_with_its_context(length, sizes):
+    window, stride = sizes
+    found = list(strided_windows(length, window, stride))
+    assert [t for _, first, end in found for t in range(first, end)] == list(range(1, length))
+    for start, first, end in found:
+        assert end - start <= window + 1 and first - start >= min(first, window - stride + 1)
+
+
+@unhurried
+@given(length=LENGTHS, window=st.integers(1, 20))
+def test_a_stride_of_the_window_is_lm_evals_rolling(length, window):
+    ids = list(range(1000, 1000 + length))
+    theirs = get_rolling_token_windows(ids[1:], prefix_token=ids[0], max_seq_len=window, context_len=1)
+    scored = [(inputs[: len(inputs) - len(targets) + 1], targets) for inputs, targets in theirs]
+    assert [(r.context, *r.endings) for r in requests_of(text_of(ids), window, window, None)] == scored
+
+
+@unhurried
+@given(
+    ids=st.lists(st.integers(0, 3), min_size=2, max_size=80),
+    sizes=windows_and_strides(),
+    masked=st.booleans(),
+    segment=st.integers(1, 200),
+    block=st.integers(1, 30),
+)
+def test_segments_and_documents_pass_over_nothing(ids, sizes, masked, segment, block):
+    window, stride = sizes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perplexity, "BLOCK", block)
+        requests = list(requests_of(text_of(ids), window, stride, 0 if masked else None))
+    assert [r for part in segments(requests, segment) for r in part] == requests
+    assert [i for r in requests for i in r.endings[0]] == ids[1:]
+    at = 1
+    for r in requests:
+        assert r.context == ids[at - len(r.context) : at] and len(r.context) - 1 + len(r.endings[0]) <= window
+        begins = max((i for i in range(at) if ids[i] == 0), default=0) if masked else 0
+        assert len(r.context) >= min(at - begins, window - stride + 1)
+        if masked:
+            assert 0 not in r.context[1:] and 0 not in r.endings[0][:-1]
+        at += len(r.endings[0])
+
+
+def test_a_window_is_cut_where_documents_begin():
+    ids = np.array([5, 0, 6, 7, 0, 0, 8, 0])
+    cut_up = [(r.context, *r.endings) for r in by_document(ids, 3, 0)]
+    assert cut_up == [([0, 6], [7, 0]), ([0], [0]), ([0], [8, 0])]
+
+
+@unhurried
+@given(lengths=st.lists(st.integers(0, 9), max_size=5), limit=st.integers(0, 30))
+def test_max_tokens_are_the_first(lengths, limit):
+    kept = cut([text_of(range(n)) for n in lengths], limit)
+    scored = sum(max(0, n - 1) for n in lengths)
+    assert sum(t.length - 1 for t in kept) == (min(limit, scored) if limit else scored)
+    assert all(t.length > 1 for t in kept)
+
+
+def test_bytes_are_the_files_or_those_of_the_tokens():
+    whole = replace(text_of([9, 1, 2, 3]), bytes=100)
+    lengths = np.arange(10)
+    assert count_bytes([whole, text_of([9, 1, 2])], lengths) == 103
+    assert count_bytes([whole], None) == 100 and count_bytes([whole, text_of([9, 1])], None) is None
+    assert count_bytes(cut([whole], 2), lengths) == 3 and count_bytes(cut([whole], 2), None) is None
+
+
+# What it is scored as
+
+
+def plain_sum(model, ids, window, stride, losses):
+    """One window at a time: its own forward, of whose losses those of the new tokens count."""
+    total, first, end = 0.0, 1, min(window + 1, len(ids))
+    while first < len(ids):
+        total += float(losses(model, ids[max(0, end - window - 1) : end])[0][first - end :].sum())
+        first, end = end, min(end + stride, len(ids))
+    return total
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return [EOT, *np.random.default_rng(0).integers(0, EOT, 99).tolist()]
+
+
+@pytest.mark.parametrize("window, stride", [(24, 24), (24, 12), (24, 1), (7, 3)])
+def test_losses_are_those_of_a_plain_scorer(subject, ids, window, stride, plain_losses):
+    expected = plain_sum(subject.gpt, ids, window, stride, plain_losses)
+    assert measure(subject, [text_of(ids)], window, stride) == (pytest.approx(expected, rel=1e-6), 99)
+
+
+def test_losses_depend_neither_on_batches_nor_on_segments(subject, ids):
+    texts = [text_of(ids), text_of(ids[:5]), text_of(ids[::-1])]
+    expected, tokens = measure(subject, texts, 24, 9)
+    for batch_tokens, segment in ((1, 2**22), (100, 1), (4096, 200)):
+        found = measure(replace(subject, batch_tokens=batch_tokens), texts, 24, 9, segment)
+        assert found == (pytest.approx(expected, rel=1e-7), tokens)
+
+
+@pytest.mark.parametrize("stride", [24, 5])
+def test_documents_that_were_kept_apart_in_training_are_kept_apart(subject, stride, plain_losses):
+    ids = np.random.default_rng(1).integers(0, EOT, 80)
+    ids[[0, 3, 4, 40, 77]] = EOT
+    ids, expected = ids.tolist(), 0.0
+    for start, first, end in strided_windows(80, 24, stride):
+        for t in range(first, end):  # each token by itself, after what it may see
+            begins = max((i for i in range(start, t) if ids[i] == EOT), default=start)
+            expected += float(plain_losses(subject.gpt, ids[begins : t + 1])[0][-1])
+    masked = replace(subject, flags={**subject.flags, "doc_mask": True})
+    assert measure(masked, [text_of(ids)], 24, stride) == (pytest.approx(expected, rel=1e-6), 79)
+    assert measure(subject, [text_of(ids)], 24, stride)[0] != pytest.approx(expected, rel=1e-4)
+
+
+# The command
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+WHOLE = ["--stride=32", "--max_tokens=2976"]  # 93 windows of 32, each after the one before
+
+
+@pytest.mark.parametrize("doc_mask", [False, True])
+def test_a_stride_of_the_window_is_what_validation_does(subject_251, shards, doc_mask):
+    paths = sorted(shards.glob("*_val_*.bin"))
+    rows = Loader([open_shard(path, 251) for path in paths], 32, 1, 0, False, "x").gather(list(range(93))).long()
+    subject = replace(subject_251, end_of_text=7, flags={"doc_mask": doc_mask})
+    positions = document_positions(rows[:, :-1], 7) if doc_mask else None
+    with torch.no_grad():
+        loss, count = subject.gpt.loss(rows[:, :-1], rows[:, 1:], positions)
+    texts = cut(open_texts(paths, [], "text", subject), 2976)
+    assert measure(subject, texts, 32, 32) == (pytest.approx(loss.item(), rel=1e-6), count.item())
+
+
+@pytest.mark.slow
+def test_a_stride_of_the_window_gives_the_validation_loss_of_the_run(trainer, shards, metrics, evaluate, tmp_path):
+    trainer.run(tmp_path / "run", "--val_max_steps=1000")
+    flags = [f"--checkpoint={tmp_path}/run", f"--input={shards}/*_val_*.bin", f"--output={tmp_path}/o.json", *WHOLE]
+    evaluate(perplexity, *flags)
+    assert read(tmp_path / "o.json")["loss"] == pytest.approx(metrics(tmp_path / "run")[-1]["val_loss"], rel=1e-6)
+
+
+def test_shards_without_a_tokenizer(checkpoint, subject_251, shards, evaluate, tmp_path, plain_losses):
+    flags = [f"--checkpoint={checkpoint}", "--input", f"{shards}/*_val_*.bin", *WHOLE]
+    out = evaluate(perplexity, *flags, "--output", tmp_path / "out.json")
+    found = read(tmp_path / "out.json")
+    loss = plain_sum(subject_251.gpt, (np.arange(2977) % 251).tolist(), 32, 32, plain_losses) / 2976
+    assert found["loss"] == pytest.approx(loss, rel=1e-6) and found["bits_per_byte"] is found["bytes"] is None
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5) and found["tokens"] == 2976
+    assert f"loss {loss:.4f} nats" in out and "bits per byte unknown" in out and "window 32, stride 32" in out
+
+
+def test_shards_are_one_text_and_their_tokens_have_bytes(text_checkpoint, evaluate, tmp_path, plain_losses, subject):
+    tokenizer = load_tokenizer()
+    ids = [
+        token for document in ("A first one.", "Zweites 東京", "third") for token in (EOT, *tokenizer.encode(document))
+    ]
+    write_shard(tmp_path / "a_000.bin", np.array(ids[:7]), 50257)
+    write_shard(tmp_path / "a_001.bin", np.array(ids[7:]), 50257)
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["gpt2"]}))
+    evaluate(
+        perplexity, f"--checkpoint={text_checkpoint}", f"--input={tmp_path}/a_*.bin", f"--output={tmp_path}/o.json"
+    )
+    found = read(tmp_path / "o.json")
+    total, size = plain_sum(subject.gpt, ids, 24, 12, plain_losses), len("A first one.Zweites 東京third".encode())
+    assert (found["tokens"], found["bytes"], found["window"], found["stride"]) == (len(ids) - 1, size, 24, 12)
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-6)
+
+
+def test_text_files_and_lines_are_documents(text_checkpoint, evaluate, tmp_path, plain_losses, subject):
+    (tmp_path / "a.md").write_bytes(STORY.encode())  # with its \r\n
+    lines = [json.dumps({"body": text}) for text in ("one\u2028two", "", "three")]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n")
+    inputs = ["--input", tmp_path / "a.md", tmp_path / "b.jsonl", "--text_key=body"]
+    evaluate(perplexity, f"--checkpoint={text_checkpoint}", *inputs, f"--output={tmp_path}/o.json", "--stride=8")
+    documents = (STORY, "one\u2028two", "three")
+    rows = [[EOT, *load_tokenizer().encode(text)] for text in documents]
+    found = read(tmp_path / "o.json")
+    assert found["tokens"] == sum(map(len, rows)) - 3 and found["bytes"] == sum(len(t.encode()) for t in documents)
+    expected = sum(plain_sum(subject.gpt, row, 24, 8, plain_losses) for row in rows) / found["tokens"]
+    assert found["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_hugging_face_folder_on_text(hf_folder, evaluate, tmp_path, plain_losses):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (tmp_path / "a.txt").write_text(STORY, newline="")
+    evaluate(perplexity, f"--hf={hf_folder}", f"--input={tmp_path}/a.txt", f"--output={tmp_path}/o.json")
+    tokenizer = AutoTokenizer.from_pretrained(hf_folder)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(STORY)]
+    expected = plain_sum(AutoModelForCausalLM.from_pretrained(hf_folder).eval(), ids, 20, 10, plain_losses)
+    found = read(tmp_path / "o.json")
+    assert found["bytes"] == len(STORY.encode()) and found["window"] == 20
+    assert found["loss"] * found["tokens"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_beginning_that_the_tokenizer_puts_there_is_not_put_there_twice(subject):
+    theirs = replace(subject, encode=lambda text: [EOT, *map(ord, text)])
+    for one in (theirs, replace(subject, encode=lambda text: list(map(ord, text)))):
+        text = texts.document_text("ab", one)
+        assert text.read(0, text.length).tolist() == [EOT, 97, 98]
+
+
+def test_shards_under_another_model_have_bytes_if_their_manifest_says_whose_they_are(subject, tmp_path):
+    write_shard(tmp_path / "a.bin", np.array([EOT, 1, 2]), 50257)
+    foreign = replace(subject, gpt=None, tokenizer=None, tokenizer_identity=None, byte_lengths=None)
+    shard = [tmp_path / "a.bin"]
+    assert texts.byte_lengths_for(shard, foreign) is None
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["gpt2"]}))
+    assert (texts.byte_lengths_for(shard, foreign) == subject.byte_lengths).all()
+    with pytest.raises(UserError, match="gives other ids than that of"):
+        texts.byte_lengths_for(shard, replace(foreign, encode_more=lambda text: list(text.encode())))
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_give_the_same_to_the_last_digit(checkpoint, shards, evaluate, tmp_path, ranks):
+    flags = [f"--checkpoint={checkpoint}", f"--input={shards}/*_val_*.bin", "--batch_tokens=500"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*torchrun, "eval/perplexity.py", *flags, f"--output={tmp_path}/{ranks}.json", "--device=cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = evaluate(perplexity, *flags, f"--output={tmp_path}/1.json")
+    torch.set_num_threads(threads)
+    assert read(tmp_path / f"{ranks}.json") == read(tmp_path / "1.json")
+    assert done.stdout.replace(f"{ranks}.json", "1.json") == out
+
+
+def without_torch(*flags):
+    """The command in a process that cannot import torch."""
+    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['p', *{flags}]"
+    code += "; runpy.run_path('eval/perplexity.py', run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+
+
+def test_help_and_mistakes_in_flags_need_no_torch():
+    helped = without_torch("--help")
+    assert helped.returncode == 0 and "--stride" in helped.stdout
+    wrong = without_torch("--checkpoint=x", "--input=x", "--stride=5", "--window=4")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: --stride=5 exceeds --window=4, so tokens would be passed over\n"
+
+
+def damaged(folder):
+    write_shard(folder / "damaged.bin", np.arange(9), 251)
+    (folder / "damaged.bin").write_bytes((folder / "damaged.bin").read_bytes()[:-1])
+    write_shard(folder / "foreign.bin", np.array([3, 300, 5]), 50257)
+    write_shard(folder / "one.bin", np.array([3]), 251)
+    (folder / "made").mkdir()
+    write_shard(folder / "made" / "x.bin", np.arange(9), 251)
+    (folder / "made" / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["cl100k_base"]}))
+    (folder / "packed.txt.gz").write_bytes(b"x")
+
+
+SHARD_MISTAKES = {
+    "none*.bin": "--input=.*none.*matches no file",
+    "damaged.bin": "damaged.bin: truncated",
+    "foreign.bin": "token id 300 at position 1 is not below",
+    "one.bin": "too little to score",
+    "made/x.bin": "made with tokenizer cl100k_base, but --tokenizer=gpt2",
+    "packed.txt.gz": "packed.txt.gz is not read here.*data/text.py",
+}
+
+
+@pytest.mark.parametrize("name", SHARD_MISTAKES)
+def test_mistakes_in_shards(checkpoint, evaluate, tmp_path, name):
+    damaged(tmp_path)
+    with pytest.raises(UserError, match=SHARD_MISTAKES[name]):
+        evaluate(perplexity, f"--checkpoint={checkpoint}", f"--input={tmp_path}/{name}")
+
+
+TEXT_MISTAKES = {
+    "empty.txt": (b"", "empty.txt: empty file"),
+    "latin.txt": ("caf\xe9 x".encode("latin-1"), r"latin.txt: not UTF-8 text \(invalid continuation byte at byte 3\)"),
+    "field.jsonl": (b'{"text": "a"}\n\n{"txt": "b"}\n', "field.jsonl, line 3: .*field 'text'; see --text_key"),
+    "number.jsonl": (b'{"text": 5}\n', "number.jsonl, line 1: "),
+    "json.jsonl": (b'{"text": "a"}\n{"text\n', "json.jsonl, line 2: not JSON"),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', "half.jsonl, line 1: .*surrogate"),
+    "blank.jsonl": (b'{"text": ""}\n\n', "too little to score"),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_MISTAKES)
+def test_mistakes_in_text(subject, evaluate, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(perplexity, "open_subject", lambda args, text: subject)
+    content, complaint = TEXT_MISTAKES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        evaluate(perplexity, "--checkpoint=x", f"--input={tmp_path}/{name}")
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--window=33"], "--window=33 exceeds the 32 tokens"),
+        (["--stride=33"], "--stride=33 exceeds the window of 32"),
+        (["--stride=0"], "--stride=0 must be at least 1$"),
+        (["--window=-1"], "--window=-1 must be at least 1, or 0"),
+        (["--max_tokens=-1"], "--max_tokens=-1"),
+        (["--tokenizer=gpt3"], "--tokenizer=gpt3: no such tokenizer"),
+        (["--tokenizer=gpt2"], "--vocab_size=251 is not that of tokenizer gpt2"),
+    ],
+)
+def test_mistakes_in_flags(checkpoint, shards, evaluate, flags, complaint):
+    with pytest.raises(UserError, match=complaint):
+        evaluate(perplexity, f"--checkpoint={checkpoint}", f"--input={shards}/*_val_*.bin", *flags)
+
+
+def test_text_needs_a_tokenizer(checkpoint, evaluate, tmp_path):
+    (tmp_path / "a.txt").write_text("a b c")
+    with pytest.raises(UserError, match="not that of tokenizer gpt2"):
+        evaluate(perplexity, f"--checkpoint={checkpoint}", f"--input={tmp_path}/a.txt")
