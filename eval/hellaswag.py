@@ -32,10 +32,16 @@ def parser() -> CommandParser:
     return parser
 
 
+def check(args: Namespace) -> None:
+    command.check(args)
+    if args.limit < 0:
+        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
+
+
 if __name__ == "__main__":
     with one_line_errors():
         args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
-        command.check(args)
+        check(args)
 
 from data.hellaswag import DEFAULT_OUTPUT, OFFICIAL, Example, find_source, read_hellaswag
 from eval.reference import GPT2
@@ -156,8 +162,6 @@ def read_examples(path: Path, limit: int) -> list[Example]:
 
 
 def main(args: Namespace) -> None:
-    if args.limit < 0:
-        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
     rank, _ = command.my_rank()
     source = find_source(args.input, DEFAULT_OUTPUT)
     examples = read_examples(source, args.limit)

@@ -29,16 +29,6 @@ class Request:
     endings: list[list[int]]
 
 
-def encode_pair(context: str, continuation: str, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Ids of a context and of what follows it, cut where the context ends in the ids of both together.
-
-    Spaces at the context's end go to what follows, where most tokenizers have them (as in lm-evaluation-harness).
-    """
-    bare = context.rstrip()
-    both, first = encode(context + continuation), encode(bare)
-    return first, both[len(first) :]
-
-
 @dataclass(frozen=True)
 class Score:
     """Of an ending: its loss in nats, summed over its tokens, and whether each was the likeliest where it stands."""

@@ -120,25 +120,26 @@ def test_an_untrained_model_knows_as_much_as_chance(text_checkpoint, evaluate, t
             assert accuracy["value"] == sum(right) / 500 == pytest.approx(0.25, abs=0.06)  # 3 standard errors
 
 
-def test_limit_batches_and_ranks_change_no_digit_that_counts(text_checkpoint, tmp_path):
+def test_limit_batches_and_ranks_change_no_digit_that_counts(text_checkpoint, evaluate, tmp_path):
     path = write(tmp_path / "random.jsonl", rows(12))
-    command = [str(ROOT / "eval/hellaswag.py"), f"--checkpoint={text_checkpoint}", f"--input={path}", "--device=cpu"]
+    flags = [f"--checkpoint={text_checkpoint}", f"--input={path}", "--device=cpu"]
+    evaluate(hellaswag, *flags, "--batch_tokens=300", f"--output={tmp_path}/alone.json")
+    evaluate(hellaswag, *flags, "--batch_tokens=1", "--limit=5", f"--output={tmp_path}/small.json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    found = {}
-    for name, start, flags in (
-        ("alone", [sys.executable], ["--batch_tokens=300"]),
-        ("ranks", torchrun, ["--batch_tokens=300"]),
-        ("small", [sys.executable], ["--batch_tokens=1", "--limit=5"]),
-    ):
-        output = tmp_path / f"{name}.json"
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*start, *command, *flags, f"--output={output}"], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("HellaSwag,") == 1  # one rank speaks
-        found[name] = json.loads(output.read_text())
-    assert found["ranks"] == found["alone"]  # all digits
-    assert found["small"]["examples"] == 5
-    for a, b in zip(found["small"]["details"], found["alone"]["details"], strict=False):
+    command = [
+        *torchrun,
+        str(ROOT / "eval/hellaswag.py"),
+        *flags,
+        "--batch_tokens=300",
+        f"--output={tmp_path}/ranks.json",
+    ]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("HellaSwag,") == 1  # one rank speaks
+    alone, ranks, small = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "ranks", "small"))
+    assert ranks == alone  # all digits
+    assert small["examples"] == 5
+    for a, b in zip(small["details"], alone["details"], strict=False):
         for style in hellaswag.STYLES:
             assert a[style]["losses"] == pytest.approx(b[style]["losses"], rel=1e-5)
             assert a[style]["acc"] == b[style]["acc"]
