@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,9 +37,25 @@ def passages(tmp_path):
     return path
 
 
+def known_passage(model):
+    """A passage whose last word is one token, and the likeliest."""
+    tokenizer = load_tokenizer()
+    for n in range(1000):
+        context = f"After {n} comes"
+        ids = tokenizer.encode(context)
+        word = tokenizer.decode([int(model(torch.tensor([ids]))[0, -1].argmax())])
+        if word[:1] == " " and word[1:].isalpha() and tokenizer.encode(context + word)[:-1] == ids:
+            return context, word[1:]
+    raise AssertionError("this model knows no word")
+
+
 def test_the_command_scores_the_last_word_as_a_plain_forward_does(
     text_checkpoint, passages, gpt_of, plain_losses, evaluate, tmp_path
 ):
+    model, encode, losses = gpt_of(text_checkpoint), load_tokenizer().encode, []
+    known = known_passage(model)
+    with passages.open("a") as f:
+        f.write(json.dumps({"text": " ".join(known)}) + "\n")
     out = evaluate(
         lambada,
         f"--checkpoint={text_checkpoint}",
@@ -47,16 +64,16 @@ def test_the_command_scores_the_last_word_as_a_plain_forward_does(
         "--batch_tokens=60",
     )
     found = json.loads((tmp_path / "o.json").read_text())
-    model, encode, losses = gpt_of(text_checkpoint), load_tokenizer().encode, []
-    for (context, word), detail in zip(PASSAGES, found["details"], strict=True):
+    for (context, word), detail in zip([*PASSAGES, known], found["details"], strict=True):
         first, both = encode(context.rstrip()), encode(f"{context} {word}")
         ids = ([] if first else [EOT]) + both
         each, likeliest = plain_losses(model, ids[-25:])  # 24 positions
         scored = len(both) - len(first)
         losses.append(float(each[-scored:].sum()))
         assert detail == {"loss": pytest.approx(losses[-1], rel=1e-5), "greedy": bool(likeliest[-scored:].all())}
-    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 5), rel=1e-4)
-    assert found["examples"] == 5 and "5 examples of lambada.jsonl" in out
+    assert found["details"][-1]["greedy"] and found["accuracy"] == pytest.approx(1 / 6)
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 6), rel=1e-4)
+    assert found["examples"] == 6 and "6 examples of lambada.jsonl" in out
     assert f"{LAMBADA_GPT2[0].name:24}0.3256            40.06" in out and "all 5,153 examples" in out
 
 
