@@ -84,6 +84,8 @@ def test_a_row_depends_on_nothing_but_itself(family):
     assert rows_of(model, [c, b], 16, sampling, seed=3, samples=2)[2:] == together[3:5]
     assert rows_of(model, [a], 7, sampling, seed=3, samples=4)[:3] == [row[:7] for row in together[:3]]
     assert rows_of(model, [a], 16, sampling, seed=4)[0] != together[0]
+    first, second = rows_of(model, [a, a], 16, sampling, seed=3)
+    assert first == together[0] != second
 
 
 def test_a_step_computes_one_position_of_each_row_until_the_window_is_full():
