@@ -42,6 +42,9 @@ from cfg.errors import CommandParser, UserError, run_command
 from cfg.files import write_atomically
 from data.documents import document_positions
 from data.shards import write_shard
+from eval.generate import Sampling, generate
+from eval.scoring import Request, gpt_forward, merge, score
+from eval.subject import drain, in_dtype
 from model.loss import IGNORE_INDEX
 from train.distributed import Ranks
 from train.memory import deviation, planned_bytes
@@ -250,6 +253,53 @@ def check_half(bench: Bench) -> Iterator[Figure]:
     yield f"{dtype} last loss / first", losses[-1] / losses[0], 0.9
 
 
+def check_scoring(bench: Bench) -> Iterator[Figure]:
+    """Losses of endings that share their context in a masked row, and of each alone with all its logits, per token."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(longest: int, vocab_size: int) -> list[int]:
+        n = int(torch.randint(1, longest + 1, (), generator=generator))
+        return torch.randint(vocab_size, (n,), generator=generator).tolist()
+
+    for family, dtype in itertools.product(FAMILIES, LIMITS):
+        config, device = bench.config(*FAMILIES[family].split(), f"--dtype={dtype}"), torch.device(bench.device)
+        model = parallelize(config, Ranks(0, 0, 1, device)).model.eval()
+        longest = config.n_positions // 2
+        requests = [
+            Request(ids(longest, config.vocab_size), [ids(longest, config.vocab_size) for _ in range(4)])
+            for _ in range(20)
+        ]
+        kind = getattr(torch, dtype)
+        work = score(in_dtype(gpt_forward(model), device, kind), requests, config.n_positions, 4096, device)
+        scored = merge(drain(work, lambda rows: None), requests)
+        apart = 0.0
+        for request, scores in zip(requests, scored, strict=True):
+            for ending, found in zip(request.endings, scores, strict=True):
+                text = torch.tensor([request.context + ending], device=device)
+                with torch.no_grad(), torch.autocast(device.type, dtype=kind, enabled=dtype != "float32"):
+                    logits = model(text[:, :-1])[0, -len(ending) :].float()
+                loss = F.cross_entropy(logits, text[0, -len(ending) :], reduction="sum").item()
+                apart = max(apart, abs(found.loss / loss - 1))
+        yield f"{family} {dtype}", apart, LIMITS[dtype][0] * 10
+
+
+def check_generation(bench: Bench) -> Iterator[Figure]:
+    """Greedy tokens with the key-value cache, beyond the model's window too, and by a forward of all for each token."""
+    for family in FAMILIES:
+        config, device = bench.config(*FAMILIES[family].split()), torch.device(bench.device)
+        model = parallelize(config, Ranks(0, 0, 1, device)).model.eval()
+        limit = config.n_positions
+        prompts = [[7], list(range(limit // 2)), list(range(limit - 4))]
+        found = [list(row) for row in zip(*generate(model, prompts, 12, Sampling(temperature=0)), strict=True)]
+        differing = 0
+        for prompt, tokens in zip(prompts, found, strict=True):
+            for i, token in enumerate(tokens):
+                seen = torch.tensor([(prompt + tokens[:i])[-limit:]], device=device)
+                with torch.no_grad():
+                    differing += int(model(seen)[0, -1].argmax()) != token
+        yield f"{family}: tokens that differ", float(differing), 0
+
+
 CHECKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "memory: loss in chunks and over full logits": check_memory,
     "numbers: this device and the CPU": check_device,
@@ -258,6 +308,8 @@ CHECKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "numbers: loss in chunks and over full logits": check_loss,
     "numbers: compiled and eager": check_compile,
     "numbers: document mask, compiled and plain": check_flex,
+    "evaluation: endings together and alone": check_scoring,
+    "generation: with a cache and without": check_generation,
     "training: resumed and undisturbed": check_resume,
     "training: every strategy on one device": check_strategies,
     "training: half precision learns": check_half,
@@ -321,6 +373,23 @@ def measure_documents(bench: Bench) -> Iterator[Figure]:
     yield "tok/s ratio", rates[1] / rates[0], None
 
 
+def measure_hellaswag(bench: Bench, dtype: str) -> Iterator[Figure]:
+    """scripts/bench/hellaswag.py on random ids: examples a second, and all 10,042."""
+    flags = ["--random", "--examples=500", "--rounds=2", "--whole", f"--dtype={dtype}", f"--device={bench.device}"]
+    result = json.loads(bench.run("scripts/bench/hellaswag.py", *flags).splitlines()[-1])
+    for name in ("ours_per_s", "usual_per_s", "ratio", "whole_set_s", "differing_choices"):
+        yield name.replace("_", " "), result[name], None
+
+
+def measure_generation(bench: Bench, flags: str) -> Iterator[Figure]:
+    """scripts/bench/generate.py: tokens a second of all rows."""
+    output = bench.run("scripts/bench/generate.py", f"--device={bench.device}", "--rounds=2", *flags.split())
+    result = json.loads(output.splitlines()[-1])
+    for side, speed in result["tok_per_s"].items():
+        yield f"{side} tok/s", speed, None
+    yield "ratio", result["ratio"], None
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "GPT-2 124M, compiled, batch 16": lambda bench: measure_training(bench, 16, 1),
     "GPT-2 124M, compiled, batch 32": lambda bench: measure_training(bench, 32, 1),
@@ -328,6 +397,12 @@ MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "GPT-2 124M, eager, batch 16": lambda bench: measure_training(bench, 16, 0),
     "GPT-2 124M beside a plain loop, eager, batch 8": measure_beside_plain_loop,
     "GPT-2 124M with --doc_mask, compiled, batch 16, without optimizer": measure_documents,
+    "HellaSwag on GPT-2 124M beside the usual loop, float32": partial(measure_hellaswag, dtype="float32"),
+    "HellaSwag on GPT-2 124M beside the usual loop, bfloat16": partial(measure_hellaswag, dtype="bfloat16"),
+    "generation by GPT-2 124M, 256 tokens": partial(measure_generation, flags="--new_tokens=256"),
+    "generation by GPT-2 124M, 256 tokens, 8 samples": partial(
+        measure_generation, flags="--new_tokens=256 --samples=8"
+    ),
 }
 
 

@@ -2,8 +2,9 @@
 
 The usual loop, written here for the comparison, takes one example at a time: four rows of context and ending, padded
 to the longest, the logits of all positions, their cross-entropy. Ours is `eval/scoring.py`. Both score the same
-examples with the same model in the same precision, from text on, completion style, and take turns on parts of them,
-so that a noisy machine disturbs both alike. Fails unless both choose the same endings; prints one JSON line.
+examples, completion style, with the same model in the same precision, and take turns on parts of them, so that a
+noisy machine disturbs both alike; encoding the text is part of neither. Fails unless both choose the same endings (in
+bfloat16 near ties may differ, and are counted). Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -17,56 +18,73 @@ import json
 import statistics
 import time
 from argparse import Namespace
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from cfg.config import load_config
 from cfg.errors import CommandParser, UserError, run_command
-from data.hellaswag import DEFAULT_OUTPUT, Example, find_source
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.hellaswag import DEFAULT_OUTPUT, find_source
+from data.tokenizer import load_tokenizer
 from eval.hellaswag import completion_question, read_examples
-from eval.scoring import follow_on, gpt_forward, merge, score
+from eval.scoring import Request, follow_on, gpt_forward, merge, score
 from eval.subject import BATCH_TOKENS, GPU_BATCH_TOKENS, drain, in_dtype
 from model.device import choose_device
 from model.gpt import GPT, init_weights
 
+WHOLE = 10_042  # examples of the validation set
 Losses = list[list[float]]  # of each example's endings, mean per token, in nats
 
 
 @torch.inference_mode()
-def usual_loop(
-    model: GPT, examples: list[Example], tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
-) -> Losses:
+def usual_loop(model: GPT, requests: list[Request], device: torch.device, dtype: torch.dtype) -> Losses:
     found = []
-    for example in examples:
-        context = tokenizer.encode(example.context)
-        rows = [context + tokenizer.encode(" " + ending) for ending in example.endings]
+    for request in requests:
+        rows = [request.context + ending for ending in request.endings]
         tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         counts = torch.zeros(tokens.shape)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
-            counts[i, len(context) : len(row)] = 1
-        tokens, counts = tokens.to(device), counts.to(device)
+            counts[i, len(request.context) : len(row)] = 1
+        tokens, counts = tokens.to(device), counts[:, 1:].to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(tokens)
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        counts = counts[:, 1:]
         found.append(((losses.view(len(rows), -1) * counts).sum(1) / counts.sum(1)).tolist())
     return found
 
 
-def ours(
-    model: GPT, examples: list[Example], tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, tokens: int
-) -> Losses:
-    asked = [completion_question(e, tokenizer.encode, follow_on(tokenizer.encode)) for e in examples]
-    requests = [question.request for question in asked]
-    forward = in_dtype(gpt_forward(model), device, dtype)
-    pieces = drain(score(forward, requests, model.config.n_positions, tokens, device), lambda rows: None)
+def ours(model: GPT, requests: list[Request], device: torch.device, dtype: torch.dtype, tokens: int) -> Losses:
+    work = score(in_dtype(gpt_forward(model), device, dtype), requests, model.config.n_positions, tokens, device)
+    scored = merge(drain(work, lambda rows: None), requests)
     return [
-        [s.loss / n for s, n in zip(scores, q.lengths, strict=True)]
-        for scores, q in zip(merge(pieces, requests), asked, strict=True)
+        [s.loss / len(ending) for s, ending in zip(scores, request.endings, strict=True)]
+        for scores, request in zip(scored, requests, strict=True)
     ]
+
+
+def random_requests(count: int, vocab_size: int) -> list[Request]:
+    """Ids at random, in about the lengths of the official file's: contexts of 51 ± 25 tokens, endings of 31 ± 15."""
+    numbers = np.random.default_rng(0)
+
+    def ids(mean: float, deviation: float) -> list[int]:
+        found: list[int] = numbers.integers(vocab_size, size=max(2, round(numbers.normal(mean, deviation)))).tolist()
+        return found
+
+    return [Request(ids(51, 25), [ids(31, 15) for _ in range(4)]) for _ in range(count)]
+
+
+def official_requests(path: str, count: int) -> list[Request]:
+    encode = load_tokenizer().encode
+    examples = read_examples(find_source(path, DEFAULT_OUTPUT), count)
+    return [completion_question(example, encode, follow_on(encode)).request for example in examples]
+
+
+def timed(work: Callable[[], Losses]) -> tuple[Losses, float]:
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
 
 
 def choices(losses: Losses) -> list[int]:
@@ -77,24 +95,21 @@ def main(args: Namespace) -> None:
     if min(args.examples, args.rounds) < 1:
         raise UserError("--examples and --rounds must be at least 1")
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
-    examples = read_examples(find_source(args.input, DEFAULT_OUTPUT), args.examples * args.rounds)
-    tokenizer = load_tokenizer()
     model = GPT(load_config([], world_size=1)).eval()
     init_weights(model, 0)
     model.to(device)
-    batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
-    common = (tokenizer, device, dtype)
-    ours(model, examples[:8], *common, batch_tokens), usual_loop(model, examples[:8], *common)  # both warm
+    count = WHOLE if args.whole else args.examples * args.rounds
+    requests = random_requests(count, model.config.vocab_size) if args.random else official_requests(args.input, count)
+    tokens = args.batch_tokens or BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
+    ours(model, requests[:8], device, dtype, tokens), usual_loop(model, requests[:8], device, dtype)  # both warm
     rates: dict[str, list[float]] = {"ours": [], "usual": []}
     differing, largest = 0, 0.0
-    for start in range(0, len(examples), args.examples):
-        part = examples[start : start + args.examples]
-        begin = time.perf_counter()
-        a = ours(model, part, *common, batch_tokens)
-        middle = time.perf_counter()
-        b = usual_loop(model, part, *common)
-        rates["ours"].append(len(part) / (middle - begin))
-        rates["usual"].append(len(part) / (time.perf_counter() - middle))
+    for start in range(0, args.examples * args.rounds, args.examples):
+        part = requests[start : start + args.examples]
+        a, seconds = timed(lambda part=part: ours(model, part, device, dtype, tokens))  # type: ignore[misc]
+        b, usual_seconds = timed(lambda part=part: usual_loop(model, part, device, dtype))  # type: ignore[misc]
+        rates["ours"].append(len(part) / seconds)
+        rates["usual"].append(len(part) / usual_seconds)
         differing += sum(x != y for x, y in zip(choices(a), choices(b), strict=True))
         largest = max(largest, *(abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)))
         print({side: round(values[-1], 2) for side, values in rates.items()}, file=sys.stderr)
@@ -103,23 +118,27 @@ def main(args: Namespace) -> None:
         "device": str(device),
         "dtype": args.dtype,
         "threads": torch.get_num_threads(),
-        "examples": len(examples),
-        "batch_tokens": batch_tokens,
+        "examples": args.examples * args.rounds,
+        "batch_tokens": tokens,
         **{f"{side}_per_s": statistics.median(values) for side, values in rates.items()},
         "ratio": statistics.median(o / u for o, u in zip(*rates.values(), strict=True)),
         "differing_choices": differing,
         "largest_difference_nats": largest,
     }
+    if args.whole:
+        result["whole_set_s"] = timed(lambda: ours(model, requests, device, dtype, tokens))[1]
     print(json.dumps(result))
     if differing and dtype == torch.float32:
-        raise UserError(f"{differing} of {len(examples)} choices differ")
+        raise UserError(f"{differing} choices differ")
 
 
 if __name__ == "__main__":
     parser = CommandParser(description=__doc__)
     parser.add_argument("--input", default="", help="a copy of hellaswag_val.jsonl")
-    parser.add_argument("--examples", type=int, default=100, help="a round")
+    parser.add_argument("--random", action="store_true", help="random ids instead, which need no file and no network")
+    parser.add_argument("--examples", type=int, default=100, help="in a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--whole", action="store_true", help="at last time ours on all 10,042 examples")
     parser.add_argument("--batch_tokens", type=int, default=0, help="ours: tokens in one forward pass; 0: as in eval/")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
