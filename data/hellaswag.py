@@ -210,17 +210,19 @@ def main() -> None:
     print(f"{args.output_dir}: {len(examples):,} examples in {jsonl.name} and {binary.name}")
 
 
-def find_source(given: str, output_dir: Path) -> Path:
-    """The file to read. Under the official name only the official file is taken; another is the user's own."""
+def find_source(given: str, output_dir: Path, flag: str = "input") -> Path:
+    """The file to read, `given` with --`flag`. Under the official name only the official file is taken; another is
+    the user's own.
+    """
     written = output_dir / OFFICIAL
     if given and Path(given).name != OFFICIAL:
         if not Path(given).is_file():
-            raise UserError(f"--input={given}: no such file")
+            raise UserError(f"--{flag}={given}: no such file")
         print(f"{given}: taken as it is; figures on it do not compare with HellaSwag's unless it is {OFFICIAL}")
         return Path(given)
     if not given and written.is_file() and assets.ASSETS[OFFICIAL].matches(written.read_bytes()):
         return written
-    return assets.fetch(OFFICIAL, given)
+    return assets.fetch(OFFICIAL, given, flag)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import math
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +32,24 @@ def parser() -> CommandParser:
     return parser
 
 
+def check(args: Namespace) -> None:
+    command.check(args)
+    if args.limit < 0:
+        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
+
+
 if __name__ == "__main__":
     with one_line_errors():
         args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
-        command.check(args)
+        check(args)
 
 from data.hellaswag import DEFAULT_OUTPUT, OFFICIAL, Example, find_source, read_hellaswag
 from eval.reference import GPT2
-from eval.scoring import Request, Score, encode_pair
+from eval.scoring import Encode, Request, Score, encode_pair
 from eval.subject import Subject, open_subject
 
 STYLES = ("completion", "lm_eval")
 METRICS = ("acc", "acc_norm")
-Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,14 @@ class Question:
     def choices(self, scores: list[Score]) -> dict[str, int]:
         """The ending that each metric takes for the likeliest; of equally likely ones the first."""
         losses = [score.loss for score in scores]
+        if not all(map(math.isfinite, losses)):
+            return dict.fromkeys(METRICS, -1)  # a model that has diverged is right about nothing
         # An ending of which cleaning has left nothing is never taken (lm_eval divides by zero there).
         per_unit = [loss / n if n else math.inf for loss, n in zip(losses, self.lengths, strict=True)]
         return {"acc": losses.index(min(losses)), "acc_norm": per_unit.index(min(per_unit))}
+
+
+Asked = dict[str, list[Question]]  # style → all examples as it asks them
 
 
 def completion_question(example: Example, encode: Encode, encode_more: Encode) -> Question:
@@ -84,14 +93,14 @@ def clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def questions(examples: list[Example], encode: Encode, encode_more: Encode) -> dict[str, list[Question]]:
+def questions(examples: list[Example], encode: Encode, encode_more: Encode) -> Asked:
     return {
         "completion": [completion_question(e, encode, encode_more) for e in examples],
         "lm_eval": [lm_eval_question(e, encode) for e in examples],
     }
 
 
-def requests(asked: dict[str, list[Question]]) -> list[Request]:
+def requests(asked: Asked) -> list[Request]:
     """All requests of both scorings, one after the other, as `accuracies` expects their scores."""
     return [question.request for style in STYLES for question in asked[style]]
 
@@ -102,7 +111,7 @@ class Accuracy:
     stderr: float  # of the mean over examples
 
 
-def accuracies(asked: dict[str, list[Question]], scores: list[list[Score]]) -> dict[str, dict[str, Accuracy]]:
+def accuracies(asked: Asked, scores: list[list[Score]]) -> dict[str, dict[str, Accuracy]]:
     """style → metric → accuracy."""
     found: dict[str, dict[str, Accuracy]] = {}
     for i, style in enumerate(STYLES):
@@ -135,7 +144,7 @@ def table(name: str, found: dict[str, dict[str, Accuracy]], reference: bool) -> 
     return "\n".join(line.rstrip() for line in lines)
 
 
-def details(asked: dict[str, list[Question]], scores: list[list[Score]]) -> list[dict[str, Any]]:
+def details(asked: Asked, scores: list[list[Score]]) -> list[dict[str, Any]]:
     """Of each example its label, and in each scoring the losses of its endings (nats) and what the metrics choose."""
     n = len(asked["completion"])
     return [
@@ -153,8 +162,6 @@ def read_examples(path: Path, limit: int) -> list[Example]:
 
 
 def main(args: Namespace) -> None:
-    if args.limit < 0:
-        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
     rank, _ = command.my_rank()
     source = find_source(args.input, DEFAULT_OUTPUT)
     examples = read_examples(source, args.limit)

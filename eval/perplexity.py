@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -67,77 +67,12 @@ if __name__ == "__main__":
         check(args)
 
 import numpy as np
-import torch
 
-from data.documents import document_positions
-from data.loader import Loader
 from eval.scoring import Request
 from eval.subject import Subject, open_subject
 from eval.texts import BLOCK, Text, byte_lengths_for, count_bytes, cut, find_inputs, open_texts
-from model.gpt import GPT
-from model.loss import IGNORE_INDEX
 
 SEGMENT = 2**22  # tokens in rows that are planned at a time: what bounds memory, whatever the length of the texts
-
-
-def fixed_windows(available: int, wanted: int) -> list[int]:
-    """`wanted` of `available` windows, evenly spread; all of them if there are fewer."""
-    wanted = min(available, wanted)
-    return [i * available // wanted for i in range(wanted)]
-
-
-@torch.no_grad()
-def windows_loss(
-    model: GPT,
-    loader: Loader,
-    windows: list[int],
-    batch_size: int,
-    rounds: int,
-    device: torch.device,
-    token_bytes: np.ndarray | None,
-    go_on: Callable[[], bool],
-    end_of_text: int | None = None,
-) -> list[float] | None:
-    """[summed loss in nats, tokens, bytes] over `windows`, in exactly `rounds` forward passes of `batch_size`.
-
-    What is missing is filled up with rows that count nothing: all passes then have one shape, and all
-    ranks make the same number of them, which a sharded model needs. `token_bytes` (vocab_size,) gives
-    the bytes of the targets' text; without it that number is 0. `go_on` is asked before each pass, and None
-    returned once it says no. `end_of_text`, if given, keeps attention within documents. Leaves the model in
-    training mode.
-    """
-    padded: list[int | None] = [*windows, *[None] * (rounds * batch_size - len(windows))]
-    loss_sum = tokens = count_bytes = 0.0
-    model.eval()
-    for start in range(0, len(padded), batch_size):
-        if not go_on():
-            model.train()
-            return None
-        chosen = padded[start : start + batch_size]
-        rows = loader.gather([0 if w is None else w for w in chosen]).long()
-        empty = torch.tensor([w is None for w in chosen])
-        targets = rows[:, 1:].masked_fill(empty[:, None], IGNORE_INDEX)
-        idx = rows[:, :-1].to(device)
-        positions = document_positions(idx, end_of_text) if end_of_text is not None else None
-        loss, count = model(idx, targets.to(device), positions=positions)  # not model.loss: FSDP gathers in the call
-        loss_sum += loss.item()
-        tokens += count.item()
-        if token_bytes is not None:
-            count_bytes += float(token_bytes[rows[~empty, 1:].numpy()].sum())
-    model.train()
-    return [loss_sum, tokens, count_bytes]
-
-
-def summarize(loss_sum: float, tokens: float, count_bytes: float) -> dict[str, float | None]:
-    """`val_loss` in nats per token and `val_bpb` in bits per byte of the text (None without byte counts).
-
-    Bits per byte compares models with different tokenizers. End-of-text tokens cost bits and stand
-    for no bytes.
-    """
-    return {
-        "val_loss": loss_sum / tokens,
-        "val_bpb": loss_sum / math.log(2) / count_bytes if count_bytes else None,
-    }
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +27,6 @@ class Request:
 
     context: list[int]
     endings: list[list[int]]
-
-
-def encode_pair(context: str, continuation: str, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Ids of a context and of what follows it, cut where the context ends in the ids of both together.
-
-    Spaces at the context's end go to what follows, where most tokenizers have them (as in lm-evaluation-harness).
-    """
-    bare = context.rstrip()
-    both, first = encode(context + continuation), encode(bare)
-    return first, both[len(first) :]
 
 
 @dataclass(frozen=True)
@@ -69,9 +60,14 @@ class Batch:
     mask: Tensor | None
 
 
+Encode = Callable[[str], list[int]]
 Piece = tuple[int, int, int, float, bool]  # an owner, its loss, whether it is greedy
 # Losses (N,) of a batch's targets, row by row, and whether each is the likeliest token: `GPT.forward(each=True)`.
 Forward = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+def gpt_forward(model: Callable[..., Any]) -> Forward:
+    return lambda batch: model(batch.idx, batch.targets, positions=batch.positions, mask=batch.mask, each=True)
 
 
 def rows_of(number: int, request: Request, limit: int, shared: bool) -> Iterator[Row]:
@@ -133,9 +129,8 @@ def pack(rows: list[Row], device: torch.device) -> Batch:
     return Batch(ids, wanted, torch.from_numpy(positions).to(device), sees.tril()[:, None])
 
 
-def score_rows(forward: Forward, rows: list[Row], device: torch.device) -> list[Piece]:
-    """One batch through the model: a piece for each ending of each row."""
-    losses, likeliest = (t.tolist() for t in forward(pack(rows, device)))
+def pieces_of(rows: list[Row], losses: list[float], likeliest: list[bool]) -> list[Piece]:
+    """One for each ending of each row of a batch, from what the model says of the batch's targets."""
     pieces, at = [], 0
     for row in rows:
         for owner, ending in zip(row.owners, row.endings, strict=True):
@@ -155,22 +150,22 @@ def score(
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[int, None, list[Piece]]:
-    """Scores this rank's share of the batches, yielding the number of requests' rows done after each of its forwards.
+    """Scores this rank's share of the batches; `merge` makes scores of what all ranks return.
 
-    Every rank makes as many forwards as any other, which a sharded model needs: who has none left repeats its
-    smallest. `merge` makes scores of what all ranks return. Not `shared`, every ending is a row of its own, for a
-    model that takes no mask.
+    Yields before each of its forwards, when all else that it takes is done, the number of rows that all ranks then
+    score. Every rank makes as many forwards as any other, which a sharded model needs: who has no batch left repeats
+    the last row. Not `shared`, every ending is a row of its own, for a model that takes no mask.
     """
     rows = [row for i, request in enumerate(requests) for row in rows_of(i, request, limit, shared)]
     batches = plan(rows, batch_tokens)
     pieces: list[Piece] = []
     for start in range(0, len(batches), world_size):
-        here = start + rank
-        if here < len(batches):
-            pieces += score_rows(forward, batches[here], device)
-        else:
-            score_rows(forward, batches[-1][-1:], device)
+        mine = batches[start + rank] if start + rank < len(batches) else []
+        batch = pack(mine or rows[-1:], device)
         yield sum(map(len, batches[start : start + world_size]))
+        losses, likeliest = forward(batch)
+        if mine:
+            pieces += pieces_of(mine, losses.tolist(), likeliest.tolist())
     return pieces
 
 
@@ -186,3 +181,19 @@ def merge(pieces: Iterable[Piece], requests: list[Request]) -> list[list[Score]]
         ]
         for i, request in enumerate(requests)
     ]
+
+
+def follow_on(encode: Encode) -> Encode:
+    """Encodes text that follows on another: SentencePiece's encoders would put a space of their own before it."""
+    before = encode("x")
+    return lambda text: encode("x" + text)[len(before) :]
+
+
+def encode_pair(context: str, continuation: str, encode: Encode) -> tuple[list[int], list[int]]:
+    """Ids of a context and of what follows it, cut where the context ends in the ids of both together.
+
+    Spaces at the context's end go to what follows, where most tokenizers have them (as in lm-evaluation-harness).
+    """
+    bare = context.rstrip()
+    both, first = encode(context + continuation), encode(bare)
+    return first, both[len(first) :]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cfg.errors import UserError
 from data.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from eval.command import my_rank
-from eval.scoring import Batch, Forward, Request, Score, merge, score
+from eval.scoring import Batch, Forward, Request, Score, follow_on, gpt_forward, merge, score
 from model.device import choose_device
 from model.gpt import GPT
 from model.loss import IGNORE_INDEX, losses_of_logits
@@ -116,10 +116,6 @@ def in_dtype(forward: Forward, device: torch.device, dtype: torch.dtype) -> Forw
     return run
 
 
-def gpt_forward(model: Callable[..., Any]) -> Forward:
-    return lambda batch: model(batch.idx, batch.targets, positions=batch.positions, mask=batch.mask, each=True)
-
-
 def tokenizer_of(args: Namespace, found: Path, flags: dict[str, Any], saved: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a checkpoint: what --tokenizer says, else its own copy, else what the run was given.
 
@@ -172,12 +168,6 @@ def open_checkpoint(
         tokenizer_identity=tokenizer.identity if tokenizer else saved,
         flags=flags,
     )
-
-
-def follow_on(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """Encodes text that follows on another: SentencePiece's encoders would put a space of their own before it."""
-    before = encode("x")
-    return lambda text: encode("x" + text)[len(before) :]
 
 
 def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: torch.dtype) -> Subject:

@@ -81,9 +81,10 @@ def token_losses(
         w = weight.to(hidden.dtype)
         parts = zip(*(t.split(rows) for t in (hidden, targets, losses, likeliest)), strict=True)
         for x, t, loss, hit in parts:
-            z = (x @ w.t())[:, :vocab_size].float()
+            z = (x @ w.t()).float()
             if softcap:
                 z = softcap * torch.tanh(z / softcap)
+            z[:, vocab_size:] = float("-inf")
             for out, value in zip((loss, hit), losses_of_logits(z, t), strict=True):
                 out.copy_(value)
     return losses, likeliest
@@ -91,9 +92,13 @@ def token_losses(
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """As `token_losses`, from fp32 logits (N, V)."""
+    log_p = F.log_softmax(logits, dim=-1)
     valid = targets != IGNORE_INDEX
-    target = logits.gather(1, targets.where(valid, 0)[:, None]).squeeze(1)
-    return (logits.logsumexp(-1) - target).where(valid, 0.0), logits.argmax(-1) == targets
+    target = log_p.gather(1, targets.where(valid, 0)[:, None]).squeeze(1)
+    likeliest = valid & (target == log_p.amax(-1))
+    # Which of equals comes first is looked up only where it matters: argmax is slow on a CPU.
+    likeliest[likeliest.clone()] = logits[likeliest].argmax(-1) == targets[likeliest]
+    return (-target).where(valid, 0.0), likeliest
 
 
 def chunk_loss_and_grad(logits: Tensor, targets: Tensor, vocab_size: int, softcap: float) -> tuple[Tensor, Tensor]:

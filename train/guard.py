@@ -36,6 +36,10 @@ def die_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Stopped(Exception):
+    """Some rank was asked to stop, and all of them have left what they were doing."""
+
+
 class StopRequest:
     """Remembers that this rank was asked to stop; the loop lets all ranks agree on the step.
 

@@ -9,6 +9,7 @@ import os
 import resource
 import secrets
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -200,12 +201,14 @@ class Metrics:
             self.say(self._line(record))
         if "val_loss" in record:
             self.say(self._val_line(record))
+        if "hellaswag_acc" in record:
+            self.say(self._hellaswag_line(record))
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix(loss=f"{record['loss']:.4f}")
         if self._wandb is not None and (
-            step % self.config.wandb_log_iters == 0 or "val_loss" in record or step == last
+            step % self.config.wandb_log_iters == 0 or step == last or {"val_loss", "hellaswag_acc"} & record.keys()
         ):
             self._wandb.log(numbers, step=step)
         if self._tensorboard is not None:
@@ -232,6 +235,14 @@ class Metrics:
         step = f"step {r['step']}/{self.config.num_iterations}"
         return f"{step} | val loss {r['val_loss']:.4f} | perplexity {perplexity}{bpb}"
 
+    def _hellaswag_line(self, r: dict[str, Any]) -> str:
+        completion, harness = (
+            f"acc {r[f'{prefix}_acc']:.4f}, acc_norm {r[f'{prefix}_acc_norm']:.4f}"
+            for prefix in ("hellaswag", "hellaswag_lm_eval")
+        )
+        step = f"step {r['step']}/{self.config.num_iterations}"
+        return f"{step} | HellaSwag completion: {completion} | lm_eval: {harness}"
+
     def flush(self) -> None:
         """Has everything logged so far on disk, as a checkpoint is about to refer to it."""
         if self.is_main:
@@ -251,30 +262,40 @@ class Metrics:
 
 def plot_losses(run_dir: Path) -> Path | None:
     """Draws loss.png from metrics.jsonl. None if there is nothing to draw or no matplotlib to draw it."""
-    records = [r for r in read_records(run_dir / "metrics.jsonl") if r.get("loss") is not None]
+    return plot(run_dir, "loss", "loss (nats per token)", {"training": "loss", "validation": "val_loss"})
+
+
+def plot(
+    run_dir: Path, name: str, label: str, curves: dict[str, str], references: Iterable[tuple[str, float]] = ()
+) -> Path | None:
+    """Draws `name`.png: curves (label → key in metrics.jsonl) over steps, and references as horizontal lines.
+
+    None if there is nothing to draw or no matplotlib to draw it.
+    """
+    records = read_records(run_dir / "metrics.jsonl")
+    found = {title: [(r["step"], r[key]) for r in records if r.get(key) is not None] for title, key in curves.items()}
     try:
         import matplotlib
     except ImportError:
         return None
-    if not records:
+    if not any(found.values()):
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1, label="training")
-    validated = [r for r in records if r.get("val_loss") is not None]
-    if validated:
-        axes.plot(
-            [r["step"] for r in validated],
-            [r["val_loss"] for r in validated],
-            marker="o",
-            markersize=3,
-            label="validation",
-        )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.resolve().name)
+    for title, points in found.items():
+        if points:
+            every_step = title == "training"
+            axes.plot(
+                *zip(*points, strict=True), linewidth=1, marker="" if every_step else "o", markersize=3, label=title
+            )
+    for title, value in references:
+        axes.axhline(value, linewidth=0.8, linestyle="--", color="gray")
+        axes.annotate(title, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set(xlabel="step", ylabel=label, title=run_dir.resolve().name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(run_dir / "loss.png", dpi=120, bbox_inches="tight")
+    figure.savefig(run_dir / f"{name}.png", dpi=120, bbox_inches="tight")
     pyplot.close(figure)
-    return run_dir / "loss.png"
+    return run_dir / f"{name}.png"

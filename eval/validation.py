@@ -1,0 +1,68 @@
+"""Validation while training: loss on a fixed set of windows, in parts that add up over ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+
+import numpy as np
+import torch
+
+from data.documents import document_positions
+from data.loader import Loader
+from model.gpt import GPT
+from model.loss import IGNORE_INDEX
+
+
+def fixed_windows(available: int, wanted: int) -> list[int]:
+    """`wanted` of `available` windows, evenly spread; all of them if there are fewer."""
+    wanted = min(available, wanted)
+    return [i * available // wanted for i in range(wanted)]
+
+
+def windows_loss(
+    model: GPT,
+    loader: Loader,
+    windows: list[int],
+    batch_size: int,
+    rounds: int,
+    device: torch.device,
+    token_bytes: np.ndarray | None,
+    end_of_text: int | None = None,
+) -> Generator[None, None, list[float]]:
+    """[summed loss in nats, tokens, bytes] over `windows`, in exactly `rounds` forward passes of `batch_size`.
+
+    Yields before each pass, when its data are read. What is missing is filled up with rows that count nothing: all
+    passes then have one shape, and all ranks make the same number of them, which a sharded model needs. `token_bytes`
+    (vocab_size,) gives the bytes of the targets' text; without it that number is 0. `end_of_text`, if given, keeps
+    attention within documents.
+    """
+    padded: list[int | None] = [*windows, *[None] * (rounds * batch_size - len(windows))]
+    loss_sum = tokens = count_bytes = 0.0
+    for start in range(0, len(padded), batch_size):
+        chosen = padded[start : start + batch_size]
+        rows = loader.gather([0 if w is None else w for w in chosen]).long()
+        empty = torch.tensor([w is None for w in chosen])
+        targets = rows[:, 1:].masked_fill(empty[:, None], IGNORE_INDEX)
+        idx = rows[:, :-1].to(device)
+        positions = document_positions(idx, end_of_text) if end_of_text is not None else None
+        targets = targets.to(device)
+        yield
+        loss, count = model(idx, targets, positions=positions)  # not model.loss: FSDP gathers in the call
+        loss_sum += loss.item()
+        tokens += count.item()
+        if token_bytes is not None:
+            count_bytes += float(token_bytes[rows[~empty, 1:].numpy()].sum())
+    return [loss_sum, tokens, count_bytes]
+
+
+def summarize(loss_sum: float, tokens: float, count_bytes: float) -> dict[str, float | None]:
+    """`val_loss` in nats per token and `val_bpb` in bits per byte of the text (None without byte counts).
+
+    Bits per byte compares models with different tokenizers. End-of-text tokens cost bits and stand
+    for no bytes.
+    """
+    return {
+        "val_loss": loss_sum / tokens,
+        "val_bpb": loss_sum / math.log(2) / count_bytes if count_bytes else None,
+    }

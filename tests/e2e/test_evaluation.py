@@ -1,0 +1,112 @@
+"""HellaSwag and samples while training: no bit of the run depends on them, and a failure in them does not end it."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# GPT-2's vocabulary, to encode the examples with.
+SHAPE = ["--vocab_size=50257", "--n_embd=16", "--num_iterations=6", "--val_max_steps=1", "--val_loss_every=2"]
+SHAPE += ["--save_every_niter=4", "--sequence_length=64", "--batch_size=1"]
+ENDINGS = [
+    "goes on.",
+    "rips tiles off the roof.",
+    "[header] holds a cube.",
+    "sings [title] and starts  pulling up roofing.",
+]
+KEYS = ["hellaswag_acc", "hellaswag_acc_norm", "hellaswag_lm_eval_acc", "hellaswag_lm_eval_acc_norm"]
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hellaswag") / "own.jsonl"
+    rows = [
+        {
+            "activity_label": "Roof shingle removal",
+            "ctx_a": f"A man sits on roof number {i}." + " It is high." * (i % 7),
+            "ctx_b": "he",
+            "ctx": f"A man sits on roof number {i}." + " It is high." * (i % 7) + " he",
+            "endings": ENDINGS[i % 4 :] + ENDINGS[: i % 4],
+            "label": i % 3,
+        }
+        for i in range(1000)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags_of(examples, limit=40):
+    asked = [f"--hellaswag_data={examples}", "--hellaswag_every=2", f"--hellaswag_limit={limit}"]
+    return [*asked, "--sample_every=3", "--sample_tokens=4"]
+
+
+STAGES = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_hellaswag_changes_no_bit_of_the_run(stage, trainer, examples, metrics, undisturbed, assert_same_run, tmp_path):
+    stage_flags = [*SHAPE, f"--zero_stage={stage}"]
+    out = trainer.run(tmp_path, *stage_flags, *flags_of(examples), ranks=2).stdout
+    assert_same_run(tmp_path, undisturbed(2, *stage_flags))
+    records = metrics(tmp_path)
+    assert [r["step"] for r in records if "hellaswag_acc" in r] == [2, 4, 6]
+    assert all(0 <= r[key] <= 1 for r in records if r["step"] % 2 == 0 for key in KEYS)
+    assert out.count("HellaSwag completion: acc ") == 3 and (tmp_path / "hellaswag.png").is_file()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_score_the_same(trainer, examples, metrics, tmp_path):
+    for name, compiled in (("eager", 0), ("compiled", 1)):
+        trainer.run(tmp_path / name, *SHAPE, f"--compile={compiled}", *flags_of(examples), ranks=2)
+    found = [[{k: r[k] for k in KEYS if k in r} for r in metrics(tmp_path / n)] for n in ("eager", "compiled")]
+    assert found[0] == found[1] and any(found[0])
+
+
+def test_an_evaluation_that_fails_is_reported_and_left_out(
+    trainer, examples, metrics, undisturbed, tmp_path, monkeypatch
+):
+    flags = [*SHAPE, "--zero_stage=3"]
+    lines, _ = undisturbed(2, *flags)
+    command = trainer.command(tmp_path, *flags, *flags_of(examples), ranks=2)
+    command[command.index(str(ROOT / "train_gpt.py"))] = str(ROOT / "tests/e2e/failing_evaluation.py")
+    monkeypatch.setattr(trainer, "command", lambda *args, **kwargs: command)
+    err = trainer.run(tmp_path, ranks=2).stderr
+    assert "warning: HellaSwag failed on rank 1, and is left out: OSError: the disk is gone" in err
+    for what in ("validation", "HellaSwag", "sample"):
+        assert f"warning: {what} failed on rank 0, and is left out: RuntimeError: a kernel failed" in err
+    assert [{k: v for k, v in r.items() if k != "val_loss"} for r in lines] == [
+        {k: r[k] for k in ("step", "tokens", "loss", "lr", "grad_norm")} for r in metrics(tmp_path)
+    ]
+    assert ["val_loss" in r for r in metrics(tmp_path)] == [False, True, False, False, False, False]
+    assert not any("hellaswag_acc" in r for r in metrics(tmp_path))
+
+
+def test_a_signal_does_not_wait_for_hellaswag(trainer, examples, metrics, wait_for, tmp_path):
+    flags = [*SHAPE, f"--hellaswag_data={examples}", "--hellaswag_every=4"]
+    process = trainer.start(tmp_path, *flags, "--batch_size=1")
+    saved = tmp_path / "checkpoints" / "step_00000004"
+    assert wait_for(saved.is_dir, process)  # the evaluation of a thousand examples comes next
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 4
+    if metrics(tmp_path)[-1]["step"] == 3:  # in the evaluation; else before it began, which is another test's
+        assert not (tmp_path / "checkpoints" / "step_00000005").exists()
+    trainer.run(tmp_path, *flags, "--hellaswag_limit=3")
+    assert [r["step"] for r in metrics(tmp_path) if "hellaswag_acc" in r] == [4, 6]
+
+
+def test_mistakes_are_known_before_anything_is_written(trainer, examples, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(examples.read_text().splitlines()[0].replace("ctx_b", "ctx_c"))
+    out = tmp_path / "run"
+    for flags, message in (
+        (["--hellaswag_every=1", "--tokenizer=none"], "--hellaswag_every must encode text"),
+        (["--hellaswag_every=1", "--vocab_size=251"], "--vocab_size=251 is not that of tokenizer gpt2"),
+        (["--hellaswag_every=1", f"--hellaswag_data={tmp_path}/no.jsonl"], "--hellaswag_data="),
+        (["--hellaswag_every=1", f"--hellaswag_data={broken}"], "broken.jsonl, line 1: no field 'ctx_b'"),
+    ):
+        done = trainer.run(out, *SHAPE, *flags, code=2)
+        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+        assert not out.exists()

@@ -1,0 +1,183 @@
+"""Scores are those of each ending alone after its context, whatever shares a row, a batch or a rank with it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfg.config import load_config
+from eval.scoring import Request, encode_pair, follow_on, gpt_forward, merge, pack, plan, rows_of, score
+from model.gpt import GPT, init_weights
+
+VOCAB, LIMIT, CPU = 97, 24, torch.device("cpu")
+GPT2 = []
+LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--n_kv_head=2", "--qk_norm=1"]
+FAMILIES = pytest.mark.parametrize(
+    "flags", [GPT2, ["--flash=0", "--logit_softcap=5"], LLAMA, [*LLAMA, "--flash=0", "--tie_embeddings=0"]]
+)
+
+
+def make(flags):
+    shape = ["--n_layer=2", "--n_head=4", "--n_embd=32", f"--vocab_size={VOCAB}", f"--sequence_length={LIMIT}"]
+    model = GPT(load_config([*shape, *flags], world_size=1)).eval()
+    init_weights(model, 5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # far from uniform, so that a wrong position or mask shows
+    return model
+
+
+def some_requests(count=14, longest=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def ids(n):
+        return torch.randint(VOCAB, (n,), generator=generator).tolist()
+
+    return [Request(ids(draw(1, longest)), [ids(draw(1, 5)) for _ in range(draw(1, 4))]) for _ in range(count)]
+
+
+def run(work):
+    try:
+        while True:
+            next(work)
+    except StopIteration as end:
+        return end.value
+
+
+@torch.no_grad()
+def scores_of(model, requests, limit=LIMIT, tokens=200, shared=True, world_size=1):
+    split = (score(gpt_forward(model), requests, limit, tokens, CPU, shared, r, world_size) for r in range(world_size))
+    return merge([piece for work in split for piece in run(work)], requests)
+
+
+@torch.no_grad()
+def one_by_one(model, requests):
+    """(loss, greedy) of each ending: one row, no batch, all logits, in float64."""
+    found = []
+    for request in requests:
+        found.append([])
+        for ending in request.endings:
+            text = (request.context + ending)[-LIMIT - 1 :]
+            log_p = model(torch.tensor([text[:-1]]))[0].double().log_softmax(-1)[-len(ending) :]
+            loss = -log_p[range(len(ending)), ending].sum().item()
+            found[-1].append((loss, log_p.argmax(-1).tolist() == ending))
+    return found
+
+
+def assert_equal(scores, expected):
+    for ours, theirs in zip(scores, expected, strict=True):
+        assert [s.loss for s in ours] == pytest.approx([loss for loss, _ in theirs], rel=1e-5, abs=1e-5)
+        assert [s.greedy for s in ours] == [greedy for _, greedy in theirs]
+
+
+@FAMILIES
+def test_scores_are_those_of_each_ending_alone(flags):
+    model = make(flags)
+    requests = some_requests() + some_requests(6, longest=40, seed=1)  # some are cropped
+    expected = one_by_one(model, requests)
+    likeliest = requests[0].context + [0]
+    for _ in range(2):  # an ending that is greedy
+        likeliest[-1] = int(model(torch.tensor([likeliest[:-1]]))[0, -1].argmax())
+        likeliest.append(0)
+    requests.append(Request(requests[0].context, [likeliest[len(requests[0].context) : -1], [3]]))
+    expected += one_by_one(model, requests[-1:])
+    assert expected[-1][0][1]
+    for tokens in (1, 60, 1000):
+        assert_equal(scores_of(model, requests, tokens=tokens), expected)
+    assert_equal(scores_of(model, requests, shared=False), expected)
+
+
+def test_any_number_of_ranks_gives_the_same_digits():
+    model, requests = make(GPT2), some_requests()
+    alone = scores_of(model, requests)
+    for world_size in (2, 3, 7, 50):  # at last more than there are batches
+        assert scores_of(model, requests, world_size=world_size) == alone
+
+
+def test_all_ranks_make_the_same_number_of_forwards():
+    requests, model = some_requests(), make(GPT2)
+    calls = [len(list(score(gpt_forward(model), requests, LIMIT, 60, CPU, True, rank, 4))) for rank in range(4)]
+    assert len(set(calls)) == 1
+    rows = sum(sum(1 for _ in rows_of(i, r, LIMIT, True)) for i, r in enumerate(requests))
+    assert sum(score(gpt_forward(model), requests, LIMIT, 60, CPU, True, 0, 4)) == rows
+
+
+def test_in_16_bits_scores_are_near():
+    model, requests = make(GPT2), some_requests()
+    exact = scores_of(model, requests)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near = scores_of(model, requests)
+    difference = [
+        abs(a.loss - b.loss) / a.loss for x, y in zip(exact, near, strict=True) for a, b in zip(x, y, strict=True)
+    ]
+    assert 0 < max(difference) < 0.05
+
+
+ids = st.lists(st.integers(0, 9), min_size=1, max_size=30)
+requests_of_any_size = st.builds(Request, ids, st.lists(ids, min_size=1, max_size=5))
+
+
+@given(requests_of_any_size, st.integers(1, 40), st.booleans())
+def test_every_token_is_predicted_once_from_as_much_as_the_model_sees(request, limit, shared):
+    predicted = {}
+    for row in rows_of(0, request, limit, shared):
+        whole = len(row.endings) > 1 or len(request.endings) == 1
+        assert row.context and (whole or row.length <= limit)
+        for (_, number, first), tokens in zip(row.owners, row.endings, strict=True):
+            before = request.context + request.endings[number][:first]
+            assert before[len(before) - len(row.context) :] == row.context
+            assert len(row.context) - 1 + len(tokens) <= limit
+            assert row.context == before or len(row.context) - 1 + len(tokens) == limit
+            for i, token in enumerate(tokens):
+                assert (number, first + i) not in predicted
+                predicted[number, first + i] = token
+    assert predicted == {(i, j): t for i, ending in enumerate(request.endings) for j, t in enumerate(ending)}
+
+
+@given(st.lists(requests_of_any_size, min_size=1, max_size=12), st.integers(1, 300))
+def test_a_plan_holds_every_row_once_and_no_batch_is_too_large(requests, tokens):
+    rows = [row for i, request in enumerate(requests) for row in rows_of(i, request, 1000, True)]
+    batches = plan(rows, tokens)
+    assert sorted(map(id, rows)) == sorted(id(row) for batch in batches for row in batch)
+    lengths = [row.length for batch in batches for row in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(len(batch) * batch[0].length <= tokens or len(batch) == 1 for batch in batches)
+
+
+@given(st.lists(requests_of_any_size, min_size=1, max_size=5))
+@settings(max_examples=40)
+def test_a_position_sees_its_context_and_its_own_ending(requests):
+    rows = [row for i, request in enumerate(requests) for row in rows_of(i, request, 1000, True)]
+    batch = pack(rows, CPU)
+    if batch.mask is None:
+        assert all(len(row.endings) == 1 for row in rows)
+        return
+    for b, row in enumerate(rows):
+        at = len(row.context) - 1
+        for ending in row.endings:
+            text = row.context + ending
+            for place in range(at, at + len(ending)):
+                seen = batch.idx[b][batch.mask[b, 0, place]].tolist()
+                assert seen == text[: len(row.context) + place - at]
+                assert batch.targets[b, place] == ending[place - at]
+                assert batch.positions[b][batch.mask[b, 0, place]].tolist() == list(range(len(seen)))
+            at += len(ending)
+    assert batch.mask.any(-1).all()  # nobody sees nothing, which softmax could not bear
+
+
+def test_an_empty_context_or_ending_is_refused():
+    for request in (Request([], [[1]]), Request([1], [[1], []])):
+        with pytest.raises(ValueError, match="empty"):
+            list(rows_of(0, request, 10, True))
+
+
+def test_text_that_follows_is_cut_where_the_context_ends():
+    def encode(text):  # like SentencePiece: a space before the text, words with theirs
+        return [len(word) for word in (" " + text).split(" ")[1:]]
+
+    assert follow_on(encode)(" two words") == [3, 5]
+    assert encode_pair("some context ", "more", encode) == ([4, 7], [4])
+    assert encode_pair("some context", " more", encode) == ([4, 7], [4])
