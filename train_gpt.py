@@ -31,7 +31,7 @@ from data.loader import Loader, Prefetcher, check_same_data
 from data.mixed_loader import MixedLoader, parse_sources
 from data.shards import Shard, find_shards, open_shard
 from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, check_tokenizer_of, load_tokenizer
-from eval.generate import generate
+from eval.generate import Sampling, generate
 from eval.perplexity import fixed_windows, summarize, windows_loss
 from model.gpt import GPT
 from train import checkpoint, guard
@@ -284,11 +284,10 @@ def sample(run: Run, step: int) -> str:
     """Text of a new document, also written to samples/. All ranks draw it: a sharded model needs them all."""
     config, tokenizer = run.config, run.tokenizer
     prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)] if tokenizer else [0]
-    idx = torch.tensor([prompt], device=run.ranks.device)
-    generator = torch.Generator().manual_seed(config.seed + step)
     # To the compiler each length is a shape of its own, so samples are drawn uncompiled.
     with torch.compiler.set_stance("force_eager"), run.autocast():
-        tokens = generate(run.model, idx, config.sample_tokens, 0.8, 50, generator)[0, 1:].tolist()
+        rows = generate(run.model, [prompt], config.sample_tokens, Sampling(0.8, top_k=50), config.seed + step)
+        tokens = prompt[1:] + [token for [token] in rows]
     reshard(run.model)
     text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
     if run.ranks.is_main:

@@ -52,3 +52,9 @@ class KVCache:
         """Every row becomes `times` rows: a prompt is read once for all its continuations."""
         for layer, (k, v) in self._layers.items():
             self._layers[layer] = k.repeat_interleave(times, dim=0), v.repeat_interleave(times, dim=0)
+
+    def keep(self, rows: list[int], used: int) -> None:
+        """Only these rows stay, the longest of which has `used` tokens."""
+        for layer, (k, v) in self._layers.items():
+            self._layers[layer] = k[rows], v[rows]
+        self.used = used

@@ -1,0 +1,385 @@
+"""Generation: with a cache what it is without, row by row what it is alone, and the command around it."""
+
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eval.generate as command
+from cfg.config import load_config
+from cfg.errors import UserError
+from data.fim import infill_prompt
+from data.tokenizer import load_tokenizer
+from data.tokenizer_json import _byte_letters
+from eval.generate import Sampling, draw, generate, probabilities, read, read_on
+from model.cache import KVCache
+from model.gpt import GPT, init_weights
+from model.weights import load_model
+from train import checkpoint
+from train.distributed import Ranks
+from train.optimizer import make_optimizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--sequence_length=24", "--vocab_size=262", "--tie_embeddings=0"]
+LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--n_kv_head=2"]
+MODERN = [*LLAMA[:2], "--mlp=relu2", "--bias=0", "--n_kv_head=1", "--qk_norm=1", "--logit_softcap=15"]
+FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, MODERN], ids=["gpt2", "llama", "modern"])
+GREEDY = Sampling(temperature=0)
+END, SPECIAL = 256, ["<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
+
+
+def make(*flags):
+    """A model that looks at what came before: ten times the usual initial weights."""
+    config = load_config([*SMALL, *flags], world_size=1)
+    model = GPT(config)
+    init_weights(model, 0, lambda parameter, value: parameter.copy_(value * 10 if value.dim() > 1 else value))
+    return model
+
+
+def tokens_of(length, seed=0):
+    return torch.randint(256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def rows_of(*args, **kwargs):
+    return [list(row) for row in zip(*generate(*args, **kwargs), strict=True)]
+
+
+@torch.no_grad()
+def cacheless(model, prompt, count):
+    """The usual greedy loop."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids[-model.config.n_positions :]]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@FAMILIES
+@pytest.mark.parametrize("flash", [0, 1])
+def test_greedy_is_the_loop_without_a_cache(family, flash):
+    """Alone and in a batch; within the window, out of it, and with prompts as long as it or longer."""
+    model = make(*family, f"--flash={flash}").eval()
+    prompts = [tokens_of(n, seed=n) for n in (3, 1, 17, 12, 24, 40)]
+    expected = [cacheless(model, prompt, 14) for prompt in prompts]
+    assert len({tuple(row) for row in expected}) == len(expected) and len(set(expected[0])) > 3
+    assert rows_of(model, prompts, 14, GREEDY) == expected
+    assert [rows_of(model, [prompt], 14, GREEDY)[0] for prompt in prompts] == expected
+
+
+@FAMILIES
+def test_a_row_depends_on_nothing_but_itself(family):
+    model, sampling = make(*family), Sampling(2.0, top_k=100, top_p=0.98)
+    a, b, c = (tokens_of(n, seed=n) for n in (5, 9, 14))
+    together = rows_of(model, [a, b, c], 16, sampling, seed=3, samples=3)
+    assert len({tuple(row) for row in together}) == 9
+    assert rows_of(model, [a], 16, sampling, seed=3) == together[:1]
+    assert rows_of(model, [c, b], 16, sampling, seed=3, samples=2)[2:] == together[3:5]
+    assert rows_of(model, [a], 7, sampling, seed=3, samples=4)[:3] == [row[:7] for row in together[:3]]
+    assert rows_of(model, [a], 16, sampling, seed=4)[0] != together[0]
+
+
+def test_a_step_computes_one_position_of_each_row_until_the_window_is_full():
+    model, shapes = make(), []
+    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    rows_of(model, [tokens_of(20), tokens_of(22)], 6, GREEDY, samples=2)
+    # After the prompts of 20 and 22, tokens 23 and 24 of the longer; then its rows move, in windows of 24.
+    assert shapes == [(2, 22), (4, 1), (4, 1), (2, 1), (2, 24), (2, 1), (2, 24), (4, 24)]
+
+
+def test_mode_and_autograd_are_the_callers_between_the_steps():
+    model = make("--dropout=0.5").train()
+    steps = generate(model, [[1, 2]], 5, GREEDY)
+    first = [next(steps), next(steps)]
+    assert model.training and model.h[1].attn.training and torch.is_grad_enabled()
+    steps.close()
+    assert [row for [row] in first] == cacheless(model.eval(), [1, 2], 2)
+    assert list(generate(model, [[1, 2]], 2, GREEDY)) == first and not model.training
+    assert list(generate(model, [[1, 2]], 0, GREEDY)) == []
+
+    def fail(module, inputs):
+        raise RuntimeError("in the middle")
+
+    model.train().ln_f.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        next(generate(model, [[1, 2]], 5, GREEDY))
+    assert model.training and torch.is_grad_enabled()
+
+
+@FAMILIES
+def test_16_bits_under_autocast(family):
+    """With the cache what it is without, up to their rounding, which is far from that of other tokens."""
+    model, texts = make(*family), [tokens_of(n, seed=n) for n in (11, 6)]
+    cache = KVCache(24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = read(model, [text[:-1] for text in texts], cache)
+        assert {t.dtype for kv in cache._layers.values() for t in kv} == {torch.bfloat16}
+        cached, whole = read_on(model, texts, cache), read(model, texts)
+        assert len(rows_of(model, texts, 20, Sampling(top_p=0.9), samples=2)) == 4
+    exact = read(model, texts)
+    assert cached.dtype == whole.dtype == torch.float32
+    assert (cached - whole).abs().max() < 0.1 * (exact - first).abs().max()
+
+
+def test_a_cache_that_is_full():
+    model, cache = make(), KVCache(4)
+    read(model, [[1, 2, 3]], cache)
+    read_on(model, [[1, 2, 3, 4]], cache)
+    with pytest.raises(ValueError, match="room for 4"):
+        read_on(model, [[1, 2, 3, 4, 5]], cache)
+
+
+def test_what_cannot_be_continued():
+    with pytest.raises(ValueError, match="at least one token"):
+        next(generate(make(), [[1], []], 1, GREEDY))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError):
+            draw(torch.tensor([[0.0, bad]]), GREEDY, [torch.Generator()])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    logits=st.lists(st.integers(-8, 8).map(lambda n: n / 2), min_size=1, max_size=12),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_k=st.integers(0, 14),
+    top_p=st.floats(0.001, 1.0),
+)
+def test_what_temperature_top_k_and_top_p_leave(logits, temperature, top_k, top_p):
+    full = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(0)
+    got = probabilities(torch.tensor([logits]), Sampling(temperature, top_k, top_p))[0]
+    kept, left_out = full[got > 0], full[got == 0]
+    assert got.sum().item() == pytest.approx(1.0)
+    assert torch.allclose(got[got > 0], kept / kept.sum())  # in proportion
+    assert not left_out.numel() or left_out.max() <= kept.min() * (1 + 1e-12)  # the likeliest stay
+    assert len(kept) <= (top_k or len(logits))
+    share = full / full.topk(min(top_k or len(logits), len(logits))).values.sum()  # of those that top_k left
+    assert share[got > 0].sum() >= top_p - 1e-9  # enough of them,
+    assert share[got > 0].sum() - share[got > 0].min() < top_p + 1e-9  # and without any one too few
+    if top_p == 1.0:
+        assert len(kept) == min(top_k or len(logits), len(logits))
+
+
+def test_extremes_of_temperature():
+    logits = torch.tensor([[1.0, 3.0, 2.999]])
+    assert probabilities(logits, Sampling(1e-310)).tolist() == [[0.0, 1.0, 0.0]]
+    assert torch.allclose(probabilities(logits, Sampling(1e300)), torch.full((1, 3), 1 / 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 4), Sampling(1.5, 0, 0.8)], ids=str)
+def test_tokens_are_drawn_as_often_as_they_are_probable(sampling):
+    logits, count = torch.tensor([[0.0, 2.0, -9.0, 1.0, 1.5, 0.5, -30.0]]), 20_000
+    expected = probabilities(logits, sampling)[0]
+    drawn = draw(logits.expand(count, -1), sampling, [torch.Generator().manual_seed(5)] * count)
+    often = torch.bincount(torch.tensor(drawn), minlength=7) / count
+    assert ((often - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
+
+
+# The command
+
+
+def save_tokenizer(file):
+    """A token for each byte, the end of text and the sentinels of fill-in-the-middle."""
+    added = [{"id": END + i, "content": name, "special": True} for i, name in enumerate(SPECIAL)]
+    pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": dict(_byte_letters()), "merges": []}
+    file.write_text(json.dumps({"added_tokens": added, "pre_tokenizer": pre, "model": model}))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The run directory of a tiny model with its tokenizer, and the tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_tokenizer(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+    flags = [f"--output_dir={folder}/run", f"--tokenizer={folder}/tokenizer.json", "--sequence_length=64"]
+    config = load_config([*SMALL, *flags], world_size=1)
+    model = make("--sequence_length=64")
+    state = {"record": {"step": 1}, "tokenizer": tokenizer.identity}
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    saver = checkpoint.Saver(config, ranks)
+    saver.save(1, model, make_optimizer(model, config, 1)[0], state, tokenizer.files)
+    return folder / "run", tokenizer
+
+
+@pytest.fixture
+def run(saved, monkeypatch, capsys):
+    """What the command prints, given flags; or the UserError it raises."""
+
+    def of(*flags, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["generate.py", f"--checkpoint={saved[0]}", "--device=cpu", *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        assert command.main(command.read_flags()) == 0
+        return capsys.readouterr().out
+
+    return of
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Has the model say these texts, row by row, the end of text being \\0; counts the steps that are asked for."""
+
+    def script(*texts):
+        rows = [[END if c == "\0" else b for c in text for b in c.encode()] for text in texts]
+        steps = []
+
+        def steps_of(model, prompts, max_new_tokens, sampling, seed, samples):
+            assert len(prompts) * samples == len(rows)
+            for step in islice(zip(*rows, strict=True), max_new_tokens):
+                steps.append(step)
+                yield list(step)
+
+        monkeypatch.setattr(command, "generate", steps_of)
+        return steps
+
+    return script
+
+
+def printed(*texts):
+    return "".join(f"{text}\n{'-' * 40}\n" for text in texts)
+
+
+def test_the_command_prints_prompts_and_what_follows(run, saved, tmp_path):
+    model, tokenizer = load_model(saved[0], torch.device("cpu"))[0], saved[1]
+
+    def expected(texts, sampling, seed, samples):
+        prompts = [[END, *tokenizer.encode(text)] for text in texts]
+        rows = rows_of(model, prompts, 10, sampling, seed, samples)
+        return printed(*(texts[i // samples] + tokenizer.decode(row) for i, row in enumerate(rows)))
+
+    few = ["--max_new_tokens=10", "--ignore_eot"]
+    (tmp_path / "naïve").write_text("é from a file\n")
+    greedy = run(*few, "--prompt=ROMEO:", "--temperature=0")
+    assert greedy == expected(["ROMEO:"], GREEDY, 0, 1) and greedy.startswith("ROMEO:")
+    assert run(*few) == run(*few, "--prompt=") == expected([""], Sampling(), 0, 1)
+    several = ["--prompt=a", f"--prompt_file={tmp_path}/naïve", "--prompt_file=-"]
+    flags = ["--num_samples=2", "--seed=5", "--top_k=9", "--top_p=0.7", "--temperature=2"]
+    texts = ["a", "é from a file\n", "東 stdin"]
+    assert run(*few, *several, *flags, stdin="東 stdin".encode()) == expected(texts, Sampling(2, 9, 0.7), 5, 2)
+
+
+def test_text_ends_with_the_document_or_a_stop_string(run, says):
+    says("to be\0 or not")
+    assert run("--prompt=x ") == printed("x to be")
+    assert run("--prompt=x ", "--ignore_eot") == printed("x to be<|endoftext|> or not")
+    says("to be\n\nor not")
+    assert run("--stop=\n\n", "--stop=not") == printed("to be")
+    assert run("--max_new_tokens=6", "--stop=\n\n") == printed("to be\n")  # held back to the end
+
+
+def test_rows_are_printed_in_order_and_no_step_is_made_in_vain(run, says):
+    steps = says("first\0 ........", "no\0............", "東京 \0...abcdef"[:11])
+    assert run("--prompt=1 ", "--prompt=2 ", "--prompt=3 ") == printed("1 first", "2 no", "3 東京 ")
+    assert len(steps) == 8
+
+
+def test_text_is_shown_as_it_comes(run, says, monkeypatch):
+    shown = []
+    says("a東\nb\n\n.")
+    monkeypatch.setattr(command, "print", lambda text, end="\n", flush=False: shown.append((text + end, flush)), False)
+    run("--prompt=x", "--stop=\n\n")
+    assert [text for text, _ in shown if text] == ["x", "a", "東", "\nb", "\n" + "-" * 40 + "\n"]
+    assert all(flush for _, flush in shown)
+
+
+def test_holes_are_filled(run, says, saved):
+    says("1 + 2\0...", "3\0.......")
+    prompts = ["--prompt=a = <FILL_ME>;", "--prompt=b = <FILL_ME>\n"]
+    assert run("--infill", *prompts, "--max_new_tokens=20") == printed("a = 1 + 2;", "b = 3\n")
+    says("1 + 2\0")
+    assert run("--infill", prompts[0], "--max_new_tokens=20", "--stop= + ") == printed("a = 1;")
+
+
+def test_a_hole_is_put_to_the_model_as_it_was_trained(run, saved):
+    model, tokenizer = load_model(saved[0], torch.device("cpu"))[0], saved[1]
+    [row] = rows_of(model, [[END, *infill_prompt("a(", ")", tokenizer)]], 8, GREEDY)
+    middle = tokenizer.decode(row[: row.index(END)] if END in row else row)
+    flags = ["--prompt=a(<FILL_ME>)", "--max_new_tokens=8", "--temperature=0"]
+    assert run("--infill", *flags) == printed(f"a({middle})")
+
+
+def test_16_bits_by_flag(run):
+    text = run("--dtype=bfloat16", "--prompt=x", "--max_new_tokens=80", "--ignore_eot", "--num_samples=2")
+    assert text.count("-" * 40) == 2 and text.startswith("x")
+
+
+def test_a_model_that_has_diverged(run, saved, monkeypatch):
+    model, flags = load_model(saved[0], torch.device("cpu"))
+    model.ln_f.weight.data.fill_(math.nan)
+    monkeypatch.setattr(command, "load_model", lambda path, device: (model, flags))
+    with pytest.raises(UserError, match="step_00000001: the model's logits are not finite in float16; try"):
+        run("--dtype=float16")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt_file=nowhere"], "--prompt_file=nowhere: No such file"),
+        (["--prompt_file={tmp_path}"], "Is a directory"),
+        (["--prompt_file={tmp_path}/empty"], "empty: empty; leave it out for a new document"),
+        (["--prompt_file={tmp_path}/latin"], "not UTF-8 at byte 3; convert it first"),
+        (["--prompt_file=-"], "--prompt_file=-: empty"),
+        (["--prompt=\udce9"], "--prompt: not UTF-8"),
+        (["--stop="], "--stop: an empty string"),
+        (["--top_p=0"], "--top_p=0.0 must be above 0"),
+        (["--top_p=1.01"], "--top_p=1.01 must be above 0 and at most 1"),
+        (["--top_p=nan"], "--top_p=nan"),
+        (["--top_k=-1"], "--top_k at least 0"),
+        (["--temperature=inf"], "--temperature"),
+        (["--max_new_tokens=0"], "--max_new_tokens and --num_samples must be at least 1"),
+        (["--seed=-1"], "--seed=-1 must be at least 0"),
+        (["--dtype=int8"], "--dtype"),
+        (["--infill", "--prompt=<FILL_ME> <FILL_ME>"], "has 2"),
+        (["--infill", "--prompt=<FILL_ME>", "--ignore_eot"], "leave out --ignore_eot"),
+        (["--infill", "--prompt=<FILL_ME>", "--max_new_tokens=61"], "exceed the 64 that the model sees"),
+    ],
+)
+def test_mistakes(run, tmp_path, flags, message):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "latin").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        run(*(flag.format(tmp_path=tmp_path) for flag in flags))
+    assert message in str(error.value)
+
+
+@pytest.fixture
+def endless(saved):
+    """The command, at work for as long as nobody stops it."""
+    flags = [f"--checkpoint={saved[0]}", "--device=cpu", "--prompt=ROMEO:", "--max_new_tokens=1000000", "--ignore_eot"]
+    words = [sys.executable, "eval/generate.py", *flags]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_ctrl_c_leaves_what_is_printed(endless):
+    start = endless.stdout.read(40)  # it comes although the end is far
+    endless.send_signal(signal.SIGINT)
+    rest, err = endless.communicate(timeout=60)
+    assert endless.returncode == 130 and err == b"interrupted\n"
+    assert start.startswith(b"ROMEO:") and b"-" * 40 not in start + rest
+
+
+def test_a_reader_that_leaves(endless):
+    endless.stdout.read(40)
+    endless.stdout.close()
+    assert endless.wait(timeout=60) == 141
+    assert endless.stderr.read() == b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_sharded_model_says_what_one_process_says(trainer, tmp_path, stage):
+    """Two ranks' samples while they train, and one process with what they saved."""
+    flags = [f"--zero_stage={stage}", "--num_iterations=2", "--sample_every=1", "--sample_tokens=50", "--seed=9"]
+    trainer.run(tmp_path / "run", *flags, ranks=2)
+    model, _ = load_model(tmp_path / "run", torch.device("cpu"))
+    [row] = rows_of(model, [[0]], 50, Sampling(0.8, top_k=50), seed=9 + 2)
+    assert (tmp_path / "run" / "samples" / "step_00000002.txt").read_text() == " ".join(map(str, row)) + "\n"
