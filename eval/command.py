@@ -12,12 +12,16 @@ from cfg.errors import CommandParser, UserError
 from cfg.files import write_atomically
 
 
-def subject_parser(description: str | None) -> CommandParser:
-    """A parser of the flags that say what is evaluated, how, and where results go; a command adds its own."""
+def subject_parser(description: str | None, hf: bool = True) -> CommandParser:
+    """A parser of the flags that say what is evaluated, how, and where results go; a command adds its own.
+
+    Not `hf`, only checkpoints are.
+    """
     parser = CommandParser(description=description)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, help="an output_dir, or one checkpoint in it")
-    what.add_argument("--hf", default="", metavar="PATH", help="a Hugging Face folder, or a model's name on the hub")
+    if hf:
+        what.add_argument("--hf", default="", metavar="PATH", help="a Hugging Face folder, or a name on the hub")
     parser.add_argument("--tokenizer", default="", help="name, or path of a tokenizer.json (default: the model's own)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of computing")

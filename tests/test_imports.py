@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "scripts": {"cfg", "model", "data", "train", "eval"},
     "train_gpt": {"cfg", "model", "data", "train", "eval"},
 }
-HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "pyarrow", "tensorboard", "tiktoken", "tokenizers"}
+HEAVY = {*"datasets wandb transformers matplotlib pyarrow tensorboard tiktoken tokenizers lm_eval".split()}
 
 
 def files(room):
