@@ -21,7 +21,7 @@ few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 NUMBERS = [name for name, field in Config.model_fields.items() if field.annotation in (int, float)]
 BOOLEANS = [name for name, field in Config.model_fields.items() if field.annotation is bool]
 CHOICES = [name for name, field in Config.model_fields.items() if get_args(field.annotation)]
-PLANNED = {"init_from": "gpt2", "hellaswag_every": "100"}
+PLANNED = {"init_from": "gpt2"}
 # Zero stands for "derive it" or "off" in the others.
 NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length batch_size
     learning_rate cooldown_frac adam_eps replicas val_max_steps sample_tokens keep_last log_every

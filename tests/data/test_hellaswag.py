@@ -275,7 +275,7 @@ def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(assets.ASSETS, hellaswag.OFFICIAL, asset)
     fetched = []
-    monkeypatch.setattr(assets, "fetch", lambda name, given: fetched.append(name) or tmp_path / "cached")
+    monkeypatch.setattr(assets, "fetch", lambda name, given, flag: fetched.append(name) or tmp_path / "cached")
     assert hellaswag.find_source("", tmp_path) == tmp_path / "cached"
     (tmp_path / hellaswag.OFFICIAL).write_bytes(content)
     assert hellaswag.find_source("", tmp_path) == tmp_path / hellaswag.OFFICIAL and len(fetched) == 1
