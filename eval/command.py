@@ -26,7 +26,7 @@ def subject_parser(description: str | None, hf: bool = True) -> CommandParser:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of computing")
     parser.add_argument(
-        "--batch_tokens", type=int, default=0, help="tokens in one forward pass (default: 4,096 on a CPU, else 65,536)"
+        "--batch_tokens", type=int, default=0, help="tokens in one forward pass; 0: as the device bears"
     )
     parser.add_argument("--output", type=Path, help="a .json file for the results, with all digits")
     return parser

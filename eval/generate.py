@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -17,7 +15,6 @@ if __name__ == "__main__":
 from cfg.errors import CommandParser, UserError, one_line_errors, run_command
 
 HOLE = "<FILL_ME>"
-NONE = {"name": "none"}  # the tokenizer of a checkpoint that does not know it
 
 
 def file_text(name: str) -> str:
@@ -110,7 +107,8 @@ import torch
 from torch import Tensor
 
 from data.fim import infill_prompt
-from data.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
+from eval.subject import tokenizer_of
 from eval.text_stream import TextStream
 from model.cache import KVCache
 from model.device import choose_device
@@ -237,16 +235,6 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return torch.zeros_like(scores).scatter_(-1, ids, kept / kept.sum(dim=-1, keepdim=True))
 
 
-def tokenizer_of(args: argparse.Namespace, found: Path, flags: dict[str, Any]) -> str:
-    """The name or path to load: what --tokenizer says, else the checkpoint's own copy, else what the run was given."""
-    if args.tokenizer:
-        return str(args.tokenizer)
-    name = str(found if (found / "tokenizer.json").is_file() else flags["tokenizer"])
-    if name == "none":
-        raise UserError(f"{args.checkpoint}: trained with --tokenizer=none; name its tokenizer with --tokenizer")
-    return name
-
-
 @dataclass
 class Row:
     """A prompt and one of its continuations, on their way to the terminal."""
@@ -302,8 +290,7 @@ def main(args: argparse.Namespace) -> int:
     model, flags = load_model(args.checkpoint, device)
     found = find_checkpoint(args.checkpoint, lambda _: None)  # load_model has reported what it passed over
     assert found is not None, "load_model has found it"
-    tokenizer = load_tokenizer(tokenizer_of(args, found, flags), model.config.vocab_size)
-    check_same_tokenizer(json.loads((found / "state.json").read_text()).get("tokenizer", NONE), tokenizer.identity)
+    tokenizer = tokenizer_of(args.tokenizer, found, flags)
     prompts, rows = rows_of(args, tokenizer, model.config.n_positions)
     sampling, dtype = Sampling(args.temperature, args.top_k, args.top_p), getattr(torch, args.dtype)
     try:

@@ -29,6 +29,7 @@ from model.weights import find_checkpoint, load_model, step_of
 T = TypeVar("T")
 BATCH_TOKENS = {"cpu": 4096}  # enough to keep its cores busy
 GPU_BATCH_TOKENS = 65536
+HF_GPU_BATCH_TOKENS = 16384  # a model of transformers makes logits of them all
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def open_subject(args: Namespace, text: bool = True) -> Subject:
     Without `text` only ids will be scored, and a checkpoint may do without its tokenizer, as training may.
     """
     device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if my_rank()[1] > 1 else 0)
-    batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
+    on_gpu = GPU_BATCH_TOKENS if args.checkpoint else HF_GPU_BATCH_TOKENS
+    batch_tokens = args.batch_tokens or BATCH_TOKENS.get(device.type, on_gpu)
     dtype = getattr(torch, args.dtype)
     how = (args, device, batch_tokens, dtype)
     opened = open_checkpoint(*how, text) if args.checkpoint else open_hf(*how)
@@ -116,16 +118,22 @@ def in_dtype(forward: Forward, device: torch.device, dtype: torch.dtype) -> Forw
     return run
 
 
-def tokenizer_of(args: Namespace, found: Path, flags: dict[str, Any], saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a checkpoint: what --tokenizer says, else its own copy, else what the run was given.
+def saved_tokenizer(found: Path) -> dict[str, Any]:
+    """The identity of the tokenizer that a checkpoint's model was trained with; its name is none if it did not know."""
+    identity: dict[str, Any] = json.loads((found / "state.json").read_text()).get("tokenizer", {"name": "none"})
+    return identity
 
-    Raises UserError if there is none, or it is another than the model was trained with, `saved`.
+
+def tokenizer_of(wanted: str, found: Path, flags: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a checkpoint: the `wanted` one, else its own copy, else what the run was given.
+
+    Raises UserError if there is none, or it is another than the model was trained with.
     """
-    name = args.tokenizer or str(found if (found / "tokenizer.json").is_file() else flags["tokenizer"])
+    name = wanted or str(found if (found / "tokenizer.json").is_file() else flags["tokenizer"])
     if name == "none":
-        raise UserError(f"{args.checkpoint}: trained with --tokenizer=none; name its tokenizer with --tokenizer")
+        raise UserError(f"{found}: trained with --tokenizer=none; name its tokenizer with --tokenizer")
     tokenizer = load_tokenizer(name, flags["vocab_size"])
-    check_same_tokenizer(saved, tokenizer.identity)
+    check_same_tokenizer(saved_tokenizer(found), tokenizer.identity)
     return tokenizer
 
 
@@ -140,10 +148,9 @@ def open_checkpoint(
     if found is None:
         raise UserError(f"--checkpoint={args.checkpoint}: holds no checkpoint")
     model, flags = load_model(found, device)
-    saved = json.loads((found / "state.json").read_text()).get("tokenizer", {"name": "none"})
     tokenizer = None
     try:
-        tokenizer = tokenizer_of(args, found, flags, saved)
+        tokenizer = tokenizer_of(args.tokenizer, found, flags)
     except UserError as error:
         if text or args.tokenizer or flags["doc_mask"]:
             raise
@@ -165,7 +172,7 @@ def open_checkpoint(
         byte_lengths=tokenizer.byte_lengths(model.config.vocab_size) if tokenizer else None,
         gpt=model,
         tokenizer=tokenizer,
-        tokenizer_identity=tokenizer.identity if tokenizer else saved,
+        tokenizer_identity=tokenizer.identity if tokenizer else saved_tokenizer(found),
         flags=flags,
     )
 
@@ -173,8 +180,10 @@ def open_checkpoint(
 def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: torch.dtype) -> Subject:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as e:
+        raise UserError("--hf needs the package transformers; pip install 'transformers>=4.56,<6'") from e
     name = os.path.expanduser(args.hf)
     here = Path(name).is_dir()
     if not here and (name.startswith((".", "/")) or name.count("/") > 1):

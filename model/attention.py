@@ -78,6 +78,8 @@ class CausalSelfAttention(nn.Module):
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
         elif self.flash:
+            if gqa and mask is not None and q.is_cuda:  # where the kernel that takes masks takes no groups
+                k, v, gqa = *(t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v)), False
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=gqa)
         else:
             y = masked_softmax_attention(q, k, v, dropout, mask)
