@@ -27,7 +27,6 @@ from model.gpt import GPT, init_weights
 
 PROMPT_TOKENS = 16
 
-
 Texts = list[list[int]]  # token ids, row by row
 
 
