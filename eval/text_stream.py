@@ -21,7 +21,8 @@ class TextStream:
         if "" in stop:
             raise ValueError("an empty stop string is found everywhere")
         self.ended = False
-        self._known = tokenizer.token_bytes | {i: name.encode() for name, i in tokenizer.special.items()}
+        self._ordinary = tokenizer.token_bytes
+        self._special = {i: name.encode() for name, i in tokenizer.special.items()}
         self._stop, self._end = stop, end
         self._starts = [text[:n] for text in stop for n in range(1, len(text))]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -34,9 +35,10 @@ class TextStream:
             return ""
         if token == self._end:
             return self.finish()
-        if token in self._known:
-            return self._certain(self._decoder.decode(self._known[token]))
-        return self._certain(self._decoder.decode(b"", final=True) + "�")  # an id that the tokenizer does not have
+        content = self._special.get(token, self._ordinary.get(token))
+        if content is None:  # an id that the tokenizer does not have
+            return self._certain(self._decoder.decode(b"", final=True) + "�")
+        return self._certain(self._decoder.decode(content))
 
     def finish(self) -> str:
         """The rest: no token follows."""
