@@ -3,7 +3,7 @@
 The library runs in this process and asks the checkpoint itself; nothing is converted. Any task goes that it has, or
 that a .yaml in --include_path describes, given by name, pattern, tag or group. Install it with
 
-    pip install 'lm-eval>=0.4.9,<0.5'
+    pip install 'lm-eval>=0.4.13,<0.5'
 
 Texts become tokens, contexts are cut and answers end as with its own models (`lm_eval --model hf`, which is also what
 to use for a Hugging Face folder), but the name of a special token in a text stays text.
@@ -61,7 +61,7 @@ def check(args: Namespace) -> None:
     if args.log_samples and not args.output:
         raise UserError("--log_samples: name a file for them with --output")
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed; pip install 'lm-eval>=0.4.9,<0.5'")
+        raise UserError("lm-eval is not installed; pip install 'lm-eval>=0.4.13,<0.5'")
 
 
 def names_of(args: Namespace) -> list[str]:
@@ -304,7 +304,10 @@ def main(args: Namespace) -> None:
     from lm_eval.utils import handle_non_serializable, make_table
 
     subject = open_subject(args)
-    results = evaluate(args, names, manager, adapter(subject, getattr(torch, args.dtype)))
+    try:
+        results = evaluate(args, names, manager, adapter(subject, getattr(torch, args.dtype)))
+    except FloatingPointError as e:  # of generation
+        raise UserError(f"{subject.name}: {e} in {args.dtype}; try --dtype=float32, or another checkpoint") from e
     print(f"{subject.name}, {args.dtype}{f', the first {args.limit} examples' if args.limit else ''}")
     print(make_table(results))
     if results.get("groups"):

@@ -476,6 +476,15 @@ def test_tasks_that_cannot_be_prepared(yaml, message, subject, tasks, checkpoint
     assert str(caught.value).startswith("--tasks=mine: lm-eval cannot prepare it (")
 
 
+def test_a_model_that_is_broken(tasks, checkpoint, monkeypatch):
+    def fail(*_):
+        raise FloatingPointError("the model's logits are not finite")
+
+    monkeypatch.setattr(command, "generate", fail)
+    with pytest.raises(UserError, match="step_00000001: the model's logits are not finite in float32; try --dtype"):
+        run(f"--checkpoint={checkpoint}", "--tasks=like_answers", f"--include_path={tasks}")
+
+
 def test_an_error_of_ours_is_not_the_librarys(subject, tasks, checkpoint, monkeypatch):
     monkeypatch.setattr(command, "loglikelihoods", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
