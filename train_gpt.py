@@ -36,7 +36,7 @@ from data.shards import Shard
 from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, load_tokenizer
 from eval import hellaswag
 from eval.generate import Sampling, generate
-from eval.reference import GPT2
+from eval.reference import GPT2_ACC_NORM
 from eval.scoring import follow_on, gpt_forward, merge, score
 from eval.validation import fixed_windows, summarize, windows_loss
 from model.gpt import GPT
@@ -193,7 +193,8 @@ def open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> hellas
         source = find_source(config.hellaswag_data, DEFAULT_OUTPUT, "hellaswag_data")
         return hellaswag.read_examples(source, config.hellaswag_limit)
 
-    return hellaswag.questions(ranks.on_main(read), tokenizer.encode, follow_on(tokenizer.encode))
+    encode = tokenizer.encode
+    return hellaswag.questions(ranks.on_main(read), encode, follow_on(encode), tokenizer.end_of_text)
 
 
 def resume(run: Run) -> dict[str, Any]:
@@ -292,20 +293,18 @@ def sample(run: Run, stop: guard.StopRequest, step: int) -> str:
     config, tokenizer = run.config, run.tokenizer
     prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)] if tokenizer else [0]
 
-    def draw() -> Generator[None, None, list[int]]:
+    def draw() -> Generator[None, None, str]:
         tokens = prompt[1:]
         for (token,) in generate(run.model, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
             tokens.append(token)
             yield
-        return tokens
+        text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+        if run.ranks.is_main:
+            path = Path(config.output_dir) / "samples" / f"step_{step:08d}.txt"
+            path.write_text(text + "\n", encoding="utf-8", errors="replace")
+        return text
 
-    tokens = aside("sample", draw(), run.model, run.ranks, stop, run.eager)
-    if tokens is None:
-        return ""
-    text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
-    if run.ranks.is_main:
-        (Path(config.output_dir) / "samples" / f"step_{step:08d}.txt").write_text(text + "\n")
-    return text
+    return aside("sample", draw(), run.model, run.ranks, stop, run.eager) or ""
 
 
 def save(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
@@ -443,8 +442,7 @@ def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
     )
     if config.hellaswag_every:
         keys = {"completion": "hellaswag_acc_norm", "lm_eval": "hellaswag_lm_eval_acc_norm"}
-        lines = [(f"{r.name}, completion", r.acc_norm) for r in GPT2 if r.acc_norm is not None]
-        plot(output_dir, "hellaswag", "HellaSwag acc_norm", keys, lines)
+        plot(output_dir, "hellaswag", "HellaSwag acc_norm", keys, GPT2_ACC_NORM)
 
 
 def main(config: Config) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import io
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -88,9 +90,16 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoRetu
     (pytorch#179291); and a thread that still waits for another rank must not keep torchrun from seeing the failure.
     """
     code = 1
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a command
     try:
         with one_line_errors():
             code = main() or 0
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush may go
+        code = 128 + signal.SIGPIPE
     except SystemExit as e:  # Ctrl-C
         code = int(e.code or 0)
     except Exception:

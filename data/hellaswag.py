@@ -81,7 +81,7 @@ def _example(line: bytes, parts: tuple[str, ...]) -> Example:
     """Raises ValueError that says what in `line` is not an example's."""
     try:
         row: Any = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError("not JSON") from e
     if not isinstance(row, dict):
         raise ValueError("not an object {...}")
@@ -190,6 +190,8 @@ def main() -> None:
     args = parser.parse_args()
 
     source = find_source(args.input, args.output_dir)
+    if source.name != OFFICIAL:
+        print(f"{source}: taken as it is; figures on it do not compare with HellaSwag's unless it is {OFFICIAL}")
     jsonl = args.output_dir / f"{source.stem}.jsonl"
     binary = jsonl.with_suffix(".bin")
     examples = list(read_hellaswag(source))
@@ -218,7 +220,6 @@ def find_source(given: str, output_dir: Path, flag: str = "input") -> Path:
     if given and Path(given).name != OFFICIAL:
         if not Path(given).is_file():
             raise UserError(f"--{flag}={given}: no such file")
-        print(f"{given}: taken as it is; figures on it do not compare with HellaSwag's unless it is {OFFICIAL}")
         return Path(given)
     if not given and written.is_file() and assets.ASSETS[OFFICIAL].matches(written.read_bytes()):
         return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,19 @@ def subject_parser(description: str | None, hf: bool = True) -> CommandParser:
 
 
 def check(args: Any) -> None:
-    """Raises UserError for what is wrong with the flags of `subject_parser`, before anything is loaded."""
+    """Raises UserError for what is wrong with the flags that commands share, before anything is loaded."""
     if args.batch_tokens < 0:
         raise UserError(f"--batch_tokens={args.batch_tokens} must be at least 1, or 0 for the default")
-    if args.output and args.output.exists():
-        raise UserError(f"--output={args.output} exists; choose another name or remove it")
-    if args.output and not args.output.parent.is_dir():
-        raise UserError(f"--output={args.output}: there is no folder {args.output.parent}")
+    if getattr(args, "limit", 0) < 0:
+        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
+    if args.output and my_rank()[0] == 0:
+        try:
+            with open(args.output, "x"):
+                args.output.unlink()  # results come much later, and must then have a place
+        except FileExistsError:
+            raise UserError(f"--output={args.output} exists; choose another name or remove it") from None
+        except OSError as e:
+            raise UserError(f"--output={args.output} cannot be written: {e.strerror}") from e
 
 
 def my_rank() -> tuple[int, int]:
@@ -48,7 +55,31 @@ def my_rank() -> tuple[int, int]:
     return (int(os.environ["RANK"]) if world_size > 1 else 0), world_size
 
 
-def write_output(path: Path | None, results: dict[str, Any]) -> None:
+def finish(path: Path | None, results: dict[str, Any], shown: str) -> None:
+    """Writes the results, if asked, then shows them: who reads the terminal may have left. Rank 0 alone does either.
+
+    A file that has appeared at `path` meanwhile is kept, and the results go beside it. NaN and infinity become null,
+    since JSON has no number for them.
+    """
+    if my_rank()[0]:
+        return
     if path:
-        write_atomically(path, (json.dumps(results) + "\n").encode())
-        print(f"results: {path}")
+        while path.exists():
+            path = path.with_stem(path.stem + "_")
+        write_atomically(path, (json.dumps(plain(results), allow_nan=False) + "\n").encode())
+        shown += f"\nresults: {path}"
+    print(shown)
+
+
+def plain(value: Any) -> Any:
+    """Results with null for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def standard_error(mean: float, n: int) -> float:
+    """Of the mean of n zeros and ones, by their sample variance; NaN of one."""
+    return math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.nan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.errors import CommandParser, UserError, one_line_errors, run_command
+from eval import command
 
 HOLE = "<FILL_ME>"
+FEW = 1024  # tokens among which top_p looks first
 
 
 def file_text(name: str) -> str:
@@ -83,6 +84,8 @@ def parser() -> CommandParser:
 def read_flags() -> argparse.Namespace:
     """The command line, prompts read. Raises UserError for what is wrong with it."""
     args = parser().parse_args()
+    if command.my_rank()[1] > 1:
+        raise UserError("eval/generate.py runs in one process; start it with python instead of torchrun")
     args.prompts = args.prompts or [""]
     if args.max_new_tokens < 1 or args.num_samples < 1 or args.top_k < 0 or not 0 <= args.temperature < float("inf"):
         raise UserError("--max_new_tokens and --num_samples must be at least 1, --temperature and --top_k at least 0")
@@ -113,7 +116,7 @@ from eval.text_stream import TextStream
 from model.cache import KVCache
 from model.device import choose_device
 from model.gpt import GPT
-from model.weights import find_checkpoint, load_model
+from model.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -212,27 +215,35 @@ def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
         raise FloatingPointError("the model's logits are not finite")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    up_to = probabilities(logits, sampling).cumsum(dim=-1)  # by id, not by rank, which rounding may change
+    ids, weights = candidates(logits, sampling)
+    up_to = weights.cumsum(dim=-1)
     up_to /= up_to[:, -1:].clone()
     numbers = torch.stack([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
-    return torch.searchsorted(up_to, numbers, right=True).flatten().tolist()
+    return ids.gather(-1, torch.searchsorted(up_to, numbers, right=True)).flatten().tolist()
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Of each token, (rows, vocab_size) in double precision, 0 for those that top_k and top_p leave out.
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Ids of the tokens to draw among, (rows, n), and their weights in double precision; `sampling.temperature` > 0.
 
-    `sampling.temperature` is above 0.
+    What top_p leaves out weighs 0. Ids ascend: how rounding orders tokens that are nearly as likely must not decide
+    which of them a number draws.
     """
-    scores = logits.double()
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / sampling.temperature
+    size = logits.size(-1)
+    scores = (logits.double() - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if not sampling.top_k and sampling.top_p == 1:
-        return scores.softmax(dim=-1)
-    size = scores.size(-1)
-    best, ids = scores.topk(min(sampling.top_k or size, size))  # likeliest first
-    kept = best.softmax(dim=-1)
+        return torch.arange(size).expand_as(logits), scores.softmax(dim=-1)
+    # The nucleus of top_p is nearly always among a few; to sort the whole vocabulary takes ten times as long.
+    kept = min(sampling.top_k or FEW, size)
+    best, ids = scores.topk(kept)  # likeliest first
+    total = (best if sampling.top_k else scores).logsumexp(dim=-1, keepdim=True)
+    weights = (best - total).exp()
+    if not sampling.top_k and kept < size and not bool((weights.sum(dim=-1) >= sampling.top_p).all()):
+        best, ids = scores.sort(dim=-1, descending=True)
+        weights = (best - total).exp()
     if sampling.top_p < 1:
-        kept[kept.cumsum(dim=-1) - kept >= sampling.top_p] = 0  # those before are enough
-    return torch.zeros_like(scores).scatter_(-1, ids, kept / kept.sum(dim=-1, keepdim=True))
+        weights[weights.cumsum(dim=-1) - weights >= sampling.top_p] = 0  # those before are enough
+    ids, order = ids.sort(dim=-1)
+    return ids, weights.gather(-1, order)
 
 
 @dataclass
@@ -285,11 +296,9 @@ def print_rows(steps: Iterator[list[int]], rows: list[Row]) -> None:
         print(f"{row.ready}{row.stream.finish()}{row.after}\n{'-' * 40}", flush=True)
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
-    model, flags = load_model(args.checkpoint, device)
-    found = find_checkpoint(args.checkpoint, lambda _: None)  # load_model has reported what it passed over
-    assert found is not None, "load_model has found it"
+    model, flags, found = load_model(args.checkpoint, device)
     tokenizer = tokenizer_of(args.tokenizer, found, flags)
     prompts, rows = rows_of(args, tokenizer, model.config.n_positions)
     sampling, dtype = Sampling(args.temperature, args.top_k, args.top_p), getattr(torch, args.dtype)
@@ -298,10 +307,6 @@ def main(args: argparse.Namespace) -> int:
             print_rows(generate(model, prompts, args.max_new_tokens, sampling, args.seed, args.num_samples), rows)
     except FloatingPointError as error:
         raise UserError(f"{found}: {error} in {args.dtype}; try --dtype=float32, or another checkpoint") from error
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush may go
-        return 141  # as of a command that SIGPIPE ended
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,16 +32,10 @@ def parser() -> CommandParser:
     return parser
 
 
-def check(args: Namespace) -> None:
-    command.check(args)
-    if args.limit < 0:
-        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
-
-
 if __name__ == "__main__":
     with one_line_errors():
         args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
-        check(args)
+        command.check(args)
 
 from data.hellaswag import DEFAULT_OUTPUT, OFFICIAL, Example, find_source, read_hellaswag
 from eval.reference import GPT2
@@ -78,13 +72,15 @@ def completion_question(example: Example, encode: Encode, encode_more: Encode) -
     return Question(Request(encode(example.context), endings), [len(e) for e in endings], example.label)
 
 
-def lm_eval_question(example: Example, encode: Encode) -> Question:
+def lm_eval_question(example: Example, encode: Encode, end_of_text: int) -> Question:
     assert example.parts is not None, "read with its parts"
     activity, first, second = example.parts
     context = clean(f"{activity}: {first} {second.capitalize()}")
     endings = [clean(ending) for ending in example.endings]
     pairs = [encode_pair(context, " " + ending, encode) for ending in endings]
-    return Question(Request(pairs[0][0], [more for _, more in pairs]), [len(e) for e in endings], example.label)
+    return Question(
+        Request(pairs[0][0] or [end_of_text], [more for _, more in pairs]), [len(e) for e in endings], example.label
+    )
 
 
 def clean(text: str) -> str:
@@ -93,11 +89,20 @@ def clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def questions(examples: list[Example], encode: Encode, encode_more: Encode) -> Asked:
-    return {
+def questions(examples: list[Example], encode: Encode, encode_more: Encode, end_of_text: int) -> Asked:
+    """Both scorings' questions. A context of which cleaning leaves nothing is the end of another text.
+
+    Raises UserError for an ending that has no tokens of its own.
+    """
+    asked = {
         "completion": [completion_question(e, encode, encode_more) for e in examples],
-        "lm_eval": [lm_eval_question(e, encode) for e in examples],
+        "lm_eval": [lm_eval_question(e, encode, end_of_text) for e in examples],
     }
+    for style in STYLES:
+        for number, question in enumerate(asked[style], 1):
+            if not all(question.request.endings):
+                raise UserError(f"HellaSwag, example {number}: an ending has no tokens in the {style} scoring")
+    return asked
 
 
 def requests(asked: Asked) -> list[Request]:
@@ -120,7 +125,7 @@ def accuracies(asked: Asked, scores: list[list[Score]]) -> dict[str, dict[str, A
         found[style] = {}
         for metric in METRICS:
             mean = sum(c[metric] == q.label for c, q in zip(choices, asked[style], strict=True)) / n
-            found[style][metric] = Accuracy(mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.nan)
+            found[style][metric] = Accuracy(mean, command.standard_error(mean, n))
     return found
 
 
@@ -133,12 +138,12 @@ def record_of(found: dict[str, dict[str, Accuracy]]) -> dict[str, float]:
     }
 
 
-def table(name: str, found: dict[str, dict[str, Accuracy]], reference: bool) -> str:
-    """The accuracies, and if asked those of GPT-2 under them."""
+def table(name: str, found: dict[str, dict[str, Accuracy]]) -> str:
+    """The accuracies, and those of GPT-2 under them."""
     lines = [f"{'':24}{'completion':^32}{'lm_eval':^32}", f"{'':24}" + "".join(f"{m:<16}" for m in METRICS * 2)]
     cells = [f"{found[s][m].value:.4f} ± {found[s][m].stderr:.4f}" for s in STYLES for m in METRICS]
     lines.append(f"{name[-23:]:24}" + "".join(f"{cell:<16}" for cell in cells))
-    for r in GPT2 if reference else ():
+    for r in GPT2:
         published = (r.acc, r.acc_norm, r.lm_eval_acc, r.lm_eval_acc_norm)
         lines.append(f"{r.name:24}" + "".join(f"{'-' if v is None else format(v, '.4f'):<16}" for v in published))
     return "\n".join(line.rstrip() for line in lines)
@@ -162,23 +167,18 @@ def read_examples(path: Path, limit: int) -> list[Example]:
 
 
 def main(args: Namespace) -> None:
-    rank, _ = command.my_rank()
     source = find_source(args.input, DEFAULT_OUTPUT)
     examples = read_examples(source, args.limit)
     subject: Subject = open_subject(args)
-    asked = questions(examples, subject.encode, subject.encode_more)
+    asked = questions(examples, subject.encode, subject.encode_more, subject.end_of_text)
     scores = subject.score(requests(asked), "HellaSwag")
     found = accuracies(asked, scores)
-    if rank:
-        return
-    print(f"HellaSwag, {len(examples):,} examples of {source.name}: {subject.name}")
-    whole = source.name == OFFICIAL and not args.limit
-    print(table(f"step {subject.step}" if subject.step is not None else args.hf, found, reference=True))
-    if not whole:
-        print("GPT-2's figures are those of all 10,042 examples")
+    shown = f"HellaSwag, {len(examples):,} examples of {source.name}: {subject.name}\n{table(subject.label, found)}"
+    if source.name != OFFICIAL or args.limit:
+        shown += "\nGPT-2's figures are those of all 10,042 examples"
     results = {"subject": subject.name, "examples": len(examples), "dtype": args.dtype}
-    plain = {s: {m: vars(a) for m, a in by_metric.items()} for s, by_metric in found.items()}
-    command.write_output(args.output, results | plain | {"details": details(asked, scores)})
+    by_style = {s: {m: vars(a) for m, a in by_metric.items()} for s, by_metric in found.items()}
+    command.finish(args.output, results | by_style | {"details": details(asked, scores)}, shown)
 
 
 if __name__ == "__main__":

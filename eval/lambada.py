@@ -34,16 +34,10 @@ def parser() -> CommandParser:
     return parser
 
 
-def check(args: Namespace) -> None:
-    command.check(args)
-    if args.limit < 0:
-        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
-
-
 if __name__ == "__main__":
     with one_line_errors():
         args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
-        check(args)
+        command.check(args)
 
 from eval.reference import LAMBADA_GPT2
 from eval.scoring import Request, Score, encode_pair
@@ -101,8 +95,7 @@ def summarize(scores: list[Score]) -> Measured:
     n = len(scores)
     accuracy = sum(score.greedy for score in scores) / n
     loss = math.fsum(score.loss for score in scores) / n
-    stderr = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else math.nan
-    return Measured(accuracy, stderr, math.exp(loss) if not loss > 709 else math.inf)
+    return Measured(accuracy, command.standard_error(accuracy, n), math.exp(loss) if not loss > 709 else math.inf)
 
 
 def table(name: str, found: Measured) -> str:
@@ -113,20 +106,16 @@ def table(name: str, found: Measured) -> str:
 
 
 def main(args: Namespace) -> None:
-    rank, _ = command.my_rank()
     examples = read_lambada(args.input, args.limit)
     subject: Subject = open_subject(args)
     requests = [ask(example, subject.encode, subject.end_of_text) for example in examples]
     scores = [score for (score,) in subject.score(requests, "LAMBADA")]
     found = summarize(scores)
-    if rank:
-        return
-    print(f"LAMBADA, {len(examples):,} examples of {args.input.name}: {subject.name}")
-    print(table(f"step {subject.step}" if subject.step is not None else args.hf, found))
+    shown = f"LAMBADA, {len(examples):,} examples of {args.input.name}: {subject.name}\n{table(subject.label, found)}"
     if len(examples) != OFFICIAL_EXAMPLES:
-        print(f"GPT-2's figures are those of all {OFFICIAL_EXAMPLES:,} examples")
+        shown += f"\nGPT-2's figures are those of all {OFFICIAL_EXAMPLES:,} examples"
     results = {"subject": subject.name, "examples": len(examples), "dtype": args.dtype}
-    command.write_output(args.output, results | vars(found) | {"details": [vars(score) for score in scores]})
+    command.finish(args.output, results | vars(found) | {"details": [vars(score) for score in scores]}, shown)
 
 
 if __name__ == "__main__":

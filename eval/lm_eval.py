@@ -52,8 +52,6 @@ def check(args: Namespace) -> None:
         raise UserError("eval/lm_eval.py runs in one process; start it with python instead of torchrun")
     if not names_of(args):
         raise UserError("--tasks is empty; name one, hellaswag say")
-    if args.limit < 0:
-        raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise UserError(f"--num_fewshot={args.num_fewshot} must be at least 0")
     if args.include_path and not args.include_path.is_dir():
@@ -308,11 +306,10 @@ def main(args: Namespace) -> None:
         results = evaluate(args, names, manager, adapter(subject, getattr(torch, args.dtype)))
     except FloatingPointError as e:  # of generation
         raise UserError(f"{subject.name}: {e} in {args.dtype}; try --dtype=float32, or another checkpoint") from e
-    print(f"{subject.name}, {args.dtype}{f', the first {args.limit} examples' if args.limit else ''}")
-    print(make_table(results))
-    if results.get("groups"):
-        print(make_table(results, "groups"))
-    command.write_output(args.output, json.loads(json.dumps(results, default=handle_non_serializable)))
+    first = f", the first {args.limit} examples" if args.limit else ""
+    tables = [make_table(results)] + ([make_table(results, "groups")] if results.get("groups") else [])
+    shown = "\n".join([f"{subject.name}, {args.dtype}{first}", *tables])
+    command.finish(args.output, json.loads(json.dumps(results, default=handle_non_serializable)), shown)
 
 
 if __name__ == "__main__":

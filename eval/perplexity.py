@@ -179,7 +179,6 @@ def check_window(args: Namespace, limit: int) -> tuple[int, int]:
 
 
 def main(args: Namespace) -> None:
-    rank, _ = command.my_rank()
     shards, files = find_inputs(args.input)
     subject = open_subject(args, text=bool(files))
     window, stride = check_window(args, subject.limit)
@@ -188,10 +187,8 @@ def main(args: Namespace) -> None:
         raise UserError(f"--input={' '.join(args.input)}: too little to score; a text of two tokens is the shortest")
     count = count_bytes(texts, byte_lengths_for(shards, subject))
     found = Measured(*measure(subject, texts, window, stride), count)
-    if rank:
-        return
     bits = "unknown" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
-    print(
+    shown = (
         f"{subject.name} on {' '.join(args.input)}\n"
         f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, bits per byte {bits}\n"
         f"{found.tokens:,} tokens, {'unknown' if count is None else f'{count:,}'} bytes,"
@@ -199,7 +196,7 @@ def main(args: Namespace) -> None:
     )
     results = {"subject": subject.name, "input": args.input, "dtype": args.dtype, "window": window, "stride": stride}
     numbers = {name: getattr(found, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
-    command.write_output(args.output, results | numbers)
+    command.finish(args.output, results | numbers, shown)
 
 
 if __name__ == "__main__":

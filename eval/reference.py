@@ -27,6 +27,12 @@ GPT2 = (
     Reference("GPT-2 1558M", 0.3842, 0.4893, 0.4004, 0.5089),
 )
 
+# Curve → its reference lines, as hellaswag.png draws them.
+GPT2_ACC_NORM = {
+    "completion": {r.name: r.acc_norm for r in GPT2 if r.acc_norm is not None},
+    "lm_eval": {r.name: r.lm_eval_acc_norm for r in GPT2 if r.lm_eval_acc_norm is not None},
+}
+
 
 @dataclass(frozen=True)
 class LambadaReference:

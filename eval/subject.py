@@ -24,7 +24,7 @@ from eval.scoring import Batch, Forward, Request, Score, follow_on, gpt_forward,
 from model.device import choose_device
 from model.gpt import GPT
 from model.loss import IGNORE_INDEX, losses_of_logits
-from model.weights import find_checkpoint, load_model, step_of
+from model.weights import load_model, step_of
 
 T = TypeVar("T")
 BATCH_TOKENS = {"cpu": 4096}  # enough to keep its cores busy
@@ -37,7 +37,7 @@ class Subject:
     """A model with its tokenizer, ready to be asked how likely texts are."""
 
     name: str
-    step: int | None  # of the checkpoint
+    step: int | None  # of the checkpoint; None where its folder has another name
     forward: Forward
     encode: Callable[[str], list[int]]  # a text from its beginning on, with what the tokenizer puts there
     encode_more: Callable[[str], list[int]]  # a text that follows on another; begins with a space or a newline
@@ -52,6 +52,11 @@ class Subject:
     tokenizer: Tokenizer | None = None
     tokenizer_identity: dict[str, Any] | None = None  # of what made a checkpoint's ids, also where it is not loaded
     flags: dict[str, Any] | None = None  # that a checkpoint was trained with
+
+    @property
+    def label(self) -> str:
+        """A short name."""
+        return self.name if self.step is None else f"step {self.step}"
 
     def score(self, requests: list[Request], what: str, seen: Callable[[int], Any] | None = None) -> list[list[Score]]:
         """Scores of all requests on every rank, each of which does its share.
@@ -132,9 +137,18 @@ def tokenizer_of(wanted: str, found: Path, flags: dict[str, Any]) -> Tokenizer:
     name = wanted or str(found if (found / "tokenizer.json").is_file() else flags["tokenizer"])
     if name == "none":
         raise UserError(f"{found}: trained with --tokenizer=none; name its tokenizer with --tokenizer")
-    tokenizer = load_tokenizer(name, flags["vocab_size"])
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > flags["vocab_size"]:
+        raise UserError(
+            f"--tokenizer={name} has {tokenizer.vocab_size:,} tokens, {found} but {flags['vocab_size']:,}; name the one"
+            f" that it was trained with"
+        )
     check_same_tokenizer(saved_tokenizer(found), tokenizer.identity)
     return tokenizer
+
+
+def silent(_: str) -> None:
+    """What other ranks than the first say."""
 
 
 def no_text(text: str) -> list[int]:
@@ -144,10 +158,7 @@ def no_text(text: str) -> list[int]:
 def open_checkpoint(
     args: Namespace, device: torch.device, batch_tokens: int, dtype: torch.dtype, text: bool
 ) -> Subject:
-    found = find_checkpoint(args.checkpoint)
-    if found is None:
-        raise UserError(f"--checkpoint={args.checkpoint}: holds no checkpoint")
-    model, flags = load_model(found, device)
+    model, flags, found = load_model(args.checkpoint, device, print if my_rank()[0] == 0 else silent)
     tokenizer = None
     try:
         tokenizer = tokenizer_of(args.tokenizer, found, flags)
@@ -159,7 +170,7 @@ def open_checkpoint(
     encode = tokenizer.encode if tokenizer else no_text
     return Subject(
         name=str(found),
-        step=step_of(found),
+        step=step if (step := step_of(found)) >= 0 else None,
         forward=in_dtype(gpt_forward(model), device, dtype),
         encode=encode,
         encode_more=follow_on(encode) if tokenizer else no_text,
@@ -190,8 +201,10 @@ def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: tor
         raise UserError(f"--hf={args.hf}: no such folder")
     if here and not (Path(name) / "config.json").is_file():
         raise UserError(f"--hf={args.hf}: no config.json in it, so not a model's folder")
+    if args.tokenizer and not os.path.exists(os.path.expanduser(args.tokenizer)):
+        raise UserError(f"--tokenizer={args.tokenizer}: no such folder; --hf takes that of a Hugging Face tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or name)
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(args.tokenizer) or name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
     except Exception as e:  # its loaders raise whatever they please
         where = "" if here else "; there is no such folder, and the hub does not have it or cannot be reached"
@@ -230,8 +243,11 @@ def hf_forward(model: nn.Module) -> Forward:
         chosen = batch.targets != IGNORE_INDEX
         first = int(chosen.any(0).float().argmax())
         kept = batch.idx.size(1) - first  # the logits of these last positions are all that is looked at
-        logits = model(batch.idx, **({"logits_to_keep": kept} if trims else {})).logits[:, -kept:]
-        chosen = chosen[:, first:]
-        return losses_of_logits(logits[chosen].float(), batch.targets[:, first:][chosen])
+        logits = model(batch.idx, use_cache=False, **({"logits_to_keep": kept} if trims else {})).logits[:, -kept:]
+        # Row by row, so that there is no second copy of them all.
+        rows = zip(logits, batch.targets[:, first:], chosen[:, first:], strict=True)
+        found = [losses_of_logits(z[here].float(), t[here]) for z, t, here in rows]
+        losses, likeliest = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(likeliest)
 
     return forward

@@ -63,6 +63,8 @@ def find_inputs(patterns: list[str]) -> tuple[list[Path], list[Path]]:
 
     Raises UserError for one that matches nothing, or a file of a kind that is not read.
     """
+    if folders := [pattern for pattern in patterns if os.path.isdir(os.path.expanduser(pattern))]:
+        raise UserError(f"--input: {folders[0]} is a folder; name its files, '{Path(folders[0]) / '*.bin'}' say")
     paths = dict.fromkeys(path for pattern in patterns for path in find_shards(os.path.expanduser(pattern), "input"))
     if packed := [path for path in paths if path.suffix in PACKED]:
         raise UserError(

@@ -9,7 +9,6 @@ import os
 import resource
 import secrets
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -266,9 +265,9 @@ def plot_losses(run_dir: Path) -> Path | None:
 
 
 def plot(
-    run_dir: Path, name: str, label: str, curves: dict[str, str], references: Iterable[tuple[str, float]] = ()
+    run_dir: Path, name: str, label: str, curves: dict[str, str], references: dict[str, dict[str, float]] | None = None
 ) -> Path | None:
-    """Draws `name`.png: curves (label → key in metrics.jsonl) over steps, and references as horizontal lines.
+    """Draws `name`.png: curves (label → key in metrics.jsonl) over steps, and lines at each curve's named references.
 
     None if there is nothing to draw or no matplotlib to draw it.
     """
@@ -286,13 +285,12 @@ def plot(
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for title, points in found.items():
         if points:
-            every_step = title == "training"
-            axes.plot(
-                *zip(*points, strict=True), linewidth=1, marker="" if every_step else "o", markersize=3, label=title
-            )
-    for title, value in references:
-        axes.axhline(value, linewidth=0.8, linestyle="--", color="gray")
-        axes.annotate(title, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            marker = "" if title == "training" else "o"  # which has a point for every step
+            [line] = axes.plot(*zip(*points, strict=True), linewidth=1, marker=marker, markersize=3, label=title)
+            for name_of, value in (references or {}).get(title, {}).items():
+                axes.axhline(value, linewidth=0.8, linestyle="--", color=line.get_color())
+                label_of = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 8}
+                axes.annotate(f"{name_of}, {title}", (1, value), color=line.get_color(), **label_of)
     axes.set(xlabel="step", ylabel=label, title=run_dir.resolve().name)
     axes.grid(alpha=0.3)
     axes.legend()

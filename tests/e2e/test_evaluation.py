@@ -70,10 +70,12 @@ def test_an_evaluation_that_fails_is_reported_and_left_out(
     flags = [*SHAPE, "--zero_stage=3"]
     lines, _ = undisturbed(2, *flags)
     command = trainer.command(tmp_path, *flags, *flags_of(examples), ranks=2)
+    (tmp_path / "samples" / "step_00000003.txt").mkdir(parents=True)  # so that the sample cannot be written
     command[command.index(str(ROOT / "train_gpt.py"))] = str(ROOT / "tests/e2e/failing_evaluation.py")
     monkeypatch.setattr(trainer, "command", lambda *args, **kwargs: command)
     err = trainer.run(tmp_path, ranks=2).stderr
     assert "warning: HellaSwag failed on rank 1, and is left out: OSError: the disk is gone" in err
+    assert "warning: sample failed on rank 0, and is left out: IsADirectoryError" in err
     for what in ("validation", "HellaSwag", "sample"):
         assert f"warning: {what} failed on rank 0, and is left out: RuntimeError: a kernel failed" in err
     assert [{k: v for k, v in r.items() if k != "val_loss"} for r in lines] == [

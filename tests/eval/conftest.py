@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cfg.config import load_config
+from eval import command
 from model.gpt import GPT, init_weights
 from model.weights import load_model
 from train.checkpoint import Saver
@@ -76,7 +77,7 @@ def evaluate(capsys):
 
     def run(module, *flags):
         args = module.parser().parse_args([*map(str, flags), "--device=cpu"])
-        module.check(args)
+        getattr(module, "check", command.check)(args)
         capsys.readouterr()
         module.main(args)
         return capsys.readouterr().out

@@ -20,7 +20,7 @@ from cfg.errors import UserError
 from data.fim import infill_prompt
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import _byte_letters
-from eval.generate import Sampling, draw, generate, probabilities, read, read_on
+from eval.generate import FEW, Sampling, candidates, draw, generate, read, read_on
 from model.cache import KVCache
 from model.gpt import GPT, init_weights
 from model.weights import load_model
@@ -146,6 +146,24 @@ def test_what_cannot_be_continued():
             draw(torch.tensor([[0.0, bad]]), GREEDY, [torch.Generator()])
 
 
+def probabilities(logits, sampling):
+    """Of each token, in the order of ids."""
+    ids, weights = candidates(logits, sampling)
+    assert (ids.diff(dim=-1) > 0).all()
+    found = torch.zeros(logits.shape, dtype=torch.float64).scatter_(-1, ids, weights)
+    return found / found.sum(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("spread", [0.01, 5.0])
+def test_top_p_finds_its_few_among_many(spread):
+    logits = torch.randn(2, 3 * FEW, generator=torch.Generator().manual_seed(1)) * spread
+    best, ids = logits.double().softmax(-1).sort(dim=-1, descending=True)
+    best[best.cumsum(-1) - best >= 0.9] = 0
+    assert ((best > 0).sum(-1) > FEW).all() == (spread < 1)  # few of them, or more than it looks at first
+    expected = torch.zeros_like(best).scatter_(-1, ids, best / best.sum(-1, keepdim=True))
+    assert torch.allclose(probabilities(logits, Sampling(top_p=0.9)), expected, atol=1e-12)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     logits=st.lists(st.integers(-8, 8).map(lambda n: n / 2), min_size=1, max_size=12),
@@ -217,7 +235,7 @@ def run(saved, monkeypatch, capsys):
     def of(*flags, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["generate.py", f"--checkpoint={saved[0]}", "--device=cpu", *map(str, flags)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        assert command.main(command.read_flags()) == 0
+        assert command.main(command.read_flags()) is None
         return capsys.readouterr().out
 
     return of
@@ -312,9 +330,9 @@ def test_16_bits_by_flag(run):
 
 
 def test_a_model_that_has_diverged(run, saved, monkeypatch):
-    model, flags = load_model(saved[0], torch.device("cpu"))
+    model, *others = load_model(saved[0], torch.device("cpu"))
     model.ln_f.weight.data.fill_(math.nan)
-    monkeypatch.setattr(command, "load_model", lambda path, device: (model, flags))
+    monkeypatch.setattr(command, "load_model", lambda path, device: (model, *others))
     with pytest.raises(UserError, match="step_00000001: the model's logits are not finite in float16; try"):
         run("--dtype=float16")
 
@@ -382,6 +400,6 @@ def test_a_sharded_model_says_what_one_process_says(trainer, tmp_path, stage):
     """Two ranks' samples while they train, and one process with what they saved."""
     flags = [f"--zero_stage={stage}", "--num_iterations=2", "--sample_every=1", "--sample_tokens=50", "--seed=9"]
     trainer.run(tmp_path / "run", *flags, ranks=2)
-    model, _ = load_model(tmp_path / "run", torch.device("cpu"))
+    model, *_ = load_model(tmp_path / "run", torch.device("cpu"))
     [row] = rows_of(model, [[0]], 50, Sampling(0.8, top_k=50), seed=9 + 2)
     assert (tmp_path / "run" / "samples" / "step_00000002.txt").read_text() == " ".join(map(str, row)) + "\n"

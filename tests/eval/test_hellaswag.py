@@ -14,6 +14,7 @@ from cfg.errors import UserError
 from data.hellaswag import Example, read_hellaswag
 from data.tokenizer import load_tokenizer
 from eval import hellaswag
+from eval.command import finish
 from eval.hellaswag import Question, accuracies, clean, lm_eval_question, questions, read_examples, record_of, requests
 from eval.reference import GPT2
 from eval.scoring import Request, Score, follow_on
@@ -63,7 +64,7 @@ def encode():
 
 def test_the_completion_style_takes_texts_as_they_are(encode, tmp_path):
     [example] = read_examples(write(tmp_path / "x.jsonl", [ROW]), 0)
-    question = questions([example], encode, follow_on(encode))["completion"][0]
+    question = questions([example], encode, follow_on(encode), 0)["completion"][0]
     assert question.request.context == encode("A man is sitting on a roof. he")
     assert question.request.endings == [encode(" " + ending) for ending in ENDINGS]
     assert question.lengths == [len(encode(" " + ending)) for ending in ENDINGS]
@@ -72,7 +73,7 @@ def test_the_completion_style_takes_texts_as_they_are(encode, tmp_path):
 
 def test_the_lm_eval_style_labels_capitalises_and_cleans(encode, tmp_path):
     [example] = read_examples(write(tmp_path / "x.jsonl", [ROW]), 0)
-    question = lm_eval_question(example, encode)
+    question = lm_eval_question(example, encode, 0)
     assert question.request.context == encode("Roof shingle removal: A man is sitting on a roof. He")
     cleaned = ["is using wrap to wrap skis.", "rips level tiles off.", "holds a cube.", "starts. up."]
     assert [clean(ending) for ending in ENDINGS] == cleaned
@@ -102,7 +103,7 @@ def test_accuracy_and_its_standard_error():
         "hellaswag_lm_eval_acc": 1.0,
         "hellaswag_lm_eval_acc_norm": 1.0,
     }
-    shown = hellaswag.table("step 7", found, reference=True)
+    shown = hellaswag.table("step 7", found)
     assert "0.2500 ± 0.1637" in shown
     assert all(r.name in shown for r in GPT2) and "0.2955" in shown and "0.5089" in shown
 
@@ -168,8 +169,40 @@ def test_mistakes(text_checkpoint, evaluate, tmp_path):
     assert "--limit=-1" in error(model, "--limit=-1", f"--input={good}")
     assert "--batch_tokens=-1" in error(model, "--batch_tokens=-1", f"--input={good}")
     assert "exists" in error(model, f"--input={good}", f"--output={good}")
-    assert "no folder" in error(model, f"--input={good}", f"--output={tmp_path / 'no/where.json'}")
+    assert "cannot be written" in error(model, f"--input={good}", f"--output={tmp_path / 'no/where.json'}")
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000)
+    assert "line 1: not JSON" in error(model, f"--input={deep}")
     assert "--checkpoint" in error(f"--input={good}")
+
+
+def test_a_context_that_cleaning_empties_follows_on_the_end_of_a_text(encode):
+    example = Example("x", ["a", "b", "c", "d"], 0, ("[x", "y]", ""))
+    assert lm_eval_question(example, encode, 50256).request.context == [50256]
+
+
+def test_one_example_has_no_standard_error_and_results_outlive_their_reader(text_checkpoint, tmp_path):
+    path, output = write(tmp_path / "one.jsonl", [ROW]), tmp_path / "out.json"
+    command = [sys.executable, str(ROOT / "eval/hellaswag.py"), f"--checkpoint={text_checkpoint}", f"--input={path}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    reading, writing = os.pipe()
+    os.close(reading)  # nobody reads what is printed
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(
+            [*command, f"--output={output}"], env=env, stdout=closed, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 141 and "Traceback" not in done.stderr
+    assert json.loads(output.read_text())["completion"]["acc"]["stderr"] is None
+    again = subprocess.run([*command, f"--output={output}"], env=env, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+def test_results_do_not_overwrite_what_has_come_meanwhile(tmp_path, capsys):
+    output = tmp_path / "out.json"
+    output.write_text("mine")
+    finish(output, {"loss": float("inf")}, "shown")
+    assert output.read_text() == "mine" and json.loads((tmp_path / "out_.json").read_text()) == {"loss": None}
+    assert "out_.json" in capsys.readouterr().out
 
 
 def test_the_fields_of_lm_eval_are_read_only_where_asked_for(tmp_path):

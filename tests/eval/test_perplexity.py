@@ -363,7 +363,7 @@ def test_mistakes_in_text(subject, evaluate, tmp_path, name, monkeypatch):
         (["--window=-1"], "--window=-1 must be at least 1, or 0"),
         (["--max_tokens=-1"], "--max_tokens=-1"),
         (["--tokenizer=gpt3"], "--tokenizer=gpt3: no such tokenizer"),
-        (["--tokenizer=gpt2"], "--vocab_size=251 is not that of tokenizer gpt2"),
+        (["--tokenizer=gpt2"], "--tokenizer=gpt2 has 50,257 tokens"),
     ],
 )
 def test_mistakes_in_flags(checkpoint, shards, evaluate, flags, complaint):
@@ -373,5 +373,5 @@ def test_mistakes_in_flags(checkpoint, shards, evaluate, flags, complaint):
 
 def test_text_needs_a_tokenizer(checkpoint, evaluate, tmp_path):
     (tmp_path / "a.txt").write_text("a b c")
-    with pytest.raises(UserError, match="not that of tokenizer gpt2"):
+    with pytest.raises(UserError, match="--tokenizer=gpt2 has 50,257 tokens"):
         evaluate(perplexity, f"--checkpoint={checkpoint}", f"--input={tmp_path}/a.txt")

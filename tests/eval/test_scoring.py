@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cfg.config import load_config
 from eval.scoring import Request, encode_pair, follow_on, gpt_forward, merge, pack, plan, rows_of, score
+from eval.subject import drain
 from model.gpt import GPT, init_weights
 
 VOCAB, LIMIT, CPU = 97, 24, torch.device("cpu")
@@ -39,18 +40,10 @@ def some_requests(count=14, longest=9, seed=0):
     return [Request(ids(draw(1, longest)), [ids(draw(1, 5)) for _ in range(draw(1, 4))]) for _ in range(count)]
 
 
-def run(work):
-    try:
-        while True:
-            next(work)
-    except StopIteration as end:
-        return end.value
-
-
 @torch.no_grad()
 def scores_of(model, requests, limit=LIMIT, tokens=200, shared=True, world_size=1):
     split = (score(gpt_forward(model), requests, limit, tokens, CPU, shared, r, world_size) for r in range(world_size))
-    return merge([piece for work in split for piece in run(work)], requests)
+    return merge([piece for work in split for piece in drain(work, lambda rows: None)], requests)
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ def test_the_model_alone_can_be_loaded(tmp_path):
     config, model, optimizer = setup(tmp_path)
     step(model, optimizer)
     save(config, 1, model, optimizer)
-    loaded, flags = load_model(tmp_path, torch.device("cpu"))
+    loaded, flags, _ = load_model(tmp_path, torch.device("cpu"))
     x = torch.randint(50, (1, 8))
     assert torch.equal(loaded(x), model.eval()(x)) and not loaded.training
     assert flags["n_embd"] == 16
@@ -221,7 +221,7 @@ def test_never_two_saves_at_once_and_each_of_its_own_moment(tmp_path, monkeypatc
     saver.close()
     assert together == [1, 1, 1]
     for path in list_checkpoints(tmp_path):
-        loaded, _ = load_model(path, torch.device("cpu"))
+        loaded, *_ = load_model(path, torch.device("cpu"))
         assert torch.equal(loaded.wte.weight, weights[int(path.name[-1])])
 
 
