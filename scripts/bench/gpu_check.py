@@ -478,6 +478,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("outdir/gpu_check.json"), help="default: %(default)s")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, and no throughput")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the parts with this in their name")
     parser.add_argument("--large", action="store_true", help="only GPT-2 1558M, its memory beside the plan (40 GB)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -487,12 +488,17 @@ def main() -> int:
 
     start = time.perf_counter()
     torch.set_float32_matmul_precision("highest")  # no TF32 in what is compared
-    report: dict[str, Any] = {**describe(args.device), "passed": False, "checks": [], "throughput": []}
-    save(args.output, report)
     parts = [("checks", *item) for item in CHECKS.items()]
     parts += [("throughput", *item) for item in MEASUREMENTS.items()] if not args.quick else []
     if args.large:
         parts = [("throughput", *item) for item in LARGE.items()]
+    parts = [part for part in parts if args.only in part[1]]
+    if not parts:
+        raise UserError(
+            f"--only={args.only}: no part has this in its name; they are {', '.join([*CHECKS, *MEASUREMENTS])}"
+        )
+    report: dict[str, Any] = {**describe(args.device), "passed": False, "checks": [], "throughput": []}
+    save(args.output, report)
     print(f"{report['hardware']}, torch {report['torch']}, CUDA {report['cuda']}, commit {report['commit']}")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.device, args.quick, Path(folder), start + 60 * MINUTES)

@@ -91,7 +91,7 @@ def whole(trainer, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("first,then", [(1, 2), (2, 1), (2, 4)])
+@pytest.mark.parametrize("first,then", [(1, 2), (2, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_on_other_ranks_it_goes_on_with_the_same_samples(trainer, trace, whole, tmp_path, first, then):
     shutil.copytree(whole / str(first), tmp_path / "run")
     for late in (tmp_path / "run" / "checkpoints").glob("step_*"):
