@@ -7,6 +7,7 @@ step k is the k-th update of the weights, and checkpoint k holds the weights aft
 
 from cfg.config import Config, load_config, to_yaml
 from cfg.errors import UserError, one_line_errors, run_command
+from cfg.origin import open_origin
 
 if __name__ == "__main__":
     with one_line_errors():
@@ -34,12 +35,14 @@ from data.mixed_loader import MixedLoader
 from data.open import open_train_data, open_val_data
 from data.shards import Shard
 from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, load_tokenizer
+from data.transfer import token_rows
 from eval import hellaswag
 from eval.generate import Sampling, generate
 from eval.reference import GPT2_ACC_NORM
 from eval.scoring import follow_on, gpt_forward, merge, score
 from eval.validation import fixed_windows, summarize, windows_loss
-from model.gpt import GPT
+from model.gpt import GPT, InitialValue
+from model.origin import initial_values, reader
 from train import checkpoint, guard
 from train.aside import aside
 from train.distributed import Ranks, close_ranks, init_ranks, set_timeout
@@ -114,7 +117,7 @@ def setup(config: Config) -> Run:
     ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
     guard.check_shared(Path(config.output_dir), ranks)
 
-    parallel = parallelize(config, ranks)
+    parallel = parallelize(config, ranks, first_weights(config))
     set_timeout(config.start_timeout_minutes, parallel.groups)  # those of --replicas have one of their own
     optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
     saver = checkpoint.Saver(config, ranks)
@@ -123,6 +126,17 @@ def setup(config: Config) -> Run:
     if ranks.is_main:
         announce(run, line)
     return run
+
+
+def first_weights(config: Config) -> InitialValue | None:
+    """The weights of the model that --init_from names, with the embeddings of --tokenizer if asked; None: random."""
+    if config.init_from == "scratch":
+        return None
+    origin, rows = open_origin(config.init_from), None
+    if config.resize_embeddings:
+        tokenizers = load_tokenizer(origin.tokenizer), load_tokenizer(config.tokenizer, config.vocab_size)
+        rows = token_rows(*tokenizers, origin.flags["vocab_size"], config.vocab_size)
+    return initial_values(reader(origin), config, rows)
 
 
 def announce(run: Run, optimizer_line: str) -> None:

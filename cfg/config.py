@@ -18,13 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from cfg.errors import CommandParser, UserError, closest
+from cfg.origin import FREE, Origin, open_origin
 
 PRESETS = Path(__file__).resolve().parent
-
-
-def planned(default: Any, help: str, **kwargs: Any) -> Any:
-    """A flag whose name is settled but of which only the default works so far; others are refused."""
-    return Field(default, description=help, json_schema_extra={"only": default}, **kwargs)
 
 
 class Flags(BaseModel):
@@ -38,6 +34,7 @@ class ModelConfig(Flags):
     n_head: int = Field(12, ge=1, description="query heads per block")
     n_kv_head: int = Field(0, ge=0, description="key/value heads (grouped-query attention); 0: n_head")
     n_embd: int = Field(768, ge=1, description="width of the residual stream")
+    head_dim: int = Field(0, ge=0, description="width of a head; 0: n_embd/n_head")
     vocab_size: int = Field(50257, ge=2, description="true vocabulary; ids at or above it are refused")
     vocab_pad: int = Field(
         64, ge=1, description="pad the embedding rows to a multiple of this; padding is never predicted"
@@ -45,6 +42,11 @@ class ModelConfig(Flags):
     n_positions: int = Field(0, ge=0, description="rows of the learned position table; 0: sequence_length")
     positions: Literal["learned", "rotary"] = Field("learned", description="position encoding")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
+    rope_scaling: str = Field(
+        "",
+        description="stretch rotary positions: linear:FACTOR, or llama3:FACTOR,LOW,HIGH,POSITIONS; empty: no",
+    )
+    sliding_window: int = Field(0, ge=0, description="tokens that one attends to, itself included; 0: all before it")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of the normalisation")
     mlp: Literal["gelu", "swiglu", "relu2"] = Field(
@@ -54,13 +56,33 @@ class ModelConfig(Flags):
         0, ge=0, description="feed-forward width; 0: 4*n_embd, for swiglu 8/3*n_embd rounded up to 64"
     )
     bias: bool = Field(True, description="biases in linear layers and LayerNorm")
+    qkv_bias: bool = Field(False, description="biases of query, key and value also with --bias=0")
     tie_embeddings: bool = Field(True, description="the output head shares the token embedding")
     qk_norm: bool = Field(False, description="RMSNorm on each query and key head")
     logit_softcap: float = Field(0.0, ge=0, description="logits become c*tanh(logits/c); 0: off")
     zero_init: bool = Field(False, description="output projections of attention and MLP start at zero")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability, also on attention weights")
     flash: bool = Field(True, description="1: scaled_dot_product_attention; 0: plain masked softmax, the same numbers")
-    init_from: str = planned("scratch", "where the initial weights come from")
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+
+class InitConfig(Flags):
+    """Initial weights: random, or somebody's (docs/huggingface.md)"""
+
+    init_from: str = Field(
+        "scratch",
+        min_length=1,
+        description="scratch; hf:FOLDER_OR_NAME, nanogpt:FILE, llmc:FILE, llama2c:FILE, or a run or checkpoint of ours:"
+        " its weights and the model's flags",
+    )
+    resize_embeddings: bool = Field(
+        False,
+        description="with --init_from: turn its embeddings into those of another --tokenizer",
+    )
 
 
 class DataConfig(Flags):
@@ -198,6 +220,7 @@ class LogConfig(Flags):
 
 class Config(
     ModelConfig,
+    InitConfig,
     DataConfig,
     BatchConfig,
     OptimizerConfig,
@@ -227,9 +250,7 @@ def shown_default(field: FieldInfo) -> str:
 
 
 def _help_line(field: FieldInfo) -> str:
-    extra = field.json_schema_extra
-    note = "; only the default so far" if isinstance(extra, dict) and "only" in extra else ""
-    return f"{field.description} (default {shown_default(field)}{note})".replace("%", "%%")
+    return f"{field.description} (default {shown_default(field)})".replace("%", "%%")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -282,7 +303,7 @@ def _did_you_mean(name: str) -> str:
 
 def _validate(values: dict[str, Any]) -> Config:
     try:
-        config = Config(**values)
+        return Config(**values)
     except ValidationError as e:
         lines = []
         for error in e.errors():
@@ -290,11 +311,6 @@ def _validate(values: dict[str, Any]) -> Config:
             message = error["msg"][0].lower() + error["msg"][1:]
             lines.append(f"--{name}={error['input']}: {message}")
         raise UserError("; ".join(lines)) from e
-    for name, field in Config.model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and "only" in extra and getattr(config, name) != extra["only"]:
-            raise UserError(f"--{name}={getattr(config, name)}: not available yet; leave it at {shown_default(field)}")
-    return config
 
 
 def _multiples(value: int, of: int) -> str:
@@ -303,14 +319,35 @@ def _multiples(value: int, of: int) -> str:
 
 
 def _check_model(c: ModelConfig) -> None:
-    unit = c.n_head * (2 if c.positions == "rotary" else 1)  # rotary positions turn pairs
-    if c.n_embd % unit:
+    pair = 2 if c.positions == "rotary" else 1  # rotary positions turn pairs
+    unit = c.n_head * pair
+    if c.head_dim % pair:
+        raise UserError(f"--head_dim={c.head_dim} must be even, as --positions=rotary turns pairs")
+    if c.n_embd % unit and not c.head_dim:
         multiple = f"--n_head={c.n_head}" + (" times two, as --positions=rotary turns pairs" if unit > c.n_head else "")
         raise UserError(f"--n_embd={c.n_embd} must be a multiple of {multiple}; nearest: {_multiples(c.n_embd, unit)}")
     if c.n_head % c.n_kv_head:
         divisors = [d for d in range(1, c.n_head + 1) if c.n_head % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - c.n_kv_head))
         raise UserError(f"--n_kv_head={c.n_kv_head} must divide --n_head={c.n_head}; nearest: {nearest}")
+    rope_stretch(c.rope_scaling)
+    if c.rope_scaling and c.positions != "rotary":
+        raise UserError(f"--rope_scaling={c.rope_scaling} is for --positions=rotary")
+
+
+def rope_stretch(text: str) -> tuple[str, list[float]]:
+    """The kind and the numbers of --rope_scaling; ("", []) without one. Raises UserError if it is neither kind's."""
+    counts = {"linear": 1, "llama3": 4}
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = [float(n) for n in rest.split(",")] if text else []
+    except ValueError:
+        numbers = []
+    if text and (len(numbers) != counts.get(kind) or not all(0 < n < float("inf") for n in numbers)):
+        raise UserError(f"--rope_scaling={text}: give linear:FACTOR or llama3:FACTOR,LOW,HIGH,POSITIONS")
+    if kind == "llama3" and not numbers[1] < numbers[2]:
+        raise UserError(f"--rope_scaling={text}: LOW must be below HIGH")
+    return kind, numbers
 
 
 def _check_run(c: Config, world_size: int) -> None:
@@ -321,6 +358,8 @@ def _check_run(c: Config, world_size: int) -> None:
         )
     if c.doc_mask and c.tokenizer == "none":
         raise UserError("--doc_mask=1 must know the end-of-text token; name the shards' --tokenizer instead of none")
+    if c.resize_embeddings and c.init_from == "scratch":
+        raise UserError("--resize_embeddings=1 is for the embeddings of a model that --init_from names")
     if c.hellaswag_every and c.tokenizer == "none":
         raise UserError("--hellaswag_every must encode text; name the shards' --tokenizer instead of none")
     if c.replicas > 1 and c.zero_stage < 2:
@@ -372,8 +411,38 @@ def load_config(argv: list[str] | None = None, world_size: int | None = None) ->
         what = "flag" if name.startswith("-") else "argument"
         raise UserError(f"unknown {what} {name}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
     flags = vars(known)
-    values = _read_preset(flags["cfg"]) if flags.get("cfg") else {}
-    return resolve(_validate(values | flags), launched_world_size() if world_size is None else world_size)
+    values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
+    world_size = launched_world_size() if world_size is None else world_size
+    if (source := str(values.get("init_from", "scratch"))) == "scratch":
+        return resolve(_validate(values), world_size)
+    origin = open_origin(source)
+    if "tokenizer" not in flags and values.get("tokenizer", "none") == "none":
+        values["tokenizer"] = origin.tokenizer
+    config = resolve(_with_shape(origin, values), world_size)
+    _check_origin(config, origin, values)
+    return config
+
+
+def _with_shape(origin: Origin, values: dict[str, Any]) -> Config:
+    """The flags that come with a model, and those given; its context is no shorter than what it is trained on."""
+    shape = {k: v for k, v in origin.flags.items() if k in ModelConfig.model_fields and k not in ("dropout", "flash")}
+    config = _validate(shape | values)
+    length = config.sequence_length if "sequence_length" in values else min(config.sequence_length, config.n_positions)
+    rotary = config.positions == "rotary" and "n_positions" not in values
+    positions = max(config.n_positions, length) if rotary else config.n_positions
+    return config.model_copy(update={"sequence_length": length, "n_positions": positions})
+
+
+def _check_origin(config: Config, origin: Origin, values: dict[str, Any]) -> None:
+    """Raises UserError if flags were given that make another model than the weights are of."""
+    free = FREE | ({"n_positions"} if config.positions == "rotary" else set())
+    free |= {"vocab_size"} if config.resize_embeddings else set()
+    for name in origin.flags.keys() & values.keys() & ModelConfig.model_fields.keys() - free:
+        if (value := getattr(config, name)) != origin.flags[name]:
+            way_out = "; leave the flag out" if name != "vocab_size" else "; or resize it with --resize_embeddings=1"
+            raise UserError(f"--{name}={value}, but the model of --init_from has {origin.flags[name]}{way_out}")
+    if config.resize_embeddings and "vocab_size" not in values:
+        raise UserError("--resize_embeddings=1: give the --vocab_size of the --tokenizer to change to")
 
 
 def launched_world_size() -> int:
@@ -395,8 +464,6 @@ def flags_markdown() -> str:
         lines += [f"## {(group.__doc__ or '').strip()}", "", "| flag | type | default | meaning |", "|---|---|---|---|"]
         for name, field in group.model_fields.items():
             kind = type_name(field).replace("|", "\\|")
-            only = isinstance(field.json_schema_extra, dict) and "only" in field.json_schema_extra
-            note = " *(only the default so far)*" if only else ""
-            lines.append(f"| `--{name}` | {kind} | `{shown_default(field)}` | {field.description}{note} |")
+            lines.append(f"| `--{name}` | {kind} | `{shown_default(field)}` | {field.description} |")
         lines.append("")
     return "\n".join(lines)

@@ -116,7 +116,7 @@ from eval.text_stream import TextStream
 from model.cache import KVCache
 from model.device import choose_device
 from model.gpt import GPT
-from model.weights import load_model
+from model.origin import load_model
 
 
 @dataclass(frozen=True)

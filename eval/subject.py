@@ -24,7 +24,8 @@ from eval.scoring import Batch, Forward, Request, Score, follow_on, gpt_forward,
 from model.device import choose_device
 from model.gpt import GPT
 from model.loss import IGNORE_INDEX, losses_of_logits
-from model.weights import load_model, step_of
+from model.origin import load_model
+from model.weights import step_of
 
 T = TypeVar("T")
 BATCH_TOKENS = {"cpu": 4096}  # enough to keep its cores busy
@@ -125,6 +126,8 @@ def in_dtype(forward: Forward, device: torch.device, dtype: torch.dtype) -> Forw
 
 def saved_tokenizer(found: Path) -> dict[str, Any]:
     """The identity of the tokenizer that a checkpoint's model was trained with; its name is none if it did not know."""
+    if not (found / "state.json").is_file():  # not ours
+        return {"name": "none"}
     identity: dict[str, Any] = json.loads((found / "state.json").read_text()).get("tokenizer", {"name": "none"})
     return identity
 

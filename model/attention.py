@@ -19,15 +19,18 @@ Mask: TypeAlias = Tensor | BlockMask
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # this layer's `KVCache.add`
 
 
-def document_mask(positions: Tensor, flex: bool) -> Mask:
+def document_mask(positions: Tensor, flex: bool, window: int = 0) -> Mask:
     """Who sees whom where a row holds several documents: what came before in the same one, and itself.
 
-    `positions` (B, T) count from the start of each document. Returns (B, 1, T, T) bool, query by key, True where
-    attention goes; with `flex` the same for FlexAttention (Dong et al. 2024), which skips the tiles without any.
+    `positions` (B, T) count from the start of each document. With a `window`, only the last so many of these, itself
+    included (Mistral 7B, Jiang et al. 2023). Returns (B, 1, T, T) bool, query by key, True where attention goes; with
+    `flex` the same for FlexAttention (Dong et al. 2024), which skips the tiles without any.
     """
     B, T = positions.shape
     index = torch.arange(T, device=positions.device)
     starts = index - positions
+    if window:
+        starts = torch.maximum(starts, index - window + 1)
 
     def visible(b: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         return (starts[b, query] <= key) & (key <= query)
@@ -48,11 +51,12 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_size
         self.flash = config.flash
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        heads = self.n_head + 2 * self.n_kv_head
+        self.c_attn = nn.Linear(config.n_embd, heads * self.head_dim, bias=config.bias or config.qkv_bias)
+        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
@@ -62,7 +66,7 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None, remember: Remember | None = None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
-        B, T, C = x.shape
+        B, T, _ = x.shape
         sizes = [self.n_head * self.head_dim] + [self.n_kv_head * self.head_dim] * 2
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(sizes, dim=-1))
         if self.qk_norm:  # q (B, H, T, D), k (B, H_kv, T, D); in fp32
@@ -83,7 +87,7 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=gqa)
         else:
             y = masked_softmax_attention(q, k, v, dropout, mask)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
 def masked_softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None) -> Tensor:

@@ -19,21 +19,23 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, (B, H_kv, length, D) each
         self._columns: Tensor | int = 0  # where the tokens at hand go: from here on, or (B, T) to these
 
-    def advance(self, tokens: int, positions: Tensor | None, device: torch.device) -> Tensor | None:
+    def advance(self, tokens: int, positions: Tensor | None, device: torch.device, window: int = 0) -> Tensor | None:
         """Makes room for the next `tokens` of each row: at the `used` next positions, or at `positions` (B, T).
 
-        Returns who sees whom, (B or 1, 1, T, used) bool: itself and the columns before; None where causal attention
-        says the same. Raises ValueError if the cache is full.
+        Returns who sees whom, (B or 1, 1, T, used) bool: itself and the columns before, with a `window` as many as
+        that in all; None where causal attention says the same. Raises ValueError if the cache is full.
         """
         if self.used + tokens > self.length:
             raise ValueError(f"{tokens} tokens after {self.used}, but the cache has room for {self.length}")
         start, self.used = self.used, self.used + tokens
         self._columns = start if positions is None else positions
         if positions is None:
-            if tokens == 1 or start == 0:
+            if (tokens == 1 or start == 0) and not 0 < window < self.used:
                 return None
             positions = torch.arange(start, self.used, device=device)[None]
-        return torch.arange(self.used, device=device) <= positions[:, None, :, None]
+        columns, queries = torch.arange(self.used, device=device), positions[:, None, :, None]
+        seen = columns <= queries
+        return seen & (columns > queries - window) if window else seen
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keeps a layer's keys and values (B, H_kv, T, D) of the tokens at hand; returns those of all in use."""

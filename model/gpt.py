@@ -130,14 +130,26 @@ class GPT(nn.Module):
             raise ValueError(f"positions are {tuple(positions.shape)}, token ids {tuple(idx.shape)}")
         start = cache.used if cache is not None else 0
         x, rotary = self.embed(idx, start, positions, check=mask is None)
-        who: Mask | None = mask
-        if cache is not None:
-            who = cache.advance(idx.size(1), positions, idx.device)
-        elif positions is not None and mask is None:
-            who = document_mask(positions, self.flex and idx.size(1) >= FLEX_TILE)
+        who = self.visible(idx, positions, mask, cache)
         for i, block in enumerate(self.h):
             x = block(x, rotary, who, None if cache is None else partial(cache.add, i))
         return self.ln_f(x)
+
+    def visible(self, idx: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> Mask | None:
+        """Who sees whom, arguments as of `hidden`; None: each token all before it."""
+        T, window = idx.size(1), self.config.sliding_window
+        if cache is not None:
+            return cache.advance(T, positions, idx.device, window)
+        if window >= T:
+            window = 0
+        if mask is not None:
+            if window:
+                where = torch.arange(T, device=idx.device)[None] if positions is None else positions
+                mask = mask & (where[:, None, :, None] - where[:, None, None, :] < window)
+            return mask
+        if positions is None and window:
+            positions = torch.arange(T, device=idx.device)[None]
+        return None if positions is None else document_mask(positions, self.flex and T >= FLEX_TILE, window)
 
     def embed(self, idx: Tensor, start: int, positions: Tensor | None, check: bool) -> tuple[Tensor, Rotary | None]:
         """Residual stream (B, T, C) at the first block, and the rotary angles if positions are rotary.
@@ -153,7 +165,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{end} tokens, but the position table has {self.wpe.num_embeddings} rows")
             x = x + self.wpe(places)
         else:
-            cos, sin = rotary_table(places, self.config.n_embd // self.config.n_head, self.config.rope_base)
+            cos, sin = rotary_table(places, self.config)
             rotary = (cos, sin) if positions is None else (cos[:, None], sin[:, None])  # (B, 1, T, D/2), for all heads
         return self.drop(x), rotary
 
@@ -212,13 +224,14 @@ class GPT(nn.Module):
 
         PaLM (Chowdhery et al. 2022), appendix B: N counts the parameters that are multiplied, so not
         the embedding and position look-ups but the output head even when tied; L layers, H heads of
-        size Q, and T positions attended to, without halving for the causal mask. What is recomputed
-        does not count, so this is the model's work, not the machine's.
+        size Q, and T positions attended to (those of a sliding window), without halving for the causal
+        mask. What is recomputed does not count, so this is the model's work, not the machine's.
         """
         c = self.config
         lookups = c.n_embd * (c.n_positions if self.wpe is not None else 0)
         lookups += c.n_embd * c.vocab_size * (0 if self.lm_head is None else 1)
-        return 6 * (self.num_params() - lookups) + 12 * c.n_layer * c.n_embd * sequence_length
+        seen = min(sequence_length, c.sliding_window or sequence_length)
+        return 6 * (self.num_params() - lookups) + 12 * c.n_layer * c.n_head * c.head_size * seen
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -241,8 +254,21 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
+InitialValue = Callable[[str, torch.Size], Tensor]  # of the parameter of that name and shape
+
+
+def random_values(config: ModelConfig, seed: int) -> InitialValue:
+    return lambda name, shape: initial_value(name, shape, config, seed)
+
+
 @torch.no_grad()
-def init_weights(model: GPT, seed: int, assign: Callable[[Tensor, Tensor], Any] = torch.Tensor.copy_) -> None:
-    """Fills every parameter with its `initial_value`; `assign(parameter, value)` may take only its shard of it."""
+def init_weights(
+    model: GPT, value: InitialValue | int, assign: Callable[[Tensor, Tensor], Any] = torch.Tensor.copy_
+) -> None:
+    """Fills every parameter, one after the other, with its `value`; an int is the seed of random ones.
+
+    `assign(parameter, value)` may take only its shard of it.
+    """
+    value = random_values(model.config, value) if isinstance(value, int) else value
     for name, parameter in model.named_parameters():
-        assign(parameter, initial_value(name, parameter.shape, model.config, seed))
+        assign(parameter, value(name, parameter.shape))

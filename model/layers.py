@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfg.config import ModelConfig
+from cfg.config import ModelConfig, rope_stretch
 
 # Norms compute in their input's dtype: FSDP gathers weights in 16 bits, while the residual stream is fp32, and
 # torch's own refuse the mixture or leave their fused kernels.
@@ -60,14 +62,33 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x))
 
 
-def rotary_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles of `positions`, each (*positions.shape, head_dim/2), fp32.
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """By how much each pair of a head's dimensions turns from one position to the next, radians, (head_size/2,) fp32.
 
-    RoFormer (Su et al. 2021): pair i turns by position / base^(2i/head_dim). Computed anew in each
-    forward: it is small beside a block, and there is no buffer to shard, cast or outgrow.
+    RoFormer (Su et al. 2021): pair i by 1 / base^(2i/head_size). Stretched linearly (Chen et al. 2023) all turn FACTOR
+    times slower. Stretched as Llama 3.1's (Grattafiori et al. 2024; formula of meta-llama/llama-models,
+    models/llama3/model.py), so do only those that turn fewer than LOW times within POSITIONS; those that turn more than
+    HIGH times stay, and between them it goes over from one to the other.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float()[..., None] * base**-exponents
+    exponents = torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
+    frequencies = config.rope_base**-exponents
+    kind, numbers = rope_stretch(config.rope_scaling)
+    if kind == "linear":
+        return frequencies / numbers[0]
+    if kind == "llama3":
+        factor, low, high, positions = numbers
+        turns = positions * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - kept) * frequencies / factor + kept * frequencies
+    return frequencies
+
+
+def rotary_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of `positions`, each (*positions.shape, head_size/2), fp32.
+
+    Computed anew in each forward: it is small beside a block, and there is no buffer to shard, cast or outgrow.
+    """
+    angles = positions.float()[..., None] * rotary_frequencies(config, positions.device)
     return angles.cos(), angles.sin()
 
 

@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import ValidationError
 from torch import Tensor
 
-from cfg.config import ModelConfig
 from cfg.errors import UserError
 from cfg.files import file_sha256
-from model.gpt import GPT
 
 # One process reading or writing by itself is what we mean, and not to be wondered about.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -130,18 +127,3 @@ def load_tensors(path: Path, kind: str, tensors: dict[str, Tensor], subset: bool
                 f"{path} is of another model: {name} has shape {tuple(shapes[name])}, here {tuple(tensor.shape)}"
             )
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / kind)), no_dist=True)
-
-
-def load_model(path: Path, device: torch.device, report: Any = print) -> tuple[GPT, dict[str, Any], Path]:
-    """The model of a checkpoint or run directory, in eval mode, the flags it was trained with, and the checkpoint."""
-    found = find_checkpoint(path, report, skip="optimizer/")
-    if found is None:
-        raise UserError(f"{path}: holds no checkpoint")
-    flags = read_manifest(found)["config"]
-    try:
-        config = ModelConfig(**{k: v for k, v in flags.items() if k in ModelConfig.model_fields})
-    except ValidationError as e:
-        raise UserError(f"{found}: its {MANIFEST} describes no model this version knows: {e.errors()[0]['msg']}") from e
-    model = GPT(config)
-    load_tensors(found, "model", {name: p.detach() for name, p in model.named_parameters()})
-    return model.to(device).eval(), flags, found

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from data.shards import write_shard
-from model.weights import load_model
+from model.origin import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 251

@@ -53,7 +53,7 @@ T = TypeVar("T")
 SAVING, DELETING = ".saving_", ".deleting_"
 STATE = "state.json"
 # Model flags that may differ between a checkpoint and the run that resumes it.
-FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init", "init_from"}
+FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init"}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -105,21 +105,21 @@ def block_activations(config: Config, recompute: str) -> int:
     it keeps was read off its partitioner.
     """
     c, e = config, element_size(config)
-    C, kv = c.n_embd, c.n_embd * c.n_kv_head // c.n_head
-    qkv, wide = C + 2 * kv, c.mlp_hidden
+    C, q, kv = c.n_embd, c.n_head * c.head_size, c.n_kv_head * c.head_size
+    qkv, wide = q + 2 * kv, c.mlp_hidden
     fc = 2 * wide if c.mlp == "swiglu" else wide
     if recompute == "block":
         return 4 * C
     if recompute == "selective":  # the outputs of qkv, attention, its projection, both halves of the MLP
         last = 0 if c.compile else e * C
-        return 4 * C + e * (qkv + 2 * C + fc) + 4 * c.n_head + last
-    attention = e * (2 * C + qkv) + 4 * c.n_head
+        return 4 * C + e * (qkv + q + C + fc) + 4 * c.n_head + last
+    attention = e * (C + q + qkv) + 4 * c.n_head
     if c.positions == "rotary" or c.qk_norm:
-        attention += e * (C + kv)  # q and k anew; v stays a view of qkv
+        attention += e * (q + kv)  # q and k anew; v stays a view of qkv
     if c.positions == "rotary":
-        attention += e * C  # the output once more, heads side by side
+        attention += e * q  # the output once more, heads side by side
     if c.qk_norm and not c.compile and e < 4:
-        attention += 4 * (C + kv)
+        attention += 4 * (q + kv)
     middle = e * C if c.compile else 4 * C
     mlp = e * (C + fc + wide)
     if c.mlp == "swiglu" and not c.compile:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cfg.config import Config
-from model.gpt import GPT, init_weights
+from model.gpt import GPT, InitialValue, init_weights
 from model.loss import compile_loss
 from train.distributed import Ranks
 
@@ -42,11 +42,12 @@ class Parallel:
         return [dist.group.WORLD, *self.mesh.get_all_groups()]
 
 
-def parallelize(config: Config, ranks: Ranks) -> Parallel:
+def parallelize(config: Config, ranks: Ranks, initial_value: InitialValue | None = None) -> Parallel:
     """Builds the model with its initial weights, in the order recompute → compile each block → shard or replicate.
 
-    It is built on the meta device, so that no rank ever holds all of a sharded model; each parameter is then
-    drawn whole, one after the other, and every rank keeps its part: the same weights on any number of them.
+    It is built on the meta device, so that no rank ever holds all of a sharded model; each parameter is then drawn or
+    read whole, one after the other, and every rank keeps its part: the same weights on any number of them. Without
+    an `initial_value` they are drawn.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -56,7 +57,7 @@ def parallelize(config: Config, ranks: Ranks) -> Parallel:
         compile_blocks(model, config, ranks.device)
     mesh = shard(model, config, ranks) if config.zero_stage >= 2 else None
     model.to_empty(device=torch.device("cpu") if config.cpu_offload else ranks.device)
-    init_weights(model, config.seed, assign)
+    init_weights(model, config.seed if initial_value is None else initial_value, assign)
     train_model: torch.nn.Module = model
     if mesh is None and ranks.world_size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -76,7 +77,7 @@ def compile_blocks(model: GPT, config: Config, device: torch.device) -> None:
         cast(Any, block).forward = torch.compile(block.forward)
     compile_loss()
     # FlexAttention has no dropout, and takes no head narrower than a tensor core's tile.
-    flexible = config.flash and not config.dropout and config.n_embd // config.n_head >= 16
+    flexible = config.flash and not config.dropout and config.head_size >= 16
     model.flex = device.type == "cuda" and flexible
 
 

@@ -21,7 +21,6 @@ few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 NUMBERS = [name for name, field in Config.model_fields.items() if field.annotation in (int, float)]
 BOOLEANS = [name for name, field in Config.model_fields.items() if field.annotation is bool]
 CHOICES = [name for name, field in Config.model_fields.items() if get_args(field.annotation)]
-PLANNED = {"init_from": "gpt2"}
 # Zero stands for "derive it" or "off" in the others.
 NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length batch_size
     learning_rate cooldown_frac adam_eps replicas val_max_steps sample_tokens keep_last log_every
@@ -63,7 +62,7 @@ def test_booleans_take_numbers_and_words(text, value):
     assert load("--compile", text).compile is value
 
 
-@pytest.mark.parametrize("name", [name for name in BOOLEANS if name not in PLANNED])
+@pytest.mark.parametrize("name", [n for n in BOOLEANS if n != "resize_embeddings"])  # which wants --init_from
 def test_a_bare_flag_is_true(name):
     stage = "--zero_stage=3"  # which --cpu_offload wants
     assert getattr(load(stage, f"--{name}"), name) is True
@@ -136,18 +135,16 @@ def test_every_mistake_is_named_at_once():
     assert "--batch_size" in message and "--learning_rate" in message
 
 
-@pytest.mark.parametrize("name, other", PLANNED.items())
-def test_a_flag_that_is_only_a_name_so_far_takes_its_default_alone(name, other):
-    default = Config.model_fields[name].default
-    assert getattr(load(f"--{name}={default}"), name) == default
-    message = refusal(f"--{name}={other}")
-    assert message.startswith(f"--{name}=") and "not available yet" in message
-
-
 @pytest.mark.parametrize(
     "flags, world_size, message",
     [
         (["--replicas=2"], 4, "--replicas=2 is for --zero_stage=2 or 3"),
+        (["--resize_embeddings=1"], 1, "--resize_embeddings=1 is for the embeddings of a model that --init_from names"),
+        (["--head_dim=5", "--positions=rotary"], 1, "--head_dim=5 must be even"),
+        (["--rope_scaling=linear:2"], 1, "--rope_scaling=linear:2 is for --positions=rotary"),
+        (["--rope_scaling=yarn:2"], 1, "--rope_scaling=yarn:2: give linear:FACTOR or llama3:"),
+        (["--rope_scaling=linear:0"], 1, "--rope_scaling=linear:0: give linear:FACTOR"),
+        (["--rope_scaling=llama3:8,4,1,8192"], 1, "--rope_scaling=llama3:8,4,1,8192: LOW must be below HIGH"),
         (["--replicas=3", "--zero_stage=3"], 4, "--replicas=3 must divide the number of ranks, 4"),
         (["--cpu_offload=1", "--zero_stage=1"], 2, "--cpu_offload=1 is for --zero_stage=2 or 3"),
         (["--zero_stage=4"], 1, "--zero_stage=4"),

@@ -8,7 +8,7 @@ import torch
 from cfg.config import load_config
 from eval import command
 from model.gpt import GPT, init_weights
-from model.weights import load_model
+from model.origin import load_model
 from train.checkpoint import Saver
 from train.distributed import Ranks
 from train.optimizer import make_optimizer

@@ -23,7 +23,7 @@ from data.tokenizer_json import _byte_letters
 from eval.generate import FEW, Sampling, candidates, draw, generate, read, read_on
 from model.cache import KVCache
 from model.gpt import GPT, init_weights
-from model.weights import load_model
+from model.origin import load_model
 from train import checkpoint
 from train.distributed import Ranks
 from train.optimizer import make_optimizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
-from cfg.config import load_config
+from cfg.config import ModelConfig, load_config
 from model.gpt import ATTENTION, GPT, PRODUCTS, init_weights, initial_value, keep_products, keep_products_only
 from model.layers import apply_rotary, rotary_table
 from train.parallel import compile_blocks
@@ -130,7 +130,7 @@ def test_dropout_acts_in_training_only():
 
 def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    cos, sin = rotary_table(torch.arange(64), 16, 10000.0)
+    cos, sin = rotary_table(torch.arange(64), ModelConfig(n_head=1, n_embd=16))
 
     def score(i, j):
         return (apply_rotary(q, cos[i : i + 1], sin[i : i + 1]) * apply_rotary(k, cos[j : j + 1], sin[j : j + 1])).sum()

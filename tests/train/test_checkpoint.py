@@ -12,7 +12,8 @@ from cfg.config import load_config
 from cfg.errors import UserError
 from cfg.files import file_sha256
 from model.gpt import GPT, init_weights
-from model.weights import find_checkpoint, list_checkpoints, load_model, problem_with
+from model.origin import load_model
+from model.weights import find_checkpoint, list_checkpoints, problem_with
 from train import checkpoint
 from train.distributed import Ranks
 from train.optimizer import make_optimizer, make_states, named_states

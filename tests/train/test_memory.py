@@ -85,11 +85,7 @@ def test_a_compiled_block_keeps_what_the_plan_says(family, recompute):
         return tensor
 
     x = torch.randn(c.batch_size, c.sequence_length, c.n_embd, requires_grad=True)
-    rotary = (
-        rotary_table(torch.arange(c.sequence_length, device=x.device), c.n_embd // c.n_head, c.rope_base)
-        if family != "gpt2"
-        else None
-    )
+    rotary = rotary_table(torch.arange(c.sequence_length, device=x.device), c) if family != "gpt2" else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
         out = forward(x, rotary)
     assert out.shape == x.shape
