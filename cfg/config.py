@@ -49,8 +49,8 @@ class ModelConfig(Flags):
     sliding_window: int = Field(0, ge=0, description="tokens that one attends to, itself included; 0: all before it")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of the normalisation")
-    mlp: Literal["gelu", "swiglu", "relu2"] = Field(
-        "gelu", description="feed-forward: tanh-GELU, SwiGLU or ReLU squared"
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "relu2"] = Field(
+        "gelu", description="feed-forward: tanh-GELU (GPT-2), exact GELU (nanoGPT), SwiGLU or ReLU squared"
     )
     mlp_hidden: int = Field(
         0, ge=0, description="feed-forward width; 0: 4*n_embd, for swiglu 8/3*n_embd rounded up to 64"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -41,6 +44,36 @@ def write_atomically(path: Path, content: bytes) -> None:
             Path(f.name).unlink(missing_ok=True)
             raise
     flush_to_disk(path.parent)
+
+
+@contextmanager
+def create_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which appears at `path` when the block is left without an exception, flushed to disk.
+
+    Raises FileExistsError if something is there already, at the start or by then.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
+            yield f  # type: ignore[misc]
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)
+            _rename_to_new(f.name, path)
+        finally:
+            Path(f.name).unlink(missing_ok=True)
+    flush_to_disk(path.parent)
+
+
+def _rename_to_new(name: str, path: Path) -> None:
+    try:
+        os.link(name, path)  # unlike a rename, this refuses to replace a file
+    except OSError as e:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from e
+        os.rename(name, path)  # a file system without links
 
 
 def take_lock(path: Path) -> tuple[IO[str], str | None]:

@@ -37,8 +37,9 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """Feed-forward: tanh-GELU (GPT-2), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020).
+    """Feed-forward: GELU (Hendrycks and Gimpel 2016), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020).
 
+    "gelu" is GPT-2's approximation by a tanh, "gelu_exact" the function itself, as nanoGPT has it since May 2023.
     SwiGLU keeps gate and value in one matrix, `c_fc`: the first `mlp_hidden` rows are the gate.
     """
 
@@ -58,7 +59,7 @@ class MLP(nn.Module):
         elif self.kind == "relu2":
             x = F.relu(x).square()
         else:
-            x = F.gelu(x, approximate="tanh")
+            x = F.gelu(x, approximate="none" if self.kind == "gelu_exact" else "tanh")
         return self.dropout(self.c_proj(x))
 
 
