@@ -82,6 +82,7 @@ class Tokenizer:
     end_of_text: int
     library: LibraryEncoding | None = None
     files: dict[str, bytes] = field(default_factory=dict)  # what a copy needs to be loaded again; none for a name
+    prefix: list[int] = field(default_factory=list)  # what its file wants before a text, as Llama's <s>; not in `encode`
 
     @cached_property
     def token_bytes(self) -> dict[int, bytes]:
@@ -186,7 +187,8 @@ def json_sha256(content: bytes, end_of_text: int) -> str:
 
 
 def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer called `name`, or that of a tokenizer.json, or of the folder that holds one, at the path `name`.
+    """The tokenizer called `name`, or that at the path `name`: a tokenizer.json, or the folder that holds one, or
+    llama2.c's tokenizer.bin.
 
     Raises UserError if there is none, if its files cannot be had or read, or if a model of `vocab_size`
     must be another one's.
@@ -194,9 +196,7 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
     if name in NAMES:
         tokenizer = _load_named(name)
     elif os.path.exists(path := os.path.expanduser(name)):
-        from data.tokenizer_json import load_tokenizer_json
-
-        tokenizer = load_tokenizer_json(Path(path))
+        tokenizer = _load_path(Path(path))
     else:
         near = closest(name, (*NAMES, "none"))
         hint = f"did you mean {near}?" if near else f"there are {', '.join(NAMES)}, and paths of a tokenizer.json"
@@ -207,6 +207,13 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
             f" or a little more"
         )
     return tokenizer
+
+
+def _load_path(path: Path) -> Tokenizer:
+    from data.llama2c_tokenizer import load_llama2c_tokenizer
+    from data.tokenizer_json import load_tokenizer_json
+
+    return load_llama2c_tokenizer(path) if path.suffix == ".bin" and path.is_file() else load_tokenizer_json(path)
 
 
 def _load_named(name: str) -> Tokenizer:

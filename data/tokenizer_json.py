@@ -28,19 +28,27 @@ from pathlib import Path
 from typing import Any
 
 from cfg.errors import UserError
-from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, O200K_PATTERN, Tokenizer
+from data.tokenizer import CL100K_PATTERN, END_OF_TEXT, GPT2_PATTERN, O200K_PATTERN, Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+ROLES = ("bos_token", "pad_token", "unk_token")
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 # cl100k's pattern as GPT-4's and Llama 3's tokenizer.json spell it. tiktoken's own differs on white space at the end.
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# tiktoken's own, for a core to which $ is any line's end and {1,3}+ is {1,}. No branch needs to give back what it has
+# taken for another part of it to match, so that possessive quantifiers and greedy ones take the same.
+CL100K_ONIGURUMA = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s+\z|\s*[\r\n]|\s+(?!\S)|\s"
+)
 # The two cores have regular expressions of their own. With these patterns, which is what the dictionary is keyed by,
 # all 1,112,064 characters were seen to cut alike beside letters, digits, punctuation, spaces and line ends.
 SAME_CUTS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": GPT2_PATTERN,
+    CL100K_ONIGURUMA: CL100K_PATTERN,
     GPT4_PATTERN: GPT4_PATTERN,
     O200K_PATTERN: O200K_PATTERN,
 }
@@ -54,7 +62,7 @@ SAMPLE = [
 
 
 @cache
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """GPT-2's letter for each byte: printable ones stand for themselves, the rest for characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
@@ -94,7 +102,16 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     Raises UserError if the file is damaged, of a kind that is not read, or names no end-of-text token.
     """
     file = path / TOKENIZER if path.is_dir() else path
-    content, data = _read_json(file)
+    try:
+        content = file.read_bytes()
+    except OSError as e:
+        raise UserError(f"--tokenizer: {file}: {e.strerror}") from e
+    return read_tokenizer_json(str(path), file, content, _read_config(file.with_name(TOKENIZER_CONFIG)))
+
+
+def read_tokenizer_json(name: str, file: Path, content: bytes, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content and a tokenizer_config.json; `file` is what mistakes are said of."""
+    data = _parse(file, content)
     try:
         model, added = data["model"], {token["content"]: int(token["id"]) for token in data.get("added_tokens") or []}
         if (kind := model.get("type", "BPE")) != "BPE" or "merges" not in model:
@@ -109,42 +126,54 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
         token_bytes = _token_bytes(file, data, {t: i for t, i in vocab.items() if t not in special})
         library = LibraryEncoding(_without_special(data, special), token_bytes, special)
         same_ids = _same_cuts(data) and _same_merges(model, made, special)
+        prefix = _prefix(data.get("post_processor") or {})
+        if unknown := {*prefix} - {*vocab.values(), *added.values()}:
+            raise ValueError(f"its post_processor puts id {min(unknown)} before a text, which is no token")
     except UserError:
         raise
     except Exception as e:  # `tokenizers` raises Exception itself for what it cannot use
         what = f"no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
         raise UserError(f"{file}: not a tokenizer.json that can be used ({what})") from e
-    end, config = _end_of_text(file, special)
-    files = {TOKENIZER: content, TOKENIZER_CONFIG: config}
-    slow = Tokenizer(str(path), None, None, special, end, library, files)
+    end = _end_of_text(file, special, config)
+    files = {TOKENIZER: content, TOKENIZER_CONFIG: _kept_config(config, end, {*vocab, *added})}
+    slow = Tokenizer(name, None, None, special, special[end], library, files, prefix)
     if not same_ids:
         return slow
     ranks = {token: i for i, token in token_bytes.items()}
-    fast = Tokenizer(str(path), ranks, SAME_CUTS[_pattern(data)], special, end, None, files)
+    fast = Tokenizer(name, ranks, SAME_CUTS[_pattern(data)], special, special[end], None, files, prefix)
     if any(fast.encode(text) != slow.encode(text) for text in [*SAMPLE, *special]):
         print(f"{file}: tiktoken's core gives other ids; encoding with the tokenizers library, which is slower")
         return slow
     return fast
 
 
-def _read_json(file: Path) -> tuple[bytes, dict[str, Any]]:
-    try:
-        content = file.read_bytes()
-    except OSError as e:
-        raise UserError(f"--tokenizer: {file}: {e.strerror}") from e
+def _parse(file: Path, content: bytes) -> dict[str, Any]:
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: {'empty file' if not content.strip() else f'not JSON ({e})'}") from e
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError(f"{file}: not a tokenizer.json: it has no model")
-    return content, data
+    return data
+
+
+def _prefix(processor: dict[str, Any]) -> list[int]:
+    """The ids that a post-processor puts before a text that stands alone."""
+    if processor.get("type") == "Sequence":  # each puts its own around what the one before has made
+        return [i for step in reversed(processor["processors"]) for i in _prefix(step)]
+    ids: list[int] = []
+    if processor.get("type") == "TemplateProcessing":
+        for piece in processor["single"]:
+            if "Sequence" in piece:
+                break
+            ids += map(int, processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    return ids
 
 
 def _token_bytes(file: Path, data: dict[str, Any], vocab: dict[str, int]) -> dict[int, bytes]:
     """The bytes of each ordinary token. Raises UserError if there is text that the tokenizer has no tokens for."""
-    letters = _byte_letters()
-    if _byte_level(data):
+    letters = byte_letters()
+    if byte_level_steps(data):
         if missing := [b for letter, b in letters.items() if letter not in vocab]:
             raise UserError(
                 f"{file}: {len(missing)} of the 256 bytes have no token (0x{missing[0]:02x}), and text with them"
@@ -163,8 +192,9 @@ def _pre_tokenizers(data: dict[str, Any]) -> list[dict[str, Any]]:
     return list(pre["pretokenizers"]) if pre.get("type") == "Sequence" else [pre]
 
 
-def _byte_level(data: dict[str, Any]) -> bool:
-    return any(step.get("type") == "ByteLevel" for step in _pre_tokenizers(data))
+def byte_level_steps(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of its pre-tokenizers that write bytes as letters."""
+    return [step for step in _pre_tokenizers(data) if step.get("type") == "ByteLevel"]
 
 
 def _pattern(data: dict[str, Any]) -> str:
@@ -194,7 +224,7 @@ def _same_merges(model: dict[str, Any], made: list[int], special: dict[str, int]
 
     alone = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "model": model | {"ignore_merges": False}}))
     tokens = [token for token in model["vocab"] if token not in special]
-    if any(letter not in _byte_letters() for token in tokens for letter in token):
+    if any(letter not in byte_letters() for token in tokens for letter in token):
         return False
     counts = {len(encoding.ids) for encoding in alone.encode_batch_fast(tokens, add_special_tokens=False)}
     return 2 not in counts if model.get("ignore_merges") else counts == {1}
@@ -215,18 +245,41 @@ def _without_special(data: dict[str, Any], special: dict[str, int]) -> dict[str,
     return data | plain | {"model": model}
 
 
-def _end_of_text(file: Path, special: dict[str, int]) -> tuple[int, bytes]:
-    """Its id, and the tokenizer_config.json that says so."""
-    eos = None
-    if (beside := file.with_name(TOKENIZER_CONFIG)).is_file():
-        try:
-            eos = json.loads(beside.read_bytes()).get("eos_token")
-        except (ValueError, AttributeError, OSError, RecursionError) as e:
-            raise UserError(f"{beside}: damaged; make it again or remove it") from e
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-    name = eos if isinstance(eos, str) else next((end for end in ENDS_OF_TEXT if end in special), None)
+def _read_config(file: Path) -> dict[str, Any]:
+    """A tokenizer_config.json, {} if there is none."""
+    try:
+        config = json.loads(file.read_bytes()) if file.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (ValueError, OSError, RecursionError) as e:
+        raise UserError(f"{file}: damaged; make it again or remove it") from e
+    return config
+
+
+def _token_name(config: dict[str, Any], role: str) -> str | None:
+    """The name of a special token in a tokenizer_config.json, which writes it alone or with its properties."""
+    value = config.get(role)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _end_of_text(file: Path, special: dict[str, int], config: dict[str, Any]) -> str:
+    eos = _token_name(config, "eos_token")
+    name = eos or next((end for end in ENDS_OF_TEXT if end in special), None)
     if name not in special:
         what = f"end-of-text token {eos!r} is not one of its special tokens" if eos else "no end-of-text token"
         names = ", ".join(sorted(special)[:8]) or "none"
-        raise UserError(f"{file}: {what} (there are {names}); name one as eos_token in {beside.name}")
-    return special[name], json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name}).encode()
+        raise UserError(f"{file}: {what} (there are {names}); name one as eos_token in {TOKENIZER_CONFIG}")
+    return name
+
+
+def _kept_config(config: dict[str, Any], end: str, names: set[str]) -> bytes:
+    """The tokenizer_config.json of a copy: names of tokens and the chat template, nothing that changes ids.
+
+    A token that the tokenizer.json does not have is left out: `transformers` would give it an id of its own.
+    """
+    kept = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    kept |= {role: name for role in ROLES if (name := _token_name(config, role)) in names and name}
+    if isinstance(template := config.get("chat_template"), str):
+        kept["chat_template"] = template
+    return json.dumps(kept).encode()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cfg.errors import UserError
 from data.shards import token_dtype
 from data.tokenizer import GPT2_PATTERN, check_tokenizer_of, load_tokenizer, same_tokenizer
-from data.tokenizer_json import GPT4_PATTERN, SAME_CUTS, SAMPLE, _byte_letters, load_tokenizer_json
+from data.tokenizer_json import GPT4_PATTERN, SAME_CUTS, SAMPLE, byte_letters, load_tokenizer_json
 from data.train_tokenizer import train
 
 few = settings(max_examples=150, deadline=None)
@@ -30,7 +30,7 @@ def save(folder, data, config=None):
 
 def byte_level(merges, ids=None, **model):
     """A byte-level tokenizer.json of the 256 bytes, <|endoftext|> as 256, and these merges of ASCII."""
-    vocab = {letter: i for i, letter in enumerate(_byte_letters())}
+    vocab = {letter: i for i, letter in enumerate(byte_letters())}
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab) + 1)
     return {
