@@ -98,7 +98,7 @@ class Run:
 
 
 def setup(config: Config) -> Run:
-    """Ranks, data, model, strategy, optimizer. What is wrong with the data is known before anything is written."""
+    """Ranks, data, model, strategy, optimizer. What is wrong with the files is known before anything is written."""
     ranks = init_ranks(config.device, config.start_timeout_minutes, sharded=config.zero_stage >= 2)
     device = ranks.device
     if config.tensorcores and device.type == "cuda":
@@ -114,10 +114,11 @@ def setup(config: Config) -> Run:
     val_data = open_val_data(config, identity) if config.input_val_bin else None
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     asked = open_hellaswag(config, ranks, tokenizer) if config.hellaswag_every and tokenizer else None
+    weights = first_weights(config)
     ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
     guard.check_shared(Path(config.output_dir), ranks)
 
-    parallel = parallelize(config, ranks, first_weights(config))
+    parallel = parallelize(config, ranks, weights)
     set_timeout(config.start_timeout_minutes, parallel.groups)  # those of --replicas have one of their own
     optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
     saver = checkpoint.Saver(config, ranks)

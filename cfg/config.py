@@ -437,6 +437,8 @@ def _check_origin(config: Config, origin: Origin, values: dict[str, Any]) -> Non
     """Raises UserError if flags were given that make another model than the weights are of."""
     free = FREE | ({"n_positions"} if config.positions == "rotary" else set())
     free |= {"vocab_size"} if config.resize_embeddings else set()
+    if origin.kind == "nanogpt" and config.mlp in ("gelu", "gelu_exact"):
+        free |= {"mlp"}  # which of the two, the file does not tell
     for name in origin.flags.keys() & values.keys() & ModelConfig.model_fields.keys() - free:
         if (value := getattr(config, name)) != origin.flags[name]:
             way_out = "; leave the flag out" if name != "vocab_size" else "; or resize it with --resize_embeddings=1"

@@ -18,6 +18,7 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 LINEAR, LLAMA3 = ("factor",), ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 ROPE_KINDS = {"linear": LINEAR, "llama3": LLAMA3}
 
 
@@ -54,7 +55,7 @@ def _gpt2(config: dict[str, Any], where: str) -> dict[str, Any]:
     _only(
         config,
         where,
-        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        activation_function=tuple(GELUS),
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
         add_cross_attention=False,
@@ -73,7 +74,7 @@ def _gpt2(config: dict[str, Any], where: str) -> dict[str, Any]:
         "sliding_window": 0,
         "norm": "layernorm",
         "norm_eps": float(config.get("layer_norm_epsilon", 1e-5)),
-        "mlp": "gelu",
+        "mlp": GELUS[config.get("activation_function", "gelu_new")],
         "mlp_hidden": int(config.get("n_inner") or 4 * width),
         "bias": True,
         "qkv_bias": False,
@@ -85,7 +86,7 @@ def _gpt2(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _rotary(family: str, config: dict[str, Any], where: str) -> dict[str, Any]:
     """Llama and what descends from it."""
-    _only(config, where, hidden_act=("silu", "swish"))
+    _only(config, where, hidden_act=("silu", "swish"), use_mrope=False)
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if attention_bias and not (family == "llama" and mlp_bias):
         raise UserError(f"{where}: attention_bias=True is not supported without mlp_bias=True (--bias=1 is both)")
@@ -122,6 +123,8 @@ def _rotary(family: str, config: dict[str, Any], where: str) -> dict[str, Any]:
 def _rope(config: dict[str, Any], where: str) -> tuple[float, str]:
     """Base and --rope_scaling; since transformers 5 both stand in rope_parameters."""
     about = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(value, dict) for value in about.values()):
+        raise UserError(f"{where}: rope_parameters that differ from layer to layer are not supported")
     base = float(about.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if (part := about.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)) != 1.0:
         raise UserError(f"{where}: partial_rotary_factor={part} is not supported; only 1")
@@ -169,7 +172,8 @@ def _needs(flags: dict[str, Any], who: str, **wanted: Any) -> None:
 
 def _to_gpt2(flags: dict[str, Any]) -> dict[str, Any]:
     who = CLASSES["gpt2"] + " (the one for --positions=learned)"
-    _needs(flags, who, norm="layernorm", mlp="gelu", qk_norm=False, logit_softcap=0.0, sliding_window=0, head_dim=0)
+    mlp = flags["mlp"] if flags["mlp"] in GELUS.values() else "gelu"
+    _needs(flags, who, norm="layernorm", mlp=mlp, qk_norm=False, logit_softcap=0.0, sliding_window=0, head_dim=0)
     _needs(flags, who, n_kv_head=flags["n_head"])
     return {
         "model_type": "gpt2",
@@ -180,7 +184,7 @@ def _to_gpt2(flags: dict[str, Any]) -> dict[str, Any]:
         "n_inner": flags["mlp_hidden"],
         "n_positions": flags["n_positions"],
         "vocab_size": flags["vocab_size"],
-        "activation_function": "gelu_new",
+        "activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu"}[mlp],
         "layer_norm_epsilon": flags["norm_eps"],
         "attn_pdrop": flags["dropout"],
         "embd_pdrop": flags["dropout"],

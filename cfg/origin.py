@@ -49,7 +49,7 @@ def open_origin(text: str, flag: str = "init_from") -> Origin:
     path = Path(os.path.expanduser(name))
     where = f"--{flag}={text}"
     if kind == "hf":
-        return _open_hf(name, path, where)
+        return _open_hf(name, where)
     if kind:
         if not path.is_file():
             raise UserError(f"{where}: no such file")
@@ -60,12 +60,21 @@ def open_origin(text: str, flag: str = "init_from") -> Origin:
     return Origin("", path, "", found, own or str(found["tokenizer"]))
 
 
-def _open_hf(name: str, path: Path, where: str) -> Origin:
-    hub = ""
-    if not path.is_dir():
-        if not HUB_NAME.fullmatch(name):
-            raise UserError(f"{where}: no such folder")
-        hub, path = name, fetch(name, DESCRIPTION, where)
+def hf_folder(name: str, where: str) -> tuple[Path, str]:
+    """The folder of what follows on hf:, and its name if it is the hub's, of which then the description is fetched.
+
+    Raises UserError if there is no such folder and nothing of this name to be fetched.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return path, ""
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"{where}: no such folder")
+    return fetch(name, DESCRIPTION, where), name
+
+
+def _open_hf(name: str, where: str) -> Origin:
+    path, hub = hf_folder(name, where)
     file = path / "config.json"
     try:
         config = json.loads(file.read_bytes())
@@ -76,8 +85,9 @@ def _open_hf(name: str, path: Path, where: str) -> Origin:
     if not isinstance(config, dict):
         raise UserError(f"{where}: {file} is damaged (not an object)")
     flags = hf.flags_of(config, f"{where}: {file.name}")
-    own = str(path) if (path / "tokenizer.json").is_file() else ""
-    return Origin("hf", path, hub, flags, own or _known_by_size(flags["vocab_size"]))
+    own = (path / "tokenizer.json").is_file()
+    tokenizer = (f"hf:{hub}" if hub else str(path)) if own else _known_by_size(flags["vocab_size"])
+    return Origin("hf", path, hub, flags, tokenizer)
 
 
 def fetch(name: str, patterns: tuple[str, ...], where: str) -> Path:

@@ -20,9 +20,10 @@ def subject_parser(description: str | None, hf: bool = True) -> CommandParser:
     """
     parser = CommandParser(description=description)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, help="an output_dir, or one checkpoint in it")
+    ours = "an output_dir, one checkpoint in it, or another's model, as --init_from names it: hf:FOLDER, llmc:FILE, ..."
+    what.add_argument("--checkpoint", type=Path, help=ours)
     if hf:
-        what.add_argument("--hf", default="", metavar="PATH", help="a Hugging Face folder, or a name on the hub")
+        what.add_argument("--hf", default="", metavar="PATH", help="a Hugging Face folder or name, run by transformers")
     parser.add_argument("--tokenizer", default="", help="name, or path of a tokenizer.json (default: the model's own)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of computing")

@@ -49,7 +49,7 @@ def stop_text(text: str) -> str:
 def parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="an output_dir, or one checkpoint in it")
+    add("--checkpoint", type=Path, required=True, help="an output_dir, one checkpoint in it, or hf:FOLDER_OR_NAME, ...")
     add("--tokenizer", default="", help="name, or path of a tokenizer.json (default: the run's)")
     add(
         "--prompt",
@@ -109,6 +109,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfg.origin import split
 from data.fim import infill_prompt
 from data.tokenizer import Tokenizer
 from eval.subject import tokenizer_of
@@ -258,10 +259,12 @@ class Row:
 def rows_of(args: argparse.Namespace, tokenizer: Tokenizer, n_positions: int) -> tuple[list[list[int]], list[Row]]:
     """The ids of each prompt, and the rows of all."""
     prompts, rows = [], []
+    foreign = split(str(args.checkpoint))[0] and not args.infill
+    begin = tokenizer.prefix if foreign and tokenizer.prefix else [tokenizer.end_of_text]
     for text in args.prompts:
         before, after = text.split(HOLE) if args.infill else (text, "")
         ids = infill_prompt(before, after, tokenizer) if args.infill else tokenizer.encode(text)
-        prompts.append([tokenizer.end_of_text, *ids])
+        prompts.append([*begin, *ids])
         if args.infill and len(prompts[-1]) + args.max_new_tokens > n_positions:
             raise UserError(
                 f"--infill: a prompt of {len(prompts[-1])} tokens and --max_new_tokens={args.max_new_tokens} exceed the"

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cfg.errors import UserError
+from cfg.origin import split
 from data.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from eval.command import my_rank
 from eval.scoring import Batch, Forward, Request, Score, follow_on, gpt_forward, merge, score
@@ -170,14 +171,16 @@ def open_checkpoint(
             raise
         if my_rank()[0] == 0 and flags["tokenizer"] != "none":
             print(f"no bits per byte: {error}")
+    # Ours have seen documents follow on an end-of-text token; another's is asked as its tokenizer has texts begin.
+    begin = tokenizer.prefix if tokenizer and split(str(args.checkpoint))[0] else []
     encode = tokenizer.encode if tokenizer else no_text
     return Subject(
         name=str(found),
         step=step if (step := step_of(found)) >= 0 else None,
         forward=in_dtype(gpt_forward(model), device, dtype),
-        encode=encode,
+        encode=lambda text: [*begin, *encode(text)],
         encode_more=follow_on(encode) if tokenizer else no_text,
-        end_of_text=tokenizer.end_of_text if tokenizer else -1,
+        end_of_text=(begin or [tokenizer.end_of_text])[0] if tokenizer else -1,
         vocab_size=model.config.vocab_size,
         limit=model.config.n_positions,
         shared=True,
@@ -207,8 +210,10 @@ def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: tor
     if args.tokenizer and not os.path.exists(os.path.expanduser(args.tokenizer)):
         raise UserError(f"--tokenizer={args.tokenizer}: no such folder; --hf takes that of a Hugging Face tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(args.tokenizer) or name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        # No code of the folder's: unless told so, transformers asks whether to run it.
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(args.tokenizer) or name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        model = model.to(device).eval()
     except Exception as e:  # its loaders raise whatever they please
         where = "" if here else "; there is no such folder, and the hub does not have it or cannot be reached"
         raise UserError(

@@ -34,22 +34,36 @@ def reader(origin: Origin, report: Any = print) -> Callable[[str], Tensor]:
     if origin.kind == "hf":
         if origin.hub:
             fetch(origin.hub, WEIGHTS, f"hf:{origin.hub}")
-        with torch.device("meta"):
-            names = [name for name, _ in GPT(config).named_parameters()]
-        return hf.Reader(origin.path, config.positions == "learned", names)
-    found = find_checkpoint(origin.path, report)
+        return hf.Reader(origin.path, config.positions == "learned", list(parameter_shapes(config)))
+    return checkpoint_reader(newest(origin.path, report), config)
+
+
+def newest(path: Path, report: Any = print) -> Path:
+    """The newest whole checkpoint of a run; the optimizer's files, which are not asked for, are not hashed."""
+    found = find_checkpoint(path, report, skip="optimizer/")
     if found is None:
-        raise UserError(f"{origin.path}: holds no checkpoint")
-    shapes = tensor_shapes(found, "model")
+        raise UserError(f"{path}: holds no checkpoint")
+    return found
+
+
+def checkpoint_reader(path: Path, config: ModelConfig) -> Callable[[str], Tensor]:
+    """As `reader`, of one checkpoint of ours."""
+    shapes = tensor_shapes(path, "model")
 
     def read(name: str) -> Tensor:
         if name not in shapes:
-            raise UserError(f"{found}: has no {name}")
+            raise UserError(f"{path}: has no {name}")
         tensor = torch.empty(shapes[name])
-        load_tensors(found, "model", {name: tensor}, subset=True)
+        load_tensors(path, "model", {name: tensor}, subset=True)
         return tensor[: config.vocab_size] if is_vocabulary(name) else tensor
 
     return read
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every parameter's name and shape, the vocabulary without padding."""
+    with torch.device("meta"):
+        return {n: p.shape for n, p in GPT(config.model_copy(update={"vocab_pad": 1})).named_parameters()}
 
 
 def is_vocabulary(name: str) -> bool:
@@ -108,10 +122,7 @@ def load_model(path: Path | str, device: torch.device, report: Any = print) -> t
     """
     if split(str(path))[0]:
         return load_foreign(open_origin(str(path), "checkpoint"), device)
-    path = Path(path)
-    found = find_checkpoint(path, report, skip="optimizer/")
-    if found is None:
-        raise UserError(f"{path}: holds no checkpoint")
+    found = newest(Path(path), report)
     flags = read_manifest(found)["config"]
     model = GPT(model_config(flags, str(found)))
     load_tensors(found, "model", {name: p.detach() for name, p in model.named_parameters()})
@@ -125,8 +136,5 @@ def load_foreign(origin: Origin, device: torch.device) -> tuple[GPT, dict[str, A
         model = GPT(config)
     model.to_empty(device="cpu")
     init_weights(model, initial_values(reader(origin), config))
-    return (
-        model.to(device).eval(),
-        {**config.model_dump(), "tokenizer": origin.tokenizer, "doc_mask": False},
-        origin.path,
-    )
+    flags = {**config.model_dump(), "tokenizer": origin.tokenizer, "doc_mask": False}
+    return model.to(device).eval(), flags, origin.path

@@ -1,8 +1,9 @@
-"""A checkpoint in another form: `python scripts/export.py --checkpoint RUN --to consolidated --output FOLDER`.
+"""A checkpoint in another form: `python scripts/export.py --checkpoint RUN --to hf --output FOLDER`.
 
-consolidated: the parameters that many ranks wrote, whole, in one file, FOLDER/model/model.safetensors, with what
-describes them beside it; evaluation takes the folder as it takes a checkpoint. Needs memory for the model, none for
-the optimizer.
+hf: a Hugging Face folder, for transformers and all that reads its models: config.json, model.safetensors, the
+tokenizer, a model card. llmc: llm.c's model file. consolidated: what many ranks wrote in one file, which evaluation
+takes as it takes a checkpoint. --checkpoint may also name somebody else's model (hf:, nanogpt:, llmc:, llama2c:FILE),
+which is then converted. Needs memory for a file of the output at a time, none for the optimizer.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ if __name__ == "__main__":
 
 from cfg.errors import CommandParser, UserError, one_line_errors, run_command
 
+NAMES = {"hf": "a folder", "llmc": "a file", "consolidated": "a folder"}
+
 
 def parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="an output_dir, or one checkpoint in it")
-    parser.add_argument("--to", choices=["consolidated"], default="consolidated", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write; must not exist")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="an output_dir, one checkpoint in it, or a model as --init_from names it")
+    add("--to", choices=list(NAMES), default="consolidated", help="default: %(default)s")
+    add("--output", type=Path, required=True, help="the folder or file to write; must not exist")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of hf and llmc (float32)")
+    add("--tokenizer", default="", help="name, or path of a tokenizer.json, for hf (default: the run's)")
+    add("--max_file_gb", type=float, default=5.0, help="for hf: 10^9 bytes in a file, above which there are several")
     return parser
 
 
@@ -32,16 +39,52 @@ import json
 import os
 import shutil
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+from cfg.config import ModelConfig
 from cfg.files import file_sha256, flush_to_disk
-from model.weights import MANIFEST, find_checkpoint, load_tensors, read_manifest, tensor_shapes
+from cfg.hf import config_of
+from cfg.origin import Origin, open_origin
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import tokenizer_files
+from eval.subject import tokenizer_of
+from model.hf import INDEX, SINGLE, split_for_export
+from model.neighbours import write_llmc
+from model.origin import checkpoint_reader, model_config, newest, parameter_shapes, reader
+from model.weights import MANIFEST, load_tensors, read_manifest, tensor_shapes
+from train.model_card import model_card
 
 
-def consolidate(checkpoint: Path, folder: Path) -> int:
-    """Writes the model of `checkpoint`, whole, into the empty `folder`; returns the number of values in it."""
+@dataclass(frozen=True)
+class Source:
+    """The model to be written."""
+
+    origin: Origin
+    path: Path  # the checkpoint, folder or file it is read from
+    config: ModelConfig
+    read: Callable[[str], Tensor]  # a parameter by its name, the vocabulary without padding
+
+
+def open_source(name: str) -> Source:
+    origin = open_origin(name, "checkpoint")
+    config = model_config(origin.flags, name)
+    if origin.kind:
+        return Source(origin, origin.path, config, reader(origin))
+    found = newest(origin.path)
+    return Source(origin, found, config, checkpoint_reader(found, config))
+
+
+def consolidate(source: Source, folder: Path) -> None:
+    """Writes the model, whole, into the empty `folder`, as a checkpoint without an optimizer."""
+    checkpoint = source.path
     manifest = read_manifest(checkpoint)
     for name in manifest["files"]:
         if "/" not in name:  # state, tokenizer
@@ -49,32 +92,124 @@ def consolidate(checkpoint: Path, folder: Path) -> int:
     tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint, "model").items()}
     load_tensors(checkpoint, "model", tensors)
     (folder / "model").mkdir()
-    save_file(tensors, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model" / SINGLE, metadata={"format": "pt"})
     files = [path for path in folder.rglob("*") if path.is_file()]
     manifest["files"] = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, folder / MANIFEST]:
-        flush_to_disk(path)
-    return sum(tensor.numel() for tensor in tensors.values())
+    write_json(folder / MANIFEST, manifest)
 
 
-def main() -> None:
-    if args.output.exists():
-        raise UserError(f"--output={args.output} is already there; choose another name")
-    found = find_checkpoint(args.checkpoint)
-    if found is None:
-        raise UserError(f"--checkpoint={args.checkpoint}: holds no checkpoint")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}.") as temporary:
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, tokenizer_name: str) -> None:
+    """Writes a Hugging Face folder of the model into the empty `folder`.
+
+    Raises UserError if transformers has no class for it.
+    """
+    model = config_of(source.config.model_dump())
+    tokenizer = open_tokenizer(source, tokenizer_name)
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+    if tokenizer:
+        for name, content in tokenizer_files(tokenizer, source.config.n_positions).items():
+            (folder / name).write_bytes(content)
+        # What documents begin with; here it is mostly the token that also ends them.
+        ids = {"bos_token_id": (tokenizer.prefix or [tokenizer.end_of_text])[0], "eos_token_id": tokenizer.end_of_text}
+    kind = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**model, **ids, "torch_dtype": kind})
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    write_weights(source, folder, model["model_type"] == "gpt2", dtype, limit)
+    count = sum(map(prod, parameter_shapes(source.config).values()))
+    card = model_card(source.path, source.origin, source.config, kind, count)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def open_tokenizer(source: Source, name: str) -> Tokenizer | None:
+    flags = source.origin.flags | {"tokenizer": source.origin.tokenizer, "vocab_size": source.config.vocab_size}
+    if not name and flags["tokenizer"] == "none" and not (source.path / "tokenizer.json").is_file():
+        print("no tokenizer is known, and none written; name it with --tokenizer")
+        return None
+    return tokenizer_of(name, source.path, flags)
+
+
+def write_weights(source: Source, folder: Path, learned: bool, dtype: torch.dtype, limit: float) -> None:
+    """Writes model.safetensors, or several files with an index if they hold more than `limit` bytes."""
+    from tqdm import tqdm
+
+    # GPT-2's class has all biases: where the model has none, they are zero.
+    shapes = parameter_shapes(source.config.model_copy(update={"bias": True}) if learned else source.config)
+    groups = list(grouped(shapes, limit / dtype.itemsize))
+    own = parameter_shapes(source.config)
+    c = source.config
+    heads = [n * c.head_size for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    places: dict[str, str] = {}
+    total = 0
+    bar = tqdm(total=len(shapes), desc="tensors", unit="", disable=None)
+    for number, names in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            value = source.read(name).to(dtype) if name in own else torch.zeros(shapes[name], dtype=dtype)
+            tensors |= split_for_export(name, value, learned, heads)
+            bar.update()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+        total += sum(t.nbytes for t in tensors.values())
+    bar.close()
+    if len(groups) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def grouped(shapes: dict[str, torch.Size], limit: float) -> Iterator[list[str]]:
+    """Names of parameters in groups of at most `limit` values, but for one that is larger by itself."""
+    group: list[str] = []
+    held = 0
+    for name, shape in shapes.items():
+        if group and held + prod(shape) > limit:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += prod(shape)
+    yield group
+
+
+def write_folder(output: Path, write: Callable[[Path], None]) -> None:
+    """A folder that appears whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / "whole"
         folder.mkdir()
-        count = consolidate(found, folder)
-        os.rename(folder, args.output)
-    size = (args.output / "model" / "model.safetensors").stat().st_size
-    print(f"{args.output}: {count:,} values of {found}, {size / 2**30:.2f} GiB")
+        write(folder)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                flush_to_disk(path)
+        os.rename(folder, output)
+
+
+def main(args: Namespace) -> None:
+    output, dtype = args.output, getattr(torch, args.dtype)
+    if output.exists():
+        raise UserError(f"--output={output} is already there; choose another name")
+    if not args.max_file_gb > 0:
+        raise UserError(f"--max_file_gb={args.max_file_gb} must be above 0")
+    source = open_source(args.checkpoint)
+    if args.to == "consolidated":
+        if source.origin.kind:
+            raise UserError(
+                f"--to=consolidated is for checkpoints of ours, which --checkpoint={args.checkpoint} is not"
+            )
+        write_folder(output, lambda folder: consolidate(source, folder))
+    elif args.to == "hf":
+        limit = args.max_file_gb * 1e9
+        write_folder(output, lambda folder: export_hf(source, folder, dtype, limit, args.tokenizer))
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_llmc(output, source.config, source.read, dtype)
+    files = [p for p in output.rglob("*") if p.is_file()] if output.is_dir() else [output]
+    print(f"{output}: {source.path} in {sum(p.stat().st_size for p in files) / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(args))

@@ -110,11 +110,13 @@ def test_rotary_families(tmp_path_factory, config):
     inner=st.sampled_from([None, 50]),
     tied=st.booleans(),
     eps=st.sampled_from([1e-5, 1e-3]),
+    activation=st.sampled_from(["gelu_new", "gelu"]),
 )
-def test_gpt2(tmp_path_factory, heads, vocab, inner, tied, eps):
+def test_gpt2(tmp_path_factory, heads, vocab, inner, tied, eps, activation):
     folder = tmp_path_factory.mktemp("hf")
     shape = {"n_embd": heads * 6, "n_head": heads, "n_layer": 2, "n_positions": 40, "n_inner": inner}
-    config = GPT2Config(vocab_size=vocab, tie_word_embeddings=tied, layer_norm_epsilon=eps, **shape)
+    shape |= {"layer_norm_epsilon": eps, "activation_function": activation}
+    config = GPT2Config(vocab_size=vocab, tie_word_embeddings=tied, **shape)
     same(folder, save(config, folder), vocab)
 
 
@@ -170,12 +172,13 @@ def test_a_tied_head_that_is_written_all_the_same(tmp_path):
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "dynamic"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "from layer to layer"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ("llama", {"layer_types": ["sliding_attention", "full_attention"]}, "1 of 2 layers"),
         ("llama", {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         ("llama", {"hidden_size": None}, "damaged"),
         ("llama", {"num_hidden_layers": 0}, "n_layer"),
-        ("gpt2", {"activation_function": "gelu"}, "activation_function=gelu"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function=relu"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),

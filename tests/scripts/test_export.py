@@ -1,11 +1,24 @@
-"""Exporting a checkpoint that four ranks wrote."""
+"""Exporting a checkpoint that two ranks wrote, and models of every kind that transformers has a class for."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cfg.config import load_config
+from cfg.errors import UserError
+from cfg.origin import Origin
+from data.tokenizer import load_tokenizer
+from eval.generate import Sampling, generate
+from model.gpt import GPT, init_weights
+from model.origin import initial_values, load_model, model_config, reader
+from scripts import export as command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,15 +30,27 @@ def sharded(trainer, tmp_path_factory):
     return output_dir
 
 
-def export(*words, code=0):
+def run_command(*words, code=0):
     command = [sys.executable, str(ROOT / "scripts/export.py"), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
 
+def export(*words, code=0):
+    """The same in this process; what it says of a mistake."""
+    args = command.parser().parse_args([str(word) for word in words])
+    try:
+        command.main(args)
+    except UserError as error:
+        assert code == 2, error
+        return str(error)
+    assert code == 0
+    return ""
+
+
 def test_one_file_holds_what_the_ranks_wrote(sharded, parameters_of, trainer, tmp_path):
-    export("--checkpoint", sharded, "--to", "consolidated", "--output", tmp_path / "whole")
+    run_command("--checkpoint", sharded, "--to", "consolidated", "--output", tmp_path / "whole")
     tensors, expected = load_file(tmp_path / "whole/model/model.safetensors"), parameters_of(sharded)
     assert tensors.keys() == expected.keys() and all((tensors[n] == t).all() for n, t in expected.items())
     assert all((parameters_of(tmp_path / "whole")[n] == t).all() for n, t in expected.items())
@@ -34,7 +59,162 @@ def test_one_file_holds_what_the_ranks_wrote(sharded, parameters_of, trainer, tm
 
 
 def test_mistakes(sharded, tmp_path):
-    assert "is already there" in export("--checkpoint", sharded, "--output", tmp_path, code=2)
-    assert "no such checkpoint" in export("--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "x", code=2)
+    assert "is already there" in run_command("--checkpoint", sharded, "--output", tmp_path, code=2)
+    assert "no such run or checkpoint" in export(
+        "--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "x", code=2
+    )
     assert "holds no checkpoint" in export("--checkpoint", tmp_path, "--output", tmp_path / "x", code=2)
     assert not list(tmp_path.iterdir())
+
+
+FAMILIES = {
+    "gpt2": [],
+    "nanogpt": ["--bias=0", "--mlp=gelu_exact"],
+    "llama": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0"],
+    "llama_bias": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu"],
+    "mistral": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--sliding_window=7"],
+    "qwen2": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--qkv_bias=1"],
+    "qwen3": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--qk_norm=1", "--head_dim=6"],
+}
+ROPES = ["", "linear:2.5", "llama3:8,1,4,16"]
+
+
+@st.composite
+def flags(draw):
+    family = draw(st.sampled_from(list(FAMILIES)))
+    kv = draw(st.sampled_from([1, 2, 3]))
+    heads = kv * (draw(st.integers(1, 3)) if "--positions=rotary" in FAMILIES[family] else 1)
+    found = [*FAMILIES[family], f"--n_head={heads}", f"--n_kv_head={kv}", f"--n_embd={heads * 8}"]
+    found += [f"--vocab_size={draw(st.integers(2, 300))}", f"--n_layer={draw(st.integers(1, 3))}"]
+    found += [f"--tie_embeddings={draw(st.integers(0, 1))}", f"--mlp_hidden={draw(st.sampled_from([0, 50]))}"]
+    if "--positions=rotary" in found:
+        found.append(f"--rope_scaling={draw(st.sampled_from(ROPES))}")
+    return found
+
+
+def source_of(config, seed=0):
+    """A model as `export` has it, with weights far from their start, and the model."""
+    model = GPT(model_config(config.model_dump(), "here")).eval()
+    generator = torch.Generator().manual_seed(seed)
+    init_weights(model, lambda name, shape: torch.randn(shape, generator=generator) * 0.2)
+    weights = {n: p.detach()[: config.vocab_size] if n in ("wte.weight", "lm_head.weight") else p.detach()
+               for n, p in model.named_parameters()}  # fmt: skip
+    origin = Origin("hf", Path("somewhere"), "", config.model_dump(), "none")
+    return command.Source(origin, Path("somewhere"), model.config, weights.__getitem__), model
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(flags=flags(), limit=st.sampled_from([5e9, 1e4]))
+def test_transformers_opens_it_and_computes_the_same(tmp_path_factory, flags, limit):
+    folder = tmp_path_factory.mktemp("export")
+    config = load_config(["--sequence_length=40", *flags], 1)
+    source, ours = source_of(config)
+    command.export_hf(source, folder, torch.float32, limit, "")
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    idx = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, expected = theirs(idx).logits, ours(idx)
+    assert got.shape == expected.shape  # the true vocabulary
+    assert (got - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
+    back, _, _ = load_model(f"hf:{folder}", torch.device("cpu"))
+    named = dict(back.named_parameters())
+    for name, p in ours.named_parameters():
+        assert torch.equal(named[name][: config.vocab_size], p[: config.vocab_size]), name
+    assert all(not p.any() for name, p in named.items() if name not in dict(ours.named_parameters()))  # GPT-2's biases
+    tensors = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
+    assert len(tensors) == len(set(tensors)) and ("lm_head.weight" in tensors) == (not config.tie_embeddings)
+
+
+@pytest.mark.parametrize(
+    "flags, switch",
+    [
+        (["--mlp=relu2"], "--mlp=relu2: .* only --mlp=gelu"),
+        (["--norm=rmsnorm"], "--norm=rmsnorm: .* only --norm=layernorm"),
+        (["--logit_softcap=15"], "--logit_softcap=15.0: .* only --logit_softcap=0.0"),
+        (["--n_kv_head=1"], "--n_kv_head=1: .* only --n_kv_head=2"),
+        ([*FAMILIES["llama"], "--norm=layernorm"], "--norm=layernorm: .* only --norm=rmsnorm"),
+        ([*FAMILIES["llama"], "--mlp=gelu"], "--mlp=gelu: .* only --mlp=swiglu"),
+        ([*FAMILIES["qwen3"], "--sliding_window=4"], "--sliding_window=4: .*--qk_norm.* only --sliding_window=0"),
+        ([*FAMILIES["qwen2"], "--bias=1"], "--bias=1: .*--qkv_bias.* only --bias=0"),
+    ],
+)
+def test_what_transformers_has_no_class_for_is_refused_with_its_switch(tmp_path, flags, switch):
+    config = load_config(["--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=61", *flags], 1)
+    with pytest.raises(UserError, match=switch):
+        command.export_hf(source_of(config)[0], tmp_path, torch.float32, 5e9, "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def text_run(trainer, tmp_path_factory):
+    """Two ranks' checkpoint of a model of GPT-2's vocabulary, and what it was exported to."""
+    folder = tmp_path_factory.mktemp("text")
+    flags = ["--vocab_size=50257", "--num_iterations=2", "--total_batch_size=128", "--hellaswag_limit=1"]
+    trainer.run(folder / "run", "--zero_stage=3", "--n_layer=1", *flags, ranks=2)
+    export("--checkpoint", folder / "run", "--to", "hf", "--output", folder / "out")
+    return folder / "run", folder / "out"
+
+
+def test_a_run_becomes_a_folder_that_says_the_same(text_run):
+    run, folder = text_run
+    model, flags, _ = load_model(run, torch.device("cpu"))
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert theirs.config.vocab_size == theirs.get_input_embeddings().num_embeddings == 50257
+    ids = tokenizer("<|endoftext|>Hello, world", return_tensors="pt").input_ids
+    own = load_tokenizer("gpt2")
+    assert ids[0].tolist() == [own.end_of_text, *own.encode("Hello, world")]
+    written = theirs.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.size(1) :].tolist()
+    steps = generate(model, [ids[0].tolist()], 20, Sampling(temperature=0))
+    assert written == [token for (token,) in steps][: len(written)]
+    with torch.no_grad():
+        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
+    card = (folder / "README.md").read_text()
+    assert (
+        "for 2 steps on 256 tokens" in card and "validation perplexity" in card and "total_batch_size | `128`" in card
+    )
+
+
+def test_the_import_of_an_export_is_the_checkpoint_bit_for_bit(text_run, parameters_of):
+    run, folder = text_run
+    config = load_config([f"--init_from=hf:{folder}"], 1)
+    assert config.tokenizer == str(folder)
+    model = GPT(config)
+    init_weights(model, initial_values(reader(Origin("hf", folder, "", config.model_dump(), "none")), config))
+    named = dict(model.named_parameters())
+    for name, value in parameters_of(run).items():
+        assert torch.equal(named[name][:50257], value[:50257])
+
+
+def test_lm_eval_opens_it(text_run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "one two", "good": " three", "bad": " 東京"}\n' * 3)
+    (tmp_path / "tiny.yaml").write_text(
+        "task: tiny\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
+        f"dataset_kwargs: {{data_files: {{train: {tmp_path / 'rows.jsonl'}}}}}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: 0\ndoc_to_choice: "{{[good, bad]}}"\n'
+    )
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = {"model": "hf", "model_args": f"pretrained={text_run[1]}", "device": "cpu"}
+    results = lm_eval.simple_evaluate(**model, tasks=["tiny"], task_manager=tasks)
+    assert results["results"]["tiny"]["acc,none"] in (0.0, 1.0)
+
+
+def test_bfloat16_in_many_files_and_refusals(text_run, sharded, tmp_path):
+    run, _ = text_run
+    export("--checkpoint", run, "--to=hf", "--dtype=bfloat16", "--max_file_gb=1e-3", "--output", tmp_path / "small")
+    files = list((tmp_path / "small").glob("model-*.safetensors"))
+    assert len(files) > 1 and all(t.dtype == torch.bfloat16 for f in files for t in load_file(f).values())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").dtype == torch.bfloat16
+    said = export("--checkpoint", sharded, "--to=hf", "--tokenizer=cl100k_base", "--output", tmp_path / "x", code=2)
+    assert "--tokenizer=cl100k_base" in said
+    assert "--max_file_gb=0.0" in export("--checkpoint", run, "--max_file_gb=0", "--output", tmp_path / "x", code=2)
+    said = export("--checkpoint", f"hf:{tmp_path / 'small'}", "--output", tmp_path / "x", code=2)
+    assert "--to=consolidated is for checkpoints of ours" in said and not (tmp_path / "x").exists()
+    export("--checkpoint", run, "--to=llmc", "--output", tmp_path / "model.bin")
+    ours, back = (
+        load_model(run, torch.device("cpu"))[0],
+        load_model(f"llmc:{tmp_path / 'model.bin'}", torch.device("cpu"))[0],
+    )
+    assert all(torch.equal(a[:50257], b[:50257]) for a, b in zip(ours.parameters(), back.parameters(), strict=True))

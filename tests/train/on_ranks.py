@@ -6,6 +6,7 @@ argv[2] is the folder in which the settings leave their checkpoints for those on
 import json
 import sys
 import traceback
+import weakref
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from cfg.config import load_config
 from cfg.errors import run_command
+from cfg.origin import open_origin
 from model.gpt import GPT, initial_value
+from model.origin import initial_values, reader
 from model.weights import list_checkpoints
 from train import checkpoint
 from train.distributed import Ranks, close_ranks, init_ranks
@@ -96,6 +99,32 @@ def check_initial_weights(ranks, folder):
                 shards = ranks.world_size // config.replicas
                 held = sum(local(p).numel() for p in named.values())
                 assert held < setting.model.num_params() / shards * 1.25
+
+
+def check_imported_weights(ranks, folder):
+    """As they are in the files, in every stage; nowhere more than this rank's part and the parameter at hand."""
+    origin = open_origin(f"hf:{folder.parent / 'llama'}")
+    shape = ["--sequence_length=16", "--batch_size=2", f"--init_from=hf:{origin.path}", "--device=cpu"]
+    handed_out = []
+
+    def read(name):
+        assert not handed_out or handed_out.pop()() is None, f"what came before {name} is still held"
+        value = values(name, expected[name].shape)
+        handed_out.append(weakref.ref(value))
+        return value
+
+    for flags in settings(ranks.world_size).values():
+        config = load_config([*shape, *flags], ranks.world_size)
+        values = initial_values(reader(origin), config)
+        with torch.device("meta"):
+            shapes = {n: p.shape for n, p in GPT(config).named_parameters()}
+        expected = {n: values(n, s).float() for n, s in shapes.items()}
+        model = parallelize(config, ranks, lambda name, shape: read(name)).model
+        named = {n: p.detach() for n, p in model.named_parameters()}
+        assert_equal({n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named.items()}, expected)
+        if config.zero_stage >= 2:
+            shards = ranks.world_size // config.replicas
+            assert sum(local(p).numel() for p in named.values()) < model.num_params() / shards * 1.25
 
 
 def check_numbers(ranks, folder):

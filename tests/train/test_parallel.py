@@ -7,9 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKS = ["initial_weights", "numbers", "collectives", "replicas", "norm", "evaluation_leaves_shards"]
+CHECKS = [
+    "initial_weights",
+    "imported_weights",
+    "numbers",
+    "collectives",
+    "replicas",
+    "norm",
+    "evaluation_leaves_shards",
+]
 # Checkpoints of all are there before any is loaded.
 LAUNCHES = [(1, ["save"]), (2, ["save"]), (4, [*CHECKS, "save", "load"]), (2, [*CHECKS, "load"]), (1, ["load"])]
 
@@ -20,6 +30,10 @@ def reports(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("on_ranks"), {}
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     (folder / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    shape = {"hidden_size": 28, "intermediate_size": 90, "num_hidden_layers": 3, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=251, max_position_embeddings=64, **shape))
+    llama.to(torch.bfloat16).save_pretrained(folder / "llama", max_shard_size="20KB")
     for ranks, checks in LAUNCHES:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         words = [str(Path(__file__).with_name("on_ranks.py")), str(folder / "report"), str(folder / "checkpoints")]
