@@ -284,7 +284,7 @@ def nanogpt_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     values is unpickled. Raises UserError.
 
     The file does not say which nanoGPT wrote it. GELU is taken to be exact, as since May 2023 (commit 594068e); only
-    where the arguments lack `bias`, so are older than January 2023, it must have been the tanh.
+    where the arguments lack `bias`, so are older than 27 January 2023, it must have been the tanh.
     """
     loaded = _load_without_code(path)
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(key), dict) for key in ("model", "model_args")):
@@ -309,7 +309,7 @@ def nanogpt_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     _check_sizes(path, flags)
     _check_names(path, shapes, gpt2_tensors(*rows[:1], *places[:1], rows[1], bias), n_layer)
     head = state.get("lm_head.weight")
-    if head is not None and not _same(head, state["wte.weight"]):  # not tied before January 2023
+    if head is not None and not _same(head, state["wte.weight"]):  # not tied before 14 January 2023
         flags["tie_embeddings"] = False
     if flags["tie_embeddings"]:
         state.pop("lm_head.weight", None)

@@ -299,7 +299,7 @@ def test_nanogpt(tmp_path, bias, prefix):
 
 
 def test_nanogpts_first_versions(tmp_path):
-    """Before January 2023: no choice of bias, so tanh-GELU; neither vocab_size in model_args nor a tied head."""
+    """Of January 2023 and before: no choice of bias, so tanh-GELU; neither vocab_size in model_args nor a tied head."""
     first = nanogpt_checkpoint(gpt2_weights(), masks=True, head=random(V, C, seed=7), bias=None, vocab_size=None)
     assert nanogpt_flags(saved(tmp_path / "ckpt.pt", first)) == GPT2 | {"tie_embeddings": False}
 
