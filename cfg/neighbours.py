@@ -23,6 +23,7 @@ from cfg.errors import UserError
 Shape = tuple[int, ...]
 Tensors = list[tuple[str, Shape]]  # in a file's order; a name with {} stands for one such tensor per layer, in a row
 NORM_EPS, ROPE_BASE = 1e-5, 10000.0  # constants in all three projects' code
+MAX_LAYERS = 10_000  # more than any model has; a damaged header must not make long lists
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def _head_of(path: Path, count: int) -> tuple[bytes, int]:
 def _check_sizes(path: Path, flags: dict[str, Any]) -> None:
     """Raises UserError unless every number is a possible size, and they divide as a model's must."""
     for name, value in flags.items():
-        if type(value) is int and value < (2 if name == "vocab_size" else 1):
+        least, most = 2 if name == "vocab_size" else 1, MAX_LAYERS if name == "n_layer" else 2**40
+        if type(value) is int and not least <= value <= most:
             raise UserError(f"{path}: says that its {name} is {value}; damaged, or not such a file")
     head, kv, width = flags["n_head"], flags["n_kv_head"], flags["n_embd"]
     unit = 2 * head if flags["positions"] == "rotary" else head
@@ -282,7 +284,7 @@ def nanogpt_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     values is unpickled. Raises UserError.
 
     The file does not say which nanoGPT wrote it. GELU is taken to be exact, as since May 2023 (commit 594068e); only
-    where the arguments lack `bias`, so are older than January 2023, it must have been the tanh.
+    where the arguments lack `bias`, so are older than 27 January 2023, it must have been the tanh.
     """
     loaded = _load_without_code(path)
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(key), dict) for key in ("model", "model_args")):
@@ -307,7 +309,7 @@ def nanogpt_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     _check_sizes(path, flags)
     _check_names(path, shapes, gpt2_tensors(*rows[:1], *places[:1], rows[1], bias), n_layer)
     head = state.get("lm_head.weight")
-    if head is not None and not _same(head, state["wte.weight"]):  # not tied before January 2023
+    if head is not None and not _same(head, state["wte.weight"]):  # not tied before 14 January 2023
         flags["tie_embeddings"] = False
     if flags["tie_embeddings"]:
         state.pop("lm_head.weight", None)
