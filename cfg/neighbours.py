@@ -22,6 +22,7 @@ from cfg.errors import UserError
 
 Shape = tuple[int, ...]
 Tensors = list[tuple[str, Shape]]  # in a file's order; a name with {} stands for one such tensor per layer, in a row
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "n_positions", "mlp_hidden")  # none may be 0
 NORM_EPS, ROPE_BASE = 1e-5, 10000.0  # constants in all three projects' code
 MAX_LAYERS = 10_000  # more than any model has; a damaged header must not make long lists
 
@@ -42,15 +43,19 @@ def gpt2_flags(n_layer: int, n_head: int, n_embd: int, vocab_size: int, n_positi
         "n_head": n_head,
         "n_kv_head": n_head,
         "n_embd": n_embd,
+        "head_dim": 0,
         "vocab_size": vocab_size,
         "n_positions": n_positions,
         "positions": "learned",
         "rope_base": ROPE_BASE,
+        "rope_scaling": "",
+        "sliding_window": 0,
         "norm": "layernorm",
         "norm_eps": NORM_EPS,
         "mlp": "gelu",
         "mlp_hidden": 4 * n_embd,
         "bias": True,
+        "qkv_bias": False,
         "tie_embeddings": True,
         "qk_norm": False,
         "logit_softcap": 0.0,
@@ -120,7 +125,7 @@ def _check_sizes(path: Path, flags: dict[str, Any]) -> None:
     """Raises UserError unless every number is a possible size, and they divide as a model's must."""
     for name, value in flags.items():
         least, most = 2 if name == "vocab_size" else 1, MAX_LAYERS if name == "n_layer" else 2**40
-        if type(value) is int and not least <= value <= most:
+        if name in SIZES and not least <= value <= most:
             raise UserError(f"{path}: says that its {name} is {value}; damaged, or not such a file")
     head, kv, width = flags["n_head"], flags["n_kv_head"], flags["n_embd"]
     unit = 2 * head if flags["positions"] == "rotary" else head

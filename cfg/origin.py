@@ -48,6 +48,8 @@ def open_origin(text: str, flag: str = "init_from") -> Origin:
     kind, name = split(text)
     path = Path(os.path.expanduser(name))
     where = f"--{flag}={text}"
+    if not name:
+        raise UserError(f"{where}: names nothing")
     if kind == "hf":
         return _open_hf(name, where)
     if kind:

@@ -152,7 +152,7 @@ def nanogpt_reader(path: Path, config: ModelConfig) -> Reader:
 
 
 # Flags that say how to train or compute, and nothing of the function that the weights stand for.
-NOT_OF_THE_WEIGHTS = ("vocab_pad", "zero_init", "dropout", "flash", "init_from")
+NOT_OF_THE_WEIGHTS = ("vocab_pad", "zero_init", "dropout", "flash")
 
 
 def refuse_what_llmc_cannot_hold(config: ModelConfig) -> None:

@@ -127,11 +127,15 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
 
 
 def open_tokenizer(source: Source, name: str) -> Tokenizer | None:
+    """The one that is named, else the model's own, if that is known and can be had."""
     flags = source.origin.flags | {"tokenizer": source.origin.tokenizer, "vocab_size": source.config.vocab_size}
-    if not name and flags["tokenizer"] == "none" and not (source.path / "tokenizer.json").is_file():
-        print("no tokenizer is known, and none written; name it with --tokenizer")
+    try:
+        return tokenizer_of(name, source.path, flags)
+    except UserError as error:
+        if name:
+            raise
+        print(f"no tokenizer is written: {error}")
         return None
-    return tokenizer_of(name, source.path, flags)
 
 
 def write_weights(source: Source, folder: Path, learned: bool, dtype: torch.dtype, limit: float) -> None:
@@ -184,6 +188,7 @@ def write_folder(output: Path, write: Callable[[Path], None]) -> None:
         write(folder)
         for path in folder.rglob("*"):
             if path.is_file():
+                path.chmod(folder.stat().st_mode & 0o666)  # safetensors keeps what it writes to its owner
                 flush_to_disk(path)
         os.rename(folder, output)
 

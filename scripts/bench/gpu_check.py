@@ -197,6 +197,26 @@ def check_flex(bench: Bench) -> Iterator[Figure]:
     return two_ways(bench, dtypes, "--doc_mask=1 --compile=1", "--doc_mask=1 --flash=0")
 
 
+def check_window(bench: Bench) -> Iterator[Figure]:
+    """Compiled, a sliding window is FlexAttention's on CUDA, and a mask elsewhere."""
+    dtypes = ["float32"] if bench.quick else ["float32", "bfloat16"]
+    return two_ways(bench, dtypes, "--sliding_window=20 --compile=1", "--sliding_window=20 --flash=0")
+
+
+def check_import(bench: Bench) -> Iterator[Figure]:
+    """The fifth loss on one batch: of a run, and of one that begins with its fourth step's weights, exported."""
+    for family, choice in FAMILIES.items():
+        # What transformers has a class for.
+        flags = [*bench.shape(), *choice.replace("--logit_softcap=2", "").split(), "--overfit_single_batch=1"]
+        expected = bench.train(f"to export {family}", *flags, "--num_iterations=5", "--save_every_niter=4")[4]["loss"]
+        checkpoint = bench.folder / "runs" / f"to export {family}" / "checkpoints" / "step_00000004"
+        folder = bench.folder / f"hf {family}"
+        bench.run("scripts/export.py", f"--checkpoint={checkpoint}", "--to=hf", f"--output={folder}")
+        flags += [f"--init_from=hf:{folder}", "--num_iterations=1", "--zero_stage=3"]
+        (record,) = bench.train(f"imported {family}", *flags)
+        yield family, abs(record["loss"] / expected - 1), 1e-5
+
+
 def check_resume(bench: Bench) -> Iterator[Figure]:
     """Takes the second half of a run again from the checkpoint at its middle: with --deterministic bit for bit.
 
@@ -308,11 +328,13 @@ CHECKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "numbers: loss in chunks and over full logits": check_loss,
     "numbers: compiled and eager": check_compile,
     "numbers: document mask, compiled and plain": check_flex,
+    "numbers: sliding window, compiled and plain": check_window,
     "evaluation: endings together and alone": check_scoring,
     "generation: with a cache and without": check_generation,
     "training: resumed and undisturbed": check_resume,
     "training: every strategy on one device": check_strategies,
     "training: half precision learns": check_half,
+    "training: exported and imported": check_import,
 }
 
 

@@ -62,6 +62,10 @@ GPT2 = {
     "rope_base": 10000.0,
     "qk_norm": False,
     "logit_softcap": 0.0,
+    "head_dim": 0,
+    "qkv_bias": False,
+    "rope_scaling": "",
+    "sliding_window": 0,
 }
 LLAMA = GPT2 | {
     "n_kv_head": KV,
@@ -103,7 +107,7 @@ def test_flags_are_read_without_torch():
 
 
 def test_every_flag_of_the_architecture_is_given():
-    others = {"vocab_pad", "zero_init", "dropout", "flash", "init_from"}
+    others = {"vocab_pad", "zero_init", "dropout", "flash"}
     assert GPT2.keys() == ModelConfig.model_fields.keys() - others
     assert LLAMA.keys() == GPT2.keys()
 

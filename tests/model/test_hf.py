@@ -281,6 +281,7 @@ def test_what_is_not_a_folder_of_a_model(tmp_path, monkeypatch):
         (str(tmp_path / "nowhere"), "no such folder"),
         ("no such name", "no such folder"),
         ("../x", "no such folder"),
+        ("", "names nothing"),
         (str(tmp_path), "config.json"),
         ("nobody/nothing", "the hub does not have it or cannot be reached"),
     ]:

@@ -185,6 +185,15 @@ def test_the_import_of_an_export_is_the_checkpoint_bit_for_bit(text_run, paramet
         assert torch.equal(named[name][:50257], value[:50257])
 
 
+def test_it_is_trained_on_with_another_vocabulary(text_run, trainer, parameters_of, tmp_path):
+    """gpt2-fim has three tokens more, whose rows are the mean of the others."""
+    flags = ["--n_layer=1", "--tokenizer=gpt2-fim", "--vocab_size=50260", "--num_iterations=1", "--learning_rate=1e-30"]
+    trainer.run(tmp_path / "run", f"--init_from=hf:{text_run[1]}", *flags, "--resize_embeddings=1")
+    old, new = (parameters_of(run)["wte.weight"] for run in (text_run[0], tmp_path / "run"))
+    assert torch.equal(new[:50257], old[:50257])
+    assert torch.allclose(new[50257:50260], old[:50257].mean(0).expand(3, -1), atol=1e-7)
+
+
 def test_lm_eval_opens_it(text_run, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "one two", "good": " three", "bad": " 東京"}\n' * 3)
     (tmp_path / "tiny.yaml").write_text(
@@ -199,6 +208,13 @@ def test_lm_eval_opens_it(text_run, tmp_path):
     model = {"model": "hf", "model_args": f"pretrained={text_run[1]}", "device": "cpu"}
     results = lm_eval.simple_evaluate(**model, tasks=["tiny"], task_manager=tasks)
     assert results["results"]["tiny"]["acc,none"] in (0.0, 1.0)
+
+
+def test_without_a_tokenizer_it_says_so(sharded, tmp_path, capsys):
+    export("--checkpoint", sharded, "--to=hf", "--output", tmp_path / "out")
+    assert "no tokenizer is written: --tokenizer=gpt2 has 50,257 tokens" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id is None
 
 
 def test_bfloat16_in_many_files_and_refusals(text_run, sharded, tmp_path):
