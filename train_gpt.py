@@ -144,8 +144,9 @@ def announce(run: Run, optimizer_line: str) -> None:
     """The first lines of a run: what trains on what, and what may be a mistake."""
     config, ranks, data = run.config, run.ranks, run.train_data
     micro_steps = config.total_batch_size // (config.batch_size * config.sequence_length * ranks.world_size)
+    origin = "" if config.init_from == "scratch" else f" of {config.init_from}"
     print(
-        f"{run.model.num_params():,} parameters, {config.dtype},"
+        f"{run.model.num_params():,} parameters{origin}, {config.dtype},"
         f" {ranks.world_size} × {device_name(ranks.device)}{run.parallel.describe(config)}\n"
         f"{sum(shard.count for shard in data.shards):,} training tokens; {config.total_batch_size:,} a step ="
         f" {config.batch_size} × {config.sequence_length} × {ranks.world_size} ranks × {micro_steps} micro-steps\n"

@@ -56,6 +56,8 @@ def trained(path: Path, parameters: int, dtype: str) -> list[str]:
         # The log has what was measured after the save.
         record |= next((r for r in read_records(metrics) if r["step"] == record["step"]), {})
     found = {what: f"{record[key]:.4f}" for key, what in MEASURED.items() if record.get(key) is not None}
+    if limit := flags.get("hellaswag_limit"):
+        found = {f"{k}, {limit} examples" if k.startswith("HellaSwag") else k: v for k, v in found.items()}
     if record.get("val_loss") is not None:
         found["validation perplexity"] = f"{exp(record['val_loss']):.2f}"
     step, tokens = record.get("step", 0), record.get("tokens", 0)
