@@ -29,10 +29,10 @@ def merges(ranks: dict[T, int]) -> list[tuple[T, T]]:
     That there is only one, and that it is found in the token alone, is point 1 in data/tokenizer_json.py. Tokens
     that merging never makes (three or more parts are left, or a letter of them is no token) have no pair.
     """
-    pairs = []
+    pairs: list[tuple[T, T]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) > 1 and all(token[i : i + 1] in ranks for i in range(len(token))):
-            left, *more = merge(token, ranks, until=2)
-            if len(more) == 1:
-                pairs.append((left, more[0]))
+            parts = merge(token, ranks, until=2)
+            if len(parts) == 2:
+                pairs.append((parts[0], parts[1]))
     return pairs

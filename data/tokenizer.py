@@ -82,7 +82,7 @@ class Tokenizer:
     end_of_text: int
     library: LibraryEncoding | None = None
     files: dict[str, bytes] = field(default_factory=dict)  # what a copy needs to be loaded again; none for a name
-    prefix: list[int] = field(default_factory=list)  # what its file wants before a text, as Llama's <s>; not in `encode`
+    prefix: list[int] = field(default_factory=list)  # what its file puts before a text; not part of `encode`
 
     @cached_property
     def token_bytes(self) -> dict[int, bytes]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 from data.bpe import merges
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from data.tokenizer_json import SAME_CUTS, TOKENIZER, TOKENIZER_CONFIG, byte_letters, byte_level_steps
+from data.tokenizer_json import SAME_CUTS, TOKENIZER, TOKENIZER_CONFIG, _byte_letters, byte_level_steps
 
 
 def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str, bytes]:
@@ -40,10 +41,8 @@ def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
     that it is made of, in the order of ids, and `ignore_merges` is only needed where there is a token without.
     """
     assert tokenizer.ranks is not None, "a named tokenizer has ranks"
-    letter = {b: c for c, b in byte_letters().items()}
-    written = lambda token: "".join(letter[b] for b in token)  # noqa: E731
     pairs = merges(tokenizer.ranks)
-    vocab = {written(token): i for token, i in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
+    vocab = {_written(token): i for token, i in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
@@ -63,12 +62,22 @@ def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": len(pairs) < len(vocab) - len(letter),
+            "ignore_merges": len(pairs) < len(vocab) - 256,
             # Names of special tokens too: only so do they keep ids that leave a gap, as cl100k's do.
             "vocab": vocab | tokenizer.special,
-            "merges": [f"{written(left)} {written(right)}" for left, right in pairs],
+            "merges": [f"{_written(left)} {_written(right)}" for left, right in pairs],
         },
     }
+
+
+def _written(token: bytes) -> str:
+    letters = _letters()
+    return "".join(letters[b] for b in token)
+
+
+@cache
+def _letters() -> dict[int, str]:
+    return {b: letter for letter, b in _byte_letters().items()}
 
 
 def _pre_tokenizer(pattern: str | None, byte_level: dict[str, Any]) -> dict[str, Any]:
