@@ -8,7 +8,7 @@ from typing import Any
 
 from data.bpe import merges
 from data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
-from data.tokenizer_json import SAME_CUTS, TOKENIZER, TOKENIZER_CONFIG, byte_letters, byte_level_steps
+from data.tokenizer_json import SAME_CUTS, TOKENIZER, TOKENIZER_CONFIG, _byte_letters, byte_level_steps
 
 
 def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def _written(token: bytes) -> str:
 
 @cache
 def _letters() -> dict[int, str]:
-    return {b: letter for letter, b in byte_letters().items()}
+    return {b: letter for letter, b in _byte_letters().items()}
 
 
 def _pre_tokenizer(pattern: str | None, byte_level: dict[str, Any]) -> dict[str, Any]:

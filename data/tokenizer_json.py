@@ -62,7 +62,7 @@ SAMPLE = [
 
 
 @cache
-def byte_letters() -> dict[str, int]:
+def _byte_letters() -> dict[str, int]:
     """GPT-2's letter for each byte: printable ones stand for themselves, the rest for characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
@@ -172,7 +172,7 @@ def _prefix(processor: dict[str, Any]) -> list[int]:
 
 def _token_bytes(file: Path, data: dict[str, Any], vocab: dict[str, int]) -> dict[int, bytes]:
     """The bytes of each ordinary token. Raises UserError if there is text that the tokenizer has no tokens for."""
-    letters = byte_letters()
+    letters = _byte_letters()
     if byte_level_steps(data):
         if missing := [b for letter, b in letters.items() if letter not in vocab]:
             raise UserError(
@@ -224,7 +224,7 @@ def _same_merges(model: dict[str, Any], made: list[int], special: dict[str, int]
 
     alone = tokenizers.Tokenizer.from_str(json.dumps({"version": "1.0", "model": model | {"ignore_merges": False}}))
     tokens = [token for token in model["vocab"] if token not in special]
-    if any(letter not in byte_letters() for token in tokens for letter in token):
+    if any(letter not in _byte_letters() for token in tokens for letter in token):
         return False
     counts = {len(encoding.ids) for encoding in alone.encode_batch_fast(tokens, add_special_tokens=False)}
     return 2 not in counts if model.get("ignore_merges") else counts == {1}

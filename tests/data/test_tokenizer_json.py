@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cfg.errors import UserError
 from data.shards import token_dtype
 from data.tokenizer import GPT2_PATTERN, check_tokenizer_of, load_tokenizer, same_tokenizer
-from data.tokenizer_json import GPT4_PATTERN, SAME_CUTS, SAMPLE, byte_letters, load_tokenizer_json
+from data.tokenizer_json import GPT4_PATTERN, SAME_CUTS, SAMPLE, _byte_letters, load_tokenizer_json
 from data.train_tokenizer import train
 
 few = settings(max_examples=150, deadline=None)
@@ -30,7 +30,7 @@ def save(folder, data, config=None):
 
 def byte_level(merges, ids=None, **model):
     """A byte-level tokenizer.json of the 256 bytes, <|endoftext|> as 256, and these merges of ASCII."""
-    vocab = {letter: i for i, letter in enumerate(byte_letters())}
+    vocab = {letter: i for i, letter in enumerate(_byte_letters())}
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab) + 1)
     return {
@@ -159,7 +159,7 @@ def test_where_the_fast_path_is_taken_it_is_right(tmp_path_factory, merges, whol
 
 
 def test_only_patterns_that_were_compared_take_the_fast_path(tmp_path):
-    assert len(SAME_CUTS) == 3
+    assert len(SAME_CUTS) == 4
     data = byte_level([["a", "b"]])
     step = {"type": "Split", "pattern": {"Regex": r"\w+|\W+"}, "behavior": "Isolated", "invert": False}
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, BYTE_LEVEL | {"use_regex": False}]}
@@ -220,6 +220,48 @@ def llama(tmp_path_factory):
     return tokenizer
 
 
+# What is put before a text
+
+
+def template(*names, end=()):
+    special = lambda name, i: {"id": name, "ids": [i], "tokens": [name]}  # noqa: E731
+    piece = lambda name: {"SpecialToken": {"id": name, "type_id": 0}}  # noqa: E731
+    single = [*map(piece, names), {"Sequence": {"id": "A", "type_id": 0}}, *map(piece, end)]
+    ids = {"<s>": 1, "</s>": 2, END: 256}
+    tokens = {name: special(name, ids[name]) for name in (*names, *end)}
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "processors": [*steps]}
+
+
+@pytest.mark.parametrize(
+    "data, prefix",
+    [
+        (sentencepiece() | {"post_processor": template("<s>")}, [1]),
+        (byte_level([["a", "b"]]) | {"post_processor": sequence(BYTE_LEVEL, template(END))}, [256]),
+        (byte_level([["a", "b"]]) | {"post_processor": BYTE_LEVEL}, []),
+        (byte_level([["a", "b"]]) | {"post_processor": None}, []),
+    ],
+    ids=["llama 2", "llama 3", "gpt2", "none"],
+)
+def test_the_prefix_is_what_transformers_puts_before_our_ids(tmp_path, data, prefix):
+    from transformers import AutoTokenizer
+
+    name = "</s>" if prefix == [1] else END
+    folder = save(tmp_path, data, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name})
+    tokenizer, theirs = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert tokenizer.prefix == prefix
+    for text in ("abc", " naïve  ab", ""):
+        assert theirs.encode(text) == prefix + tokenizer.encode(text)
+
+
+def test_a_prefix_within_others_and_a_suffix(tmp_path):
+    data = sentencepiece() | {"post_processor": sequence(template("<s>", "</s>"), template("</s>", end=["<s>"]))}
+    assert load_tokenizer(str(save(tmp_path, data))).prefix == [2, 1, 2]
+
+
 # End of text, identity
 
 
@@ -277,6 +319,14 @@ def model(**changes):
         (model(merges=[["a"]]), "not a tokenizer.json that can be used"),
         (model(vocab=[1, 2]), "not a tokenizer.json that can be used"),
         (unlike(pre_tokenizer={"type": "Nonsense"}), "neither byte-level nor with byte fallback"),
+        (unlike(post_processor=template("<s>") | {"special_tokens": {}}), "used .no '<s>'"),
+        (unlike(post_processor=template("<s>") | {"single": [{}]}), "used .no 'SpecialToken'"),
+        (unlike(post_processor=[1]), "not a tokenizer.json that can be used"),
+        (unlike(post_processor={"type": "Sequence"}), "used .no 'processors'"),
+        (
+            unlike(post_processor=template(END) | {"special_tokens": {END: {"ids": [9999]}}}),
+            "its post_processor puts id 9999 before a text, which is no token",
+        ),
         (unlike(normalizer={"type": "Nonsense"}), "not a tokenizer.json that can be used"),
         (unlike(pre_tokenizer={"type": "Whitespace"}), "neither byte-level nor with byte fallback"),
     ],
