@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfg.errors import UserError, closest
+from cfg.origin import hf_folder
 from data import assets
 
 if TYPE_CHECKING:
@@ -188,13 +189,15 @@ def json_sha256(content: bytes, end_of_text: int) -> str:
 
 def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer called `name`, or that at the path `name`: a tokenizer.json, or the folder that holds one, or
-    llama2.c's tokenizer.bin.
+    llama2.c's tokenizer.bin. hf:NAME is that of a model of the hub, from where it is fetched.
 
     Raises UserError if there is none, if its files cannot be had or read, or if a model of `vocab_size`
     must be another one's.
     """
     if name in NAMES:
         tokenizer = _load_named(name)
+    elif name.startswith("hf:"):
+        tokenizer = _load_path(hf_folder(name.removeprefix("hf:"), f"--tokenizer={name}")[0])
     elif os.path.exists(path := os.path.expanduser(name)):
         tokenizer = _load_path(Path(path))
     else:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
+from cfg.errors import UserError
 from data.bpe import merge, merges
 from data.tokenizer import CL100K_PATTERN, END_OF_TEXT, NAMES, O200K_PATTERN, load_tokenizer
 from data.tokenizer_files import tokenizer_files
@@ -170,3 +171,13 @@ def test_its_own_file_and_what_was_kept_of_the_config(tmp_path, tokenizer):
 
     theirs = AutoTokenizer.from_pretrained(write(tmp_path / "c", files), local_files_only=True)
     assert theirs.encode("the cat") == ours.encode("the cat") == load_tokenizer(str(tmp_path / "c")).encode(" the cat")
+
+
+def test_a_name_of_the_hub(tokenizer, tmp_path, monkeypatch):
+    """hf:FOLDER is the folder; a name that is not in the cache of the hub is one line."""
+    ranks = {token: i for token, i in tokenizer.ranks.items() if i < 2000}
+    write(tmp_path, tokenizer_files(replace(tokenizer, ranks=ranks, special=GAPS, end_of_text=3000)))
+    assert load_tokenizer(f"hf:{tmp_path}").identity == load_tokenizer(str(tmp_path)).identity
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="--tokenizer=hf:nobody/nothing: .* cannot be reached"):
+        load_tokenizer("hf:nobody/nothing")
