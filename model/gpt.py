@@ -20,6 +20,7 @@ from model.cache import KVCache
 from model.layers import MLP, make_norm, rotary_table
 from model.loss import IGNORE_INDEX, linear_cross_entropy, token_losses
 
+VOCABULARY = ("wte.weight", "lm_head.weight")  # the parameters that have a row for each token
 INIT_STD = 0.02  # GPT-2's
 FLEX_TILE = 128  # FlexAttention's: shorter rows leave nothing to skip, and go through a kernel meant for decoding
 
@@ -232,6 +233,12 @@ class GPT(nn.Module):
         lookups += c.n_embd * c.vocab_size * (0 if self.lm_head is None else 1)
         seen = min(sequence_length, c.sliding_window or sequence_length)
         return 6 * (self.num_params() - lookups) + 12 * c.n_layer * c.n_head * c.head_size * seen
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every parameter's name and shape, the vocabulary without padding."""
+    with torch.device("meta"):
+        return {n: p.shape for n, p in GPT(config.model_copy(update={"vocab_pad": 1})).named_parameters()}
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

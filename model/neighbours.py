@@ -30,17 +30,9 @@ from cfg.neighbours import (
     llmc_layout,
     nanogpt_checkpoint,
 )
-from model.gpt import GPT
+from model.gpt import VOCABULARY, parameter_shapes
 
 Reader = Callable[[str], Tensor]
-EMBEDDINGS = ("wte.weight", "lm_head.weight")
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every parameter's name and shape, the vocabulary without padding."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    return {n: (config.vocab_size, *s[1:]) if n in EMBEDDINGS else s for n, s in shapes.items()}
 
 
 def _reader(path: Path, config: ModelConfig, there: dict[str, Shape], heads: tuple[int, int], load: Reader) -> Reader:
@@ -48,7 +40,7 @@ def _reader(path: Path, config: ModelConfig, there: dict[str, Shape], heads: tup
 
     Raises UserError if the file's model and the flags' have different parameters or (query, key/value) `heads`.
     """
-    wanted = parameter_shapes(config)
+    wanted = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
     if different := sorted(wanted.keys() ^ there.keys()):
         where = "the file" if different[0] in there else "the model of the flags"
         raise UserError(f"{path}: another model than that of the flags: {different[0]} is only in {where}")
@@ -133,7 +125,7 @@ def llama2c_reader(path: Path, config: ModelConfig) -> Reader:
             read.append(halves_from_pairs(tensor, head_dim) if part.endswith(("wq", "wk")) else tensor)
         return read[0] if len(read) == 1 else torch.cat(read)
 
-    names = [n for n in LLAMA2C_PARTS if n not in EMBEDDINGS and n != "ln_f.weight"]
+    names = [n for n in LLAMA2C_PARTS if n not in VOCABULARY and n != "ln_f.weight"]
     all_names = ["wte.weight", *(f"h.{i}.{n}" for i in range(flags["n_layer"]) for n in names), "ln_f.weight"]
     all_names += [] if flags["tie_embeddings"] else ["lm_head.weight"]
     there = {}

@@ -15,7 +15,7 @@ from cfg.config import ModelConfig
 from cfg.errors import UserError
 from cfg.origin import WEIGHTS, Origin, fetch, open_origin, split
 from model import hf, neighbours
-from model.gpt import GPT, InitialValue, init_weights
+from model.gpt import GPT, VOCABULARY, InitialValue, init_weights, parameter_shapes
 from model.weights import find_checkpoint, load_tensors, read_manifest, tensor_shapes
 
 # For each new token the old ones whose mean it becomes: their ids, one after another, and where each token's begin.
@@ -55,20 +55,9 @@ def checkpoint_reader(path: Path, config: ModelConfig) -> Callable[[str], Tensor
             raise UserError(f"{path}: has no {name}")
         tensor = torch.empty(shapes[name])
         load_tensors(path, "model", {name: tensor}, subset=True)
-        return tensor[: config.vocab_size] if is_vocabulary(name) else tensor
+        return tensor[: config.vocab_size] if name in VOCABULARY else tensor
 
     return read
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter's name and shape, the vocabulary without padding."""
-    with torch.device("meta"):
-        return {n: p.shape for n, p in GPT(config.model_copy(update={"vocab_pad": 1})).named_parameters()}
-
-
-def is_vocabulary(name: str) -> bool:
-    """Whether a parameter has a row for each token."""
-    return name in ("wte.weight", "lm_head.weight")
 
 
 def initial_values(read: Callable[[str], Tensor], config: ModelConfig, rows: Rows | None = None) -> InitialValue:
@@ -81,7 +70,7 @@ def initial_values(read: Callable[[str], Tensor], config: ModelConfig, rows: Row
     def value(name: str, shape: torch.Size) -> Tensor:
         found = read(name)
         expected = shape
-        if is_vocabulary(name):
+        if name in VOCABULARY:
             found = found if rows is None else mixed_rows(found, rows)
             expected = torch.Size((config.vocab_size, *shape[1:]))
         if found.shape != expected:

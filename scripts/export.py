@@ -56,9 +56,10 @@ from cfg.origin import Origin, open_origin
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import tokenizer_files
 from eval.subject import tokenizer_of
+from model.gpt import parameter_shapes
 from model.hf import INDEX, SINGLE, split_for_export
 from model.neighbours import write_llmc
-from model.origin import checkpoint_reader, model_config, newest, parameter_shapes, reader
+from model.origin import checkpoint_reader, model_config, newest, reader
 from model.weights import MANIFEST, load_tensors, read_manifest, tensor_shapes
 from train.model_card import model_card
 
