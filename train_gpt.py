@@ -135,8 +135,9 @@ def first_weights(config: Config) -> InitialValue | None:
         return None
     origin, rows = open_origin(config.init_from), None
     if config.resize_embeddings:
-        tokenizers = load_tokenizer(origin.tokenizer), load_tokenizer(config.tokenizer, config.vocab_size)
-        rows = token_rows(*tokenizers, origin.flags["vocab_size"], config.vocab_size)
+        sizes = origin.flags["vocab_size"], config.vocab_size
+        old, new = load_tokenizer(origin.tokenizer, sizes[0]), load_tokenizer(config.tokenizer, sizes[1])
+        rows = token_rows(old, new, *sizes)
     return initial_values(reader(origin), config, rows)
 
 

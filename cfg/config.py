@@ -445,6 +445,9 @@ def _check_origin(config: Config, origin: Origin, values: dict[str, Any]) -> Non
             raise UserError(f"--{name}={value}, but the model of --init_from has {origin.flags[name]}{way_out}")
     if config.resize_embeddings and "vocab_size" not in values:
         raise UserError("--resize_embeddings=1: give the --vocab_size of the --tokenizer to change to")
+    if config.resize_embeddings and "none" in (origin.tokenizer, config.tokenizer):
+        whose = "the model of --init_from brings no tokenizer" if origin.tokenizer == "none" else "--tokenizer=none"
+        raise UserError(f"--resize_embeddings=1 must know both tokenizers, but {whose}")
 
 
 def launched_world_size() -> int:

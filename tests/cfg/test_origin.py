@@ -78,7 +78,12 @@ def test_a_learned_table_has_its_length(tmp_path):
 def test_another_vocabulary_on_request(folder):
     with pytest.raises(UserError, match="--vocab_size=2000, but .* has 1000; or resize it with --resize_embeddings=1"):
         load(folder, "--vocab_size=2000")
-    assert load(folder, "--vocab_size=2000", "--resize_embeddings=1").vocab_size == 2000
+    with pytest.raises(UserError, match="must know both tokenizers, but the model of --init_from brings no"):
+        load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=gpt2")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="must know both tokenizers, but --tokenizer=none"):
+        load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=none")
+    assert load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=gpt2").vocab_size == 2000
     with pytest.raises(UserError, match="give the --vocab_size"):
         load(folder, "--resize_embeddings=1")
 
