@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfg import hf, neighbours
+from cfg import hf
 from cfg.errors import UserError
 
-FILES = {"nanogpt": neighbours.nanogpt_flags, "llmc": neighbours.llmc_flags, "llama2c": neighbours.llama2c_flags}
-KINDS = ("hf", *FILES)
+KINDS = ("hf", "nanogpt", "llmc", "llama2c")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -55,7 +54,10 @@ def open_origin(text: str, flag: str = "init_from") -> Origin:
     if kind:
         if not path.is_file():
             raise UserError(f"{where}: no such file")
-        flags = FILES[kind](path)
+        from cfg import neighbours  # with numpy, which --help does without
+
+        readers = (neighbours.nanogpt_flags, neighbours.llmc_flags, neighbours.llama2c_flags)
+        flags = dict(zip(KINDS[1:], readers, strict=True))[kind](path)
         return Origin(kind, path, "", flags, _tokenizer_beside(kind, path, flags["vocab_size"]))
     found = _config_of_run(path, where)
     own = next((str(p.parent) for p in sorted(path.rglob("tokenizer.json"))), "")
