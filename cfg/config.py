@@ -318,7 +318,8 @@ def _multiples(value: int, of: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def _check_model(c: ModelConfig) -> None:
+def check_model(c: ModelConfig) -> None:
+    """Raises UserError, beginning with the flag, for sizes that do not go together."""
     pair = 2 if c.positions == "rotary" else 1  # rotary positions turn pairs
     unit = c.n_head * pair
     if c.head_dim % pair:
@@ -394,7 +395,7 @@ def resolve(config: Config, world_size: int) -> Config:
             "total_batch_size": c.total_batch_size or c.batch_size * c.sequence_length * world_size,
         }
     )
-    _check_model(c)
+    check_model(c)
     _check_run(c, world_size)
     return c
 

@@ -20,6 +20,9 @@ CLASSES = {
 LINEAR, LLAMA3 = ("factor",), ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 ROPE_KINDS = {"linear": LINEAR, "llama3": LLAMA3}
+# More than any model has: a damaged number must not make endless lists, nor one that overflows.
+MOST = {"n_layer": 10_000, "n_head": 2**16, "n_kv_head": 2**16, "head_dim": 2**16}
+MOST |= dict.fromkeys(("n_embd", "vocab_size", "n_positions", "mlp_hidden"), 2**24)
 
 
 def flags_of(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -28,19 +31,24 @@ def flags_of(config: dict[str, Any], where: str) -> dict[str, Any]:
     Raises UserError, beginning with `where`, for an architecture or an option that our model does not have.
     """
     family = config.get("model_type")
-    if family not in CLASSES:
+    if not isinstance(family, str) or family not in CLASSES:
         raise UserError(f"{where}: model_type {family!r} is not read; those that are: {', '.join(CLASSES)}")
     named = config.get("architectures") or [CLASSES[family]]
+    named = named if isinstance(named, list) else [named]
     if CLASSES[family] not in named:
         raise UserError(f"{where}: architecture {named[0]} is not read; of {family}, only {CLASSES[family]}")
     if config.get("quantization_config"):
         raise UserError(f"{where}: quantization_config: quantized weights are not read; get the model's own")
     try:
-        return _gpt2(config, where) if family == "gpt2" else _rotary(family, config, where)
+        flags = _gpt2(config, where) if family == "gpt2" else _rotary(family, config, where)
     except KeyError as e:
         raise UserError(f"{where}: {e} is missing") from e
     except (TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{where}: damaged ({e})") from e
+    for name, most in MOST.items():
+        if not 0 <= flags[name] <= most:
+            raise UserError(f"{where}: damaged (a model of {name}={flags[name]})")
+    return flags
 
 
 def _only(config: dict[str, Any], where: str, **wanted: Any) -> None:
@@ -122,7 +130,15 @@ def _rotary(family: str, config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, str]:
     """Base and --rope_scaling; since transformers 5 both stand in rope_parameters."""
-    about = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    said = [about for key in ("rope_parameters", "rope_scaling") if (about := config.get(key))] or [{}]
+    found = [_rope_of(about, config, where) for about in said]
+    if found[0] != found[-1]:
+        raise UserError(f"{where}: rope_parameters and rope_scaling differ; remove the one that is wrong")
+    return found[0]
+
+
+def _rope_of(about: dict[str, Any], config: dict[str, Any], where: str) -> tuple[float, str]:
+    """The same, of one of the two."""
     if any(isinstance(value, dict) for value in about.values()):
         raise UserError(f"{where}: rope_parameters that differ from layer to layer are not supported")
     base = float(about.get("rope_theta") or config.get("rope_theta") or 10000.0)
@@ -133,23 +149,28 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, str]:
         return base, ""
     if kind not in ROPE_KINDS:
         raise UserError(f"{where}: rope_type {kind!r} is not supported; only default, {', '.join(ROPE_KINDS)}")
+    own = config.get(within := LLAMA3[-1])  # versions of transformers do not agree on which of the two counts
+    if kind == "llama3" and own is not None and own != about.get(within):
+        said = about.get(within)
+        raise UserError(f"{where}: {within}={own}, but {said} of the rotary scaling; remove the one that is wrong")
     return base, f"{kind}:{','.join(f'{float(about[key]):.17g}' for key in ROPE_KINDS[kind])}"
 
 
 def _window(family: str, config: dict[str, Any], where: str) -> int:
     """--sliding_window. Ours holds for all layers or none."""
     layers = int(config["num_hidden_layers"])
-    window = int(config.get("sliding_window", 4096 if family == "mistral" else 0) or 0)
-    if family in ("qwen2", "qwen3"):
-        window = window or 4096
-        on = bool(config.get("use_sliding_window"))
-        windowed = max(0, layers - int(config.get("max_window_layers", 28))) if on else 0
-    else:
-        windowed = layers if family == "mistral" and window else 0
+    window = int(config.get("sliding_window", 4096) or 0)
+    if family == "llama" or (family != "mistral" and not config.get("use_sliding_window")):
+        window = 0  # it may be named, but is not used
+    first = 0 if family == "mistral" else int(config.get("max_window_layers", 28))
+    windowed = max(0, layers - first) if window else 0
     if kinds := config.get("layer_types"):
-        windowed = sum(kind == "sliding_attention" for kind in kinds)
         if odd := set(kinds) - {"sliding_attention", "full_attention"}:
             raise UserError(f"{where}: layer_types has {min(odd)}; only full_attention and sliding_attention")
+        said = sum(kind == "sliding_attention" for kind in kinds)
+        if said != windowed and (not window or family == "mistral"):  # transformers' class does not look at them
+            raise UserError(f"{where}: sliding_attention for {said} of layer_types, but the model has {windowed}")
+        windowed = said
     if windowed not in (0, layers):
         raise UserError(f"{where}: a sliding window in {windowed} of {layers} layers; only in all or none")
     return window if windowed else 0

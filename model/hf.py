@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,29 +94,52 @@ def open_safetensors(path: Path) -> Any:
 class Reader:
     """Our parameters, whole, one at a time, from the folder of a model whose flags cfg/hf.py gave."""
 
-    def __init__(self, folder: Path, learned: bool, names: list[str]):
-        """`names` are all our parameters. Raises UserError if the folder has not just the tensors of these."""
+    def __init__(self, folder: Path, learned: bool, shapes: Mapping[str, torch.Size]):
+        """`shapes` of all our parameters. Raises UserError if the folder has not just the tensors of these."""
         self.learned, self.folder = learned, folder
         self._open: dict[Path, Any] = {}
         files = find_files(folder)
         bare = learned and "wte.weight" in files  # without the head around it, as GPT-2's own release
         self._stored = {n if n == HEAD or not bare else f"transformer.{n}": (file, n) for n, file in files.items()}
-        wanted = {part for name in names for part in parts_of(name, learned)}
+        wanted = {part for name in shapes for part in parts_of(name, learned)}
         if missing := sorted(wanted - self._stored.keys()):
             raise UserError(f"{folder}: has no tensor {missing[0]}; not the model that its config.json describes")
         rest = self._stored.keys() - wanted - {HEAD}  # a tied head may be written all the same
         if unknown := sorted(n for n in rest if not BUFFERS.fullmatch(n)):
             raise UserError(f"{folder}: has a tensor {unknown[0]}, which is not of the model in its config.json")
+        for name, shape in shapes.items():
+            self._check(name, shape)
 
-    def part(self, name: str) -> Tensor:
-        path, stored = self._stored[name]
+    def _file(self, part: str) -> tuple[Any, Path, str]:
+        """Open, its path, and what the part is called in it."""
+        path, stored = self._stored[part]
         if path not in self._open:
             self._open[path] = open_safetensors(path)
+        return self._open[path], path, stored
+
+    def _check(self, name: str, shape: torch.Size) -> None:
+        """Raises UserError unless the parts of a parameter are floats and make up its shape; reads no numbers."""
+        found = []
+        for part in parts_of(name, self.learned):
+            file, path, stored = self._file(part)
+            try:
+                about = file.get_slice(stored)
+            except SafetensorError as e:
+                raise UserError(f"{path}: {e}; fetch it again") from e
+            if about.get_dtype() not in FLOATS:
+                raise UserError(f"{path}: {stored} is of {about.get_dtype()}; only {', '.join(FLOATS)} are read")
+            found.append(about.get_shape()[:: -1 if is_transposed(name, self.learned) else 1])
+        rows = sum(part[0] for part in found if part)
+        if [rows, *shape[1:]] != list(shape) or any(part[1:] != list(shape[1:]) for part in found):
+            raise UserError(
+                f"{self.folder}: {' and '.join(parts_of(name, self.learned))}: of shape"
+                f" {' and '.join(str(tuple(part)) for part in found)}, but its config.json wants {tuple(shape)}"
+            )
+
+    def part(self, name: str) -> Tensor:
+        file, path, stored = self._file(name)
         try:
-            dtype = self._open[path].get_slice(stored).get_dtype()
-            if dtype not in FLOATS:
-                raise UserError(f"{path}: {stored} is of {dtype}; only {', '.join(FLOATS)} are read")
-            tensor: Tensor = self._open[path].get_tensor(stored)
+            tensor: Tensor = file.get_tensor(stored)
         except SafetensorError as e:
             raise UserError(f"{path}: {e}; fetch it again") from e
         return tensor
@@ -125,10 +149,7 @@ class Reader:
         parts = [self.part(part) for part in parts_of(name, self.learned)]
         if is_transposed(name, self.learned):
             parts = [part.t() for part in parts]
-        try:
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        except RuntimeError as e:
-            raise UserError(f"{self.folder}: the parts of {name} do not fit together ({e})") from e
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def split_for_export(name: str, value: Tensor, learned: bool, heads: list[int]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cfg.config import ModelConfig
+from cfg.config import ModelConfig, check_model
 from cfg.errors import UserError
 from cfg.origin import WEIGHTS, Origin, fetch, open_origin, split
 from model import hf, neighbours
@@ -34,7 +34,7 @@ def reader(origin: Origin, report: Any = print) -> Callable[[str], Tensor]:
     if origin.kind == "hf":
         if origin.hub:
             fetch(origin.hub, WEIGHTS, f"hf:{origin.hub}")
-        return hf.Reader(origin.path, config.positions == "learned", list(parameter_shapes(config)))
+        return hf.Reader(origin.path, config.positions == "learned", parameter_shapes(config))
     return checkpoint_reader(newest(origin.path, report), config)
 
 
@@ -97,11 +97,16 @@ def mixed_rows(table: Tensor, rows: Rows) -> Tensor:
 def model_config(flags: dict[str, Any], where: str) -> ModelConfig:
     """The part of `flags` that describes a model."""
     try:
-        return ModelConfig(**{k: v for k, v in flags.items() if k in ModelConfig.model_fields})
+        config = ModelConfig(**{k: v for k, v in flags.items() if k in ModelConfig.model_fields})
     except ValidationError as e:
         first = e.errors()[0]
         name = f"{first['loc'][0]}={first['input']}" if first["loc"] else "the whole"
         raise UserError(f"{where}: describes no model that this version knows: {name}: {first['msg']}") from e
+    try:
+        check_model(config)
+    except UserError as e:
+        raise UserError(f"{where}: describes no model that this version knows: {e}") from e
+    return config
 
 
 def load_model(path: Path | str, device: torch.device, report: Any = print) -> tuple[GPT, dict[str, Any], Path]:
@@ -121,9 +126,10 @@ def load_model(path: Path | str, device: torch.device, report: Any = print) -> t
 def load_foreign(origin: Origin, device: torch.device) -> tuple[GPT, dict[str, Any], Path]:
     """As `load_model`."""
     config = model_config(origin.flags, str(origin.path))
+    read = reader(origin)  # refuses files that are not of this model, before there is memory for it
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
-    init_weights(model, initial_values(reader(origin), config))
+    init_weights(model, initial_values(read, config))
     flags = {**config.model_dump(), "tokenizer": origin.tokenizer, "doc_mask": False}
     return model.to(device).eval(), flags, origin.path

@@ -35,6 +35,10 @@ ROPES = {
 }
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, **ROPES["llama3"]}
+QWEN2 = {"model_type": "qwen2", "architectures": None, "use_sliding_window": True}
+
+
 def randomize(module):
     """Weights far from their start, so that biases and norms matter."""
     generator = torch.Generator().manual_seed(0)
@@ -174,7 +178,27 @@ def test_a_tied_head_that_is_written_all_the_same(tmp_path):
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "from layer to layer"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ("llama", {"layer_types": ["sliding_attention", "full_attention"]}, "1 of 2 layers"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters and rope_scaling differ"),
+        ("llama", {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32}, "32, but 16"),
+        ("llama", {**QWEN2, "layer_types": ["sliding_attention", "full_attention"]}, "1 of 2 layers"),
+        ("llama", {**QWEN2, "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "the model has 0"),
+        ("llama", {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2}, "the model has 0"),
+        (
+            "llama",
+            {
+                "model_type": "mistral",
+                "architectures": None,
+                "sliding_window": 5,
+                "layer_types": ["full_attention"] * 2,
+            },
+            "the model has 2",
+        ),
+        ("llama", {"model_type": ["llama"]}, "model_type"),
+        ("llama", {"architectures": 3}, "architecture 3"),
+        ("llama", {"num_key_value_heads": 3}, "--n_kv_head=3 must divide"),
+        ("llama", {"head_dim": 7}, "--head_dim=7 must be even"),
+        ("llama", {"vocab_size": 4 * 10**10}, "vocab_size=40000000000"),
+        ("llama", {"num_hidden_layers": 10**9}, "n_layer=1000000000"),
         ("llama", {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         ("llama", {"hidden_size": None}, "damaged"),
         ("llama", {"num_hidden_layers": 0}, "n_layer"),
@@ -189,6 +213,14 @@ def test_what_is_not_computed_here_is_refused_by_name(tmp_path, family, change, 
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=named):
         load_model(f"hf:{tmp_path}", CPU)
+
+
+def test_a_window_that_is_not_used():
+    """transformers' classes pass over it: Llama's always, Qwen's without use_sliding_window or without a size."""
+    for change in ({"sliding_window": 5}, {**QWEN2, "sliding_window": None, "max_window_layers": 0}):
+        assert flags_of({**small_llama().to_dict(), "layer_types": None, **change}, "here")["sliding_window"] == 0
+    change = QWEN2 | {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}
+    assert flags_of(small_llama().to_dict() | change, "here")["sliding_window"] == 0
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
@@ -221,10 +253,10 @@ def test_tensors_that_are_not_the_models(tmp_path):
     gate, norm = "model.layers.1.mlp.gate_proj.weight", "model.norm.weight"
     broken(tmp_path / "a", gate, lambda t: t.pop(gate))
     broken(tmp_path / "b", "layers.2", lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(1)}))
-    broken(tmp_path / "c", "h.1.mlp.c_fc.weight", lambda t: t.update({gate: torch.zeros(3, 16)}))
-    broken(tmp_path / "d", "do not fit", lambda t: t.update({gate: torch.zeros(3, 5)}))
+    broken(tmp_path / "c", gate, lambda t: t.update({gate: torch.zeros(3, 16)}))
+    broken(tmp_path / "d", gate, lambda t: t.update({gate: torch.zeros(3, 5)}))
     broken(tmp_path / "e", "I64", lambda t: t.update({norm: torch.zeros(16, dtype=torch.int64)}))
-    broken(tmp_path / "f", "wte.weight", lambda t: t.update({"model.embed_tokens.weight": torch.zeros(60, 16)}))
+    broken(tmp_path / "f", "embed_tokens", lambda t: t.update({"model.embed_tokens.weight": torch.zeros(60, 16)}))
 
 
 def test_files_that_mean_harm(tmp_path):
