@@ -442,7 +442,9 @@ def _check_origin(config: Config, origin: Origin, values: dict[str, Any]) -> Non
         free |= {"mlp"}  # which of the two, the file does not tell
     for name in origin.flags.keys() & values.keys() & ModelConfig.model_fields.keys() - free:
         if (value := getattr(config, name)) != origin.flags[name]:
-            way_out = "; leave the flag out" if name != "vocab_size" else "; or resize it with --resize_embeddings=1"
+            preset = f", or --cfg={values['cfg']} if it sets it" if values.get("cfg") else ""
+            resize = "; or resize it with --resize_embeddings=1"
+            way_out = resize if name == "vocab_size" else f"; leave the flag out{preset}"
             raise UserError(f"--{name}={value}, but the model of --init_from has {origin.flags[name]}{way_out}")
     if config.resize_embeddings and "vocab_size" not in values:
         raise UserError("--resize_embeddings=1: give the --vocab_size of the --tokenizer to change to")

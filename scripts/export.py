@@ -182,7 +182,6 @@ def grouped(shapes: dict[str, torch.Size], limit: float) -> Iterator[list[str]]:
 
 def write_folder(output: Path, write: Callable[[Path], None]) -> None:
     """A folder that appears whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / "whole"
         folder.mkdir()
@@ -196,11 +195,15 @@ def write_folder(output: Path, write: Callable[[Path], None]) -> None:
 
 def main(args: Namespace) -> None:
     output, dtype = args.output, getattr(torch, args.dtype)
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"--output={output} is already there; choose another name")
     if not args.max_file_gb > 0:
         raise UserError(f"--max_file_gb={args.max_file_gb} must be above 0")
     source = open_source(args.checkpoint)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output={output}: no such folder can be made ({e.strerror}); choose another place") from e
     if args.to == "consolidated":
         if source.origin.kind:
             raise UserError(
@@ -211,7 +214,6 @@ def main(args: Namespace) -> None:
         limit = args.max_file_gb * 1e9
         write_folder(output, lambda folder: export_hf(source, folder, dtype, limit, args.tokenizer))
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_llmc(output, source.config, source.read, dtype)
     files = [p for p in output.rglob("*") if p.is_file()] if output.is_dir() else [output]
     print(f"{output}: {source.path} in {sum(p.stat().st_size for p in files) / 2**30:.2f} GiB")

@@ -65,6 +65,11 @@ def test_mistakes(sharded, tmp_path):
     )
     assert "holds no checkpoint" in export("--checkpoint", tmp_path, "--output", tmp_path / "x", code=2)
     assert not list(tmp_path.iterdir())
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    link.symlink_to("nowhere")
+    assert "no such folder can be made" in export("--checkpoint", sharded, "--output", file / "x", code=2)
+    assert "is already there" in export("--checkpoint", sharded, "--output", link, code=2)
 
 
 FAMILIES = {
