@@ -133,6 +133,7 @@ def _config_of_run(path: Path, where: str) -> dict[str, Any]:
     if not path.is_dir():
         kinds = ", ".join(f"{kind}:" for kind in KINDS)
         raise UserError(f"{where}: no such run or checkpoint; other models are named with {kinds} in front")
+    path = path.parent if path.name == "checkpoints" else path
     for file in [path / "manifest.json", *sorted(path.glob("checkpoints/step_*/manifest.json"), reverse=True)]:
         try:
             config = json.loads(file.read_bytes())["config"]
