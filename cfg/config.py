@@ -459,16 +459,3 @@ def launched_world_size() -> int:
 def to_yaml(config: Config) -> str:
     """The resolved flags as a preset that `--cfg=PATH` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-def flags_markdown() -> str:
-    """The table of flags as it stands in docs/flags.md."""
-    lines = ["# Flags of train_gpt.py", "", "Generated from `cfg/config.py` by `python scripts/flags_table.py`.", ""]
-    lines += [f"`--cfg NAME`: {Config.model_fields['cfg'].description}.", ""]
-    for group in GROUPS:
-        lines += [f"## {(group.__doc__ or '').strip()}", "", "| flag | type | default | meaning |", "|---|---|---|---|"]
-        for name, field in group.model_fields.items():
-            kind = type_name(field).replace("|", "\\|")
-            lines.append(f"| `--{name}` | {kind} | `{shown_default(field)}` | {field.description} |")
-        lines.append("")
-    return "\n".join(lines)

@@ -19,7 +19,7 @@ from cfg.errors import UserError
 KINDS = ("hf", "nanogpt", "llmc", "llama2c")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")  # not consolidated.safetensors, the same once more
 # Flags that may be given beside --init_from and differ from the model's: what is of training, how vocabularies are
 # padded, and what is changed to make a context longer.
 FREE = {"dropout", "flash", "vocab_pad", "zero_init", "rope_base", "rope_scaling", "sliding_window"}
