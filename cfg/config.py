@@ -98,7 +98,7 @@ class DataConfig(Flags):
         "gpt2",
         min_length=1,
         description="the shards' tokenizer, for samples and bits per byte: gpt2, gpt2-fim, cl100k_base, o200k_base,"
-        " the path of a tokenizer.json or of its folder, hf:NAME; none: unknown",
+        " the path of a tokenizer.json, of its folder or of a llama2.c tokenizer.bin, hf:NAME; none: unknown",
     )
     shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
     check_data: bool = Field(False, description="check every token id at start, not a sample of them")
@@ -462,16 +462,3 @@ def launched_world_size() -> int:
 def to_yaml(config: Config) -> str:
     """The resolved flags as a preset that `--cfg=PATH` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-def flags_markdown() -> str:
-    """The table of flags as it stands in docs/flags.md."""
-    lines = ["# Flags of train_gpt.py", "", "Generated from `cfg/config.py` by `python scripts/flags_table.py`.", ""]
-    lines += [f"`--cfg NAME`: {Config.model_fields['cfg'].description}.", ""]
-    for group in GROUPS:
-        lines += [f"## {(group.__doc__ or '').strip()}", "", "| flag | type | default | meaning |", "|---|---|---|---|"]
-        for name, field in group.model_fields.items():
-            kind = type_name(field).replace("|", "\\|")
-            lines.append(f"| `--{name}` | {kind} | `{shown_default(field)}` | {field.description} |")
-        lines.append("")
-    return "\n".join(lines)

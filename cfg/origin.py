@@ -19,8 +19,7 @@ from cfg.errors import UserError
 KINDS = ("hf", "nanogpt", "llmc", "llama2c")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json")
-# Not all that a repository holds: Mistral's has the weights once more as consolidated.safetensors.
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")  # not consolidated.safetensors, the same once more
 # Flags that may be given beside --init_from and differ from the model's: what is of training, how vocabularies are
 # padded, and what is changed to make a context longer.
 FREE = {"dropout", "flash", "vocab_pad", "zero_init", "rope_base", "rope_scaling", "sliding_window"}
@@ -134,6 +133,7 @@ def _config_of_run(path: Path, where: str) -> dict[str, Any]:
     if not path.is_dir():
         kinds = ", ".join(f"{kind}:" for kind in KINDS)
         raise UserError(f"{where}: no such run or checkpoint; other models are named with {kinds} in front")
+    path = path.parent if path.name == "checkpoints" else path
     for file in [path / "manifest.json", *sorted(path.glob("checkpoints/step_*/manifest.json"), reverse=True)]:
         try:
             config = json.loads(file.read_bytes())["config"]

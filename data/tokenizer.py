@@ -100,13 +100,16 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        if self.files:  # of the file, so that it does not depend on which core encodes
-            return json_sha256(self.files["tokenizer.json"], self.end_of_text)
-        assert self.pattern is not None and self.ranks is not None, "a named tokenizer is its ranks and its pattern"
-        digest = hashlib.sha256(self.pattern.encode())
-        digest.update(self.rank_file)
-        digest.update(repr(sorted(self.special.items())).encode())
-        return digest.hexdigest()
+        if self.ranks is not None and self.pattern is not None:
+            digest = hashlib.sha256(self.pattern.encode())
+            digest.update(self.rank_file)
+            digest.update(repr(sorted(self.special.items())).encode())
+            found = digest.hexdigest()
+            # A file that says the same as a named one, as an export of it does, is that one.
+            if not self.files or found in (identity["sha256"] for identity in NAMED_IDENTITIES.values()):
+                return found
+        # Else of the file, so that it does not depend on which core encodes.
+        return json_sha256(self.files["tokenizer.json"], self.end_of_text)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -86,11 +86,11 @@ def initial_values(read: Callable[[str], Tensor], config: ModelConfig, rows: Row
 
 
 def mixed_rows(table: Tensor, rows: Rows) -> Tensor:
-    """(V_new, C) from (V_old, C): each the mean of the `rows` it is made of, or of all where there are none."""
+    """(V_new, C) from (V_old, C): each the mean of the `rows` it is made of, or of all in use where there are none."""
     ids, offsets = (torch.from_numpy(a) for a in rows)
     table = table.float()
     mixed = torch.nn.functional.embedding_bag(ids, table, offsets, mode="mean", include_last_offset=True)
-    mixed[offsets.diff() == 0] = table.mean(0)
+    mixed[offsets.diff() == 0] = table[ids.unique()].mean(0)  # not of rows that pad the vocabulary
     return mixed
 
 

@@ -4,8 +4,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
-from cfg.config import flags_markdown
+from cfg.config import GROUPS, Config, shown_default, type_name
 
-(ROOT / "docs" / "flags.md").write_text(flags_markdown())
+
+def flags_markdown() -> str:
+    """The table of flags as it stands in docs/flags.md."""
+    lines = ["# Flags of train_gpt.py", "", "Generated from `cfg/config.py` by `python scripts/flags_table.py`.", ""]
+    lines += [f"`--cfg NAME`: {Config.model_fields['cfg'].description}.", ""]
+    for group in GROUPS:
+        lines += [f"## {(group.__doc__ or '').strip()}", "", "| flag | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in group.model_fields.items():
+            kind = type_name(field).replace("|", "\\|")
+            lines.append(f"| `--{name}` | {kind} | `{shown_default(field)}` | {field.description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "flags.md").write_text(flags_markdown())

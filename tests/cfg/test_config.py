@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cfg.config import GROUPS, PRESETS, Config, flags_markdown, load_config, to_yaml
+from cfg.config import GROUPS, PRESETS, Config, load_config, to_yaml
 from cfg.errors import UserError
+from scripts.flags_table import flags_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

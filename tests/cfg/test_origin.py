@@ -106,6 +106,7 @@ def test_a_run_of_ours(tmp_path):
     config = load_config([f"--init_from={tmp_path / 'run'}"], 1)
     assert (config.n_layer, config.n_embd, config.dropout, config.tokenizer) == (2, 24, 0.0, "gpt2")
     assert load_config([f"--init_from={checkpoint}"], 1).n_embd == 24
+    assert load_config([f"--init_from={checkpoint.parent}"], 1).n_embd == 24
     for nothing in (tmp_path, tmp_path / "nowhere", "gpt2"):
         with pytest.raises(UserError, match="--init_from=.*: (holds no checkpoint|no such run or checkpoint)"):
             load_config([f"--init_from={nothing}"], 1)

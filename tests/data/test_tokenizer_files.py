@@ -181,3 +181,9 @@ def test_a_name_of_the_hub(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="--tokenizer=hf:nobody/nothing: .* cannot be reached"):
         load_tokenizer("hf:nobody/nothing")
+
+
+def test_the_files_of_a_named_tokenizer_are_that_tokenizer(tokenizer, tmp_path):
+    """Shards that were made with the one are taken with the other."""
+    folder = write(tmp_path, tokenizer_files(tokenizer))
+    assert load_tokenizer(str(folder)).identity == {**tokenizer.identity, "name": str(folder)}

@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--sequence_length=24", "--vocab_size=262", "--tie_embeddings=0"]
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--n_kv_head=2"]
 MODERN = [*LLAMA[:2], "--mlp=relu2", "--bias=0", "--n_kv_head=1", "--qk_norm=1", "--logit_softcap=15"]
-FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, MODERN], ids=["gpt2", "llama", "modern"])
+# A window much shorter than a row, heads of their own width, biases of query, key and value alone.
+WINDOW = [*LLAMA, "--sliding_window=5", "--head_dim=12", "--qkv_bias=1", "--rope_scaling=llama3:8,1,4,16"]
+FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, MODERN, WINDOW], ids=["gpt2", "llama", "modern", "window"])
 GREEDY = Sampling(temperature=0)
 END, SPECIAL = 256, ["<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
 

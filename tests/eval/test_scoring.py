@@ -13,8 +13,9 @@ from model.gpt import GPT, init_weights
 VOCAB, LIMIT, CPU = 97, 24, torch.device("cpu")
 GPT2 = []
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--n_kv_head=2", "--qk_norm=1"]
+WINDOW = [*LLAMA, "--sliding_window=5", "--head_dim=12"]
 FAMILIES = pytest.mark.parametrize(
-    "flags", [GPT2, ["--flash=0", "--logit_softcap=5"], LLAMA, [*LLAMA, "--flash=0", "--tie_embeddings=0"]]
+    "flags", [GPT2, ["--flash=0", "--logit_softcap=5"], LLAMA, [*LLAMA, "--flash=0", "--tie_embeddings=0"], WINDOW]
 )
 
 

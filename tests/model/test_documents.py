@@ -14,7 +14,8 @@ VOCAB, END = 301, 300
 LENGTHS = ((20, 1, 43), (33, 30, 1), (64,))  # of the documents of each row, their end-of-text token counted
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=64", f"--vocab_size={VOCAB}"]
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
-FAMILIES = pytest.mark.parametrize("family", [[], LLAMA], ids=["gpt2", "llama"])
+WINDOW = [*LLAMA, "--sliding_window=7", "--head_dim=20", "--qkv_bias=1"]
+FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, WINDOW], ids=["gpt2", "llama", "window"])
 ATTENTIONS = pytest.mark.parametrize("flash", ["--flash=0", "--flash=1"])
 
 
@@ -135,7 +136,8 @@ def test_flex_attention_gives_the_same_numbers_as_the_mask(family, monkeypatch):
     flex_loss, flex = loss_and_gradients(model, *long_batch())
     assert isinstance(seen[0], BlockMask)
     mixed, full = seen[0].kv_num_blocks.sum(), seen[0].full_kv_num_blocks.sum()
-    assert full > 0 and mixed + full < 12  # the tiles of a causal mask: 6 a row
+    # The tiles of a causal mask are 6 a row; one as wide as a tile has no place in a window of 7.
+    assert (full > 0) == (not model.config.sliding_window) and mixed + full < 12
     assert abs(flex_loss - masked_loss) < 1e-5
     assert largest_difference(flex, masked) < 1e-5
 

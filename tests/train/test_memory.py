@@ -17,7 +17,8 @@ from train.memory import PARTS, block_activations, deviation, largest_partition,
 
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
 MODERN = ["--positions=rotary", "--norm=rmsnorm", "--mlp=relu2", "--bias=0", "--qk_norm=1", "--logit_softcap=15"]
-FAMILIES = {"gpt2": [], "llama": [*LLAMA, "--mlp_hidden=1792"], "modern": MODERN}
+WIDE = [*LLAMA, "--head_dim=96", "--qkv_bias=1"]
+FAMILIES = {"gpt2": [], "wide": WIDE, "llama": [*LLAMA, "--mlp_hidden=1792"], "modern": MODERN}
 SHAPE = ["--n_layer=3", "--n_embd=512", "--n_head=8", "--sequence_length=320", "--batch_size=3", "--dtype=bfloat16"]
 
 
