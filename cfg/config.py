@@ -39,7 +39,7 @@ class ModelConfig(Flags):
     vocab_pad: int = Field(
         64, ge=1, description="pad the embedding rows to a multiple of this; padding is never predicted"
     )
-    n_positions: int = Field(0, ge=0, description="rows of the learned position table; 0: sequence_length")
+    n_positions: int = Field(0, ge=0, description="positions seen at once, rows of a learned table; 0: sequence_length")
     positions: Literal["learned", "rotary"] = Field("learned", description="position encoding")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     rope_scaling: str = Field(
@@ -352,11 +352,11 @@ def rope_stretch(text: str) -> tuple[str, list[float]]:
 
 
 def _check_run(c: Config, world_size: int) -> None:
-    if c.positions == "learned" and c.sequence_length > c.n_positions:
-        raise UserError(
-            f"--sequence_length={c.sequence_length} exceeds --n_positions={c.n_positions};"
-            f" raise --n_positions or use --positions=rotary"
-        )
+    if c.sequence_length > c.n_positions:
+        way_out = "raise --n_positions" + (" or use --positions=rotary" if c.positions == "learned" else "")
+        if c.positions == "learned" and c.init_from != "scratch":
+            way_out = "that is all that the model of --init_from has; lower it"
+        raise UserError(f"--sequence_length={c.sequence_length} exceeds --n_positions={c.n_positions}; {way_out}")
     if c.doc_mask and c.tokenizer == "none":
         raise UserError("--doc_mask=1 must know the end-of-text token; name the shards' --tokenizer instead of none")
     if c.resize_embeddings and c.init_from == "scratch":

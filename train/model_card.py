@@ -63,7 +63,7 @@ def trained(path: Path, parameters: int, dtype: str) -> list[str]:
     step, tokens = record.get("step", 0), record.get("tokens", 0)
     return [
         f"A language model of {parameters:,} parameters in {dtype}, trained with rawgpt for {step:,} steps on"
-        f" {tokens:,} tokens. It continues text; it was not taught to follow instructions.",
+        f" {tokens:,} tokens.",
         "",
         "## Measured",
         "",
@@ -71,9 +71,15 @@ def trained(path: Path, parameters: int, dtype: str) -> list[str]:
         "",
         "## Training",
         "",
-        *table({name: flags[name] for name in TRAINING if name in flags}),
+        *table({name: without_folder(flags[name]) for name in TRAINING if name in flags}),
         "",
     ]
+
+
+def without_folder(value: Any) -> Any:
+    """A flag's value; of a path on this machine only the end, which is all that is of use elsewhere."""
+    kind, colon, path = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return f"{kind}{colon}{Path(path).name}" if path.startswith(("/", "~")) else value
 
 
 def table(rows: dict[str, Any]) -> list[str]:

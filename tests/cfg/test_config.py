@@ -268,11 +268,11 @@ def test_rotary_positions_refuse_an_odd_head_size():
     assert "rotary" in message and "16 or 24" in message
 
 
-def test_a_sequence_longer_than_the_position_table_is_refused():
+def test_a_sequence_longer_than_the_model_sees_is_refused():
     flags = ["--sequence_length=128", "--n_positions=64"]
     message = refusal(*flags)
     assert "--sequence_length=128" in message and "--n_positions=64" in message
-    assert load(*flags, "--positions=rotary").sequence_length == 128
+    assert "raise --n_positions" in refusal(*flags, "--positions=rotary")  # what evaluation would see at once
     assert load("--sequence_length=64", "--n_positions=128").n_positions == 128
 
 

@@ -63,13 +63,15 @@ def test_what_may_differ(folder):
     assert load(folder, "--sequence_length=64").n_positions == 256
     assert load(folder, "--sequence_length=512").n_positions == 512  # rotary positions know no end
     assert load(folder, "--n_positions=300", "--sequence_length=64").n_positions == 300
+    with pytest.raises(UserError, match="--sequence_length=64 exceeds --n_positions=32; raise --n_positions$"):
+        load(folder, "--n_positions=32", "--sequence_length=64")
 
 
 def test_a_learned_table_has_its_length(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     config = load(tmp_path)
     assert (config.sequence_length, config.n_positions, config.tokenizer) == (128, 128, "gpt2")
-    with pytest.raises(UserError, match="--sequence_length=256 exceeds --n_positions=128"):
+    with pytest.raises(UserError, match="--sequence_length=256 exceeds --n_positions=128; that is all .* lower it"):
         load(tmp_path, "--sequence_length=256")
     with pytest.raises(UserError, match="--n_positions=256, but the model of --init_from has 128"):
         load(tmp_path, "--sequence_length=256", "--n_positions=256")
