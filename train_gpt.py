@@ -210,8 +210,8 @@ def open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> hellas
         source = find_source(config.hellaswag_data, DEFAULT_OUTPUT, "hellaswag_data")
         return hellaswag.read_examples(source, config.hellaswag_limit)
 
-    encode = tokenizer.encode
-    return hellaswag.questions(ranks.on_main(read), encode, follow_on(encode), tokenizer.end_of_text)
+    how = (tokenizer.encode_whole, follow_on(tokenizer.encode), tokenizer.before_text[0])
+    return hellaswag.questions(ranks.on_main(read), *how)
 
 
 def resume(run: Run) -> dict[str, Any]:
@@ -308,10 +308,11 @@ def hellaswag_accuracy(run: Run, stop: guard.StopRequest) -> dict[str, float]:
 def sample(run: Run, stop: guard.StopRequest, step: int) -> str:
     """Text of a new document, also written to samples/. All ranks draw it: a sharded model needs them all."""
     config, tokenizer = run.config, run.tokenizer
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(config.sample_prompt)] if tokenizer else [0]
+    begin = tokenizer.before_text if tokenizer else [0]
+    prompt = [*begin, *(tokenizer.encode(config.sample_prompt) if tokenizer else [])]
 
     def draw() -> Generator[None, None, str]:
-        tokens = prompt[1:]
+        tokens = prompt[len(begin) :]
         for (token,) in generate(run.model, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
             tokens.append(token)
             yield

@@ -40,7 +40,7 @@ def main() -> None:
         return
     text = assets.fetch("tinyshakespeare.txt", args.input).read_text()
     cut = int(0.9 * len(text))
-    halves = [np.array([tokenizer.end_of_text, *tokenizer.encode(half)]) for half in (text[:cut], text[cut:])]
+    halves = [np.array([*tokenizer.before_document, *tokenizer.encode(half)]) for half in (text[:cut], text[cut:])]
     names = [(f"tiny_shakespeare_{split}.bin", len(half)) for split, half in zip(("train", "val"), halves, strict=True)]
     with prepare.refusals(args.output_dir), prepare.locked(args.output_dir):
         writer = ShardWriter(partial, iter(names), tokenizer.vocab_size)

@@ -85,6 +85,16 @@ class Tokenizer:
     files: dict[str, bytes] = field(default_factory=dict)  # what a copy needs to be loaded again; none for a name
     prefix: list[int] = field(default_factory=list)  # what its file puts before a text; not part of `encode`
 
+    @property
+    def before_text(self) -> list[int]:
+        """What a text begins with that a model is to continue: a begin-of-text token, or the end of another text."""
+        return self.prefix or [self.end_of_text]
+
+    @property
+    def before_document(self) -> list[int]:
+        """What stands before each document in shards: the end of another, and what the file wants before a text."""
+        return [self.end_of_text, *(i for i in self.prefix if i != self.end_of_text)]
+
     @cached_property
     def token_bytes(self) -> dict[int, bytes]:
         """The bytes of each token that is not special."""
@@ -132,6 +142,10 @@ class Tokenizer:
         return tiktoken.Encoding(
             self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
         )
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Ids of a text from its beginning on, with what the tokenizer puts there; nothing, for most."""
+        return [*self.prefix, *self.encode(text)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; the name of a special token in it is text like any other."""

@@ -75,7 +75,7 @@ def encode_unit(unit: Unit, path: Path, encoder: Encoder) -> Encoded:
     """Writes the tokens of a unit to `path`, which then appears whole."""
     tokenizer, options = encoder.tokenizer, encoder.options
     dtype = token_dtype(tokenizer.vocab_size)
-    end_of_text = np.array([tokenizer.end_of_text], np.uint32)
+    start = np.array(tokenizer.before_document, np.uint32)
     found = Encoded(path)
     held: list[np.ndarray] = []
     half = path.with_name(f"{path.name}.{os.getpid()}")
@@ -90,8 +90,8 @@ def encode_unit(unit: Unit, path: Path, encoder: Encoder) -> Encoded:
         for document in documents(unit, options.text_key, options.skip_bad, found.skipped):
             if options.max_tokens and found.tokens >= options.max_tokens:
                 break
-            found.tokens += 1
-            held.append(end_of_text)
+            found.tokens += len(start)
+            held.append(start)
             found.documents += 1
             for part in parts(document, encoder):
                 tokens = np.array([part], np.uint32) if isinstance(part, int) else encoder.encode(part)

@@ -109,7 +109,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfg.origin import split
 from data.fim import infill_prompt
 from data.tokenizer import Tokenizer
 from eval.subject import tokenizer_of
@@ -259,12 +258,10 @@ class Row:
 def rows_of(args: argparse.Namespace, tokenizer: Tokenizer, n_positions: int) -> tuple[list[list[int]], list[Row]]:
     """The ids of each prompt, and the rows of all."""
     prompts, rows = [], []
-    foreign = split(str(args.checkpoint))[0] and not args.infill
-    begin = tokenizer.prefix if foreign and tokenizer.prefix else [tokenizer.end_of_text]
     for text in args.prompts:
         before, after = text.split(HOLE) if args.infill else (text, "")
         ids = infill_prompt(before, after, tokenizer) if args.infill else tokenizer.encode(text)
-        prompts.append([*begin, *ids])
+        prompts.append([*tokenizer.before_text, *ids])
         if args.infill and len(prompts[-1]) + args.max_new_tokens > n_positions:
             raise UserError(
                 f"--infill: a prompt of {len(prompts[-1])} tokens and --max_new_tokens={args.max_new_tokens} exceed the"

@@ -72,14 +72,14 @@ def completion_question(example: Example, encode: Encode, encode_more: Encode) -
     return Question(Request(encode(example.context), endings), [len(e) for e in endings], example.label)
 
 
-def lm_eval_question(example: Example, encode: Encode, end_of_text: int) -> Question:
+def lm_eval_question(example: Example, encode: Encode, before_text: int) -> Question:
     assert example.parts is not None, "read with its parts"
     activity, first, second = example.parts
     context = clean(f"{activity}: {first} {second.capitalize()}")
     endings = [clean(ending) for ending in example.endings]
     pairs = [encode_pair(context, " " + ending, encode) for ending in endings]
     return Question(
-        Request(pairs[0][0] or [end_of_text], [more for _, more in pairs]), [len(e) for e in endings], example.label
+        Request(pairs[0][0] or [before_text], [more for _, more in pairs]), [len(e) for e in endings], example.label
     )
 
 
@@ -89,14 +89,14 @@ def clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def questions(examples: list[Example], encode: Encode, encode_more: Encode, end_of_text: int) -> Asked:
-    """Both scorings' questions. A context of which cleaning leaves nothing is the end of another text.
+def questions(examples: list[Example], encode: Encode, encode_more: Encode, before_text: int) -> Asked:
+    """Both scorings' questions. A context of which cleaning leaves nothing is `before_text`.
 
     Raises UserError for an ending that has no tokens of its own.
     """
     asked = {
         "completion": [completion_question(e, encode, encode_more) for e in examples],
-        "lm_eval": [lm_eval_question(e, encode, end_of_text) for e in examples],
+        "lm_eval": [lm_eval_question(e, encode, before_text) for e in examples],
     }
     for style in STYLES:
         for number, question in enumerate(asked[style], 1):
@@ -170,7 +170,7 @@ def main(args: Namespace) -> None:
     source = find_source(args.input, DEFAULT_OUTPUT)
     examples = read_examples(source, args.limit)
     subject: Subject = open_subject(args)
-    asked = questions(examples, subject.encode, subject.encode_more, subject.end_of_text)
+    asked = questions(examples, subject.encode, subject.encode_more, subject.before_text)
     scores = subject.score(requests(asked), "HellaSwag")
     found = accuracies(asked, scores)
     shown = f"HellaSwag, {len(examples):,} examples of {source.name}: {subject.name}\n{table(subject.label, found)}"

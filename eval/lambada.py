@@ -78,10 +78,10 @@ def example_of(row: Any, where: str) -> Example:
     return Example(context, word)
 
 
-def ask(example: Example, encode: Callable[[str], list[int]], end_of_text: int) -> Request:
+def ask(example: Example, encode: Callable[[str], list[int]], before_text: int) -> Request:
     """A passage that is but one word follows on the end-of-text token."""
     context, word = encode_pair(example.context, " " + example.word, encode)
-    return Request(context or [end_of_text], [word])
+    return Request(context or [before_text], [word])
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def table(name: str, found: Measured) -> str:
 def main(args: Namespace) -> None:
     examples = read_lambada(args.input, args.limit)
     subject: Subject = open_subject(args)
-    requests = [ask(example, subject.encode, subject.end_of_text) for example in examples]
+    requests = [ask(example, subject.encode, subject.before_text) for example in examples]
     scores = [score for (score,) in subject.score(requests, "LAMBADA")]
     found = summarize(scores)
     shown = f"LAMBADA, {len(examples):,} examples of {args.input.name}: {subject.name}\n{table(subject.label, found)}"

@@ -108,10 +108,10 @@ def group(pairs: list[Pair]) -> tuple[list[Request], list[tuple[int, int]]]:
 def loglikelihoods(subject: Subject, pairs: list[Pair]) -> list[tuple[float, bool]]:
     """Of the ending of each pair: its log-likelihood in nats, and whether each token is the likeliest.
 
-    An empty context is the end of another text; an empty ending is certain.
+    An empty context is what a text begins with; an empty ending is certain.
     """
     asked = [i for i, (_, ending) in enumerate(pairs) if ending]
-    requests, places = group([(pairs[i][0] or [subject.end_of_text], pairs[i][1]) for i in asked])
+    requests, places = group([(pairs[i][0] or [subject.before_text], pairs[i][1]) for i in asked])
     scores = subject.score(requests, "loglikelihood")
     found = [(0.0, True)] * len(pairs)
     for i, (request, ending) in zip(asked, places, strict=True):
@@ -164,7 +164,7 @@ def answers(subject: Subject, asked: list[tuple[str, dict[str, Any]]], dtype: to
     alike: dict[Wish, list[int]] = defaultdict(list)
     for i, (_, settings) in enumerate(asked):
         alike[wish_of(settings)].append(i)
-    prompts = [subject.encode(context) or [subject.end_of_text] for context, _ in asked]
+    prompts = [subject.encode(context) or [subject.before_text] for context, _ in asked]
     found = [""] * len(asked)
     autocast = torch.autocast(subject.device.type, dtype=dtype, enabled=dtype != torch.float32)
     with tqdm(total=len(asked), desc="generate_until", unit="", disable=None) as bar, autocast:
@@ -220,6 +220,7 @@ def adapter(subject: Subject, dtype: torch.dtype) -> Any:
     class Checkpoint(TemplateLM):
         asked = False
         eot_token_id = subject.end_of_text
+        prefix_token_id = subject.before_text
         max_length = subject.limit
         max_gen_toks = DEFAULT_NEW_TOKENS
 

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cfg.errors import UserError
-from cfg.origin import split
 from data.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from eval.command import my_rank
 from eval.scoring import Batch, Forward, Request, Score, follow_on, gpt_forward, merge, score
@@ -43,7 +42,8 @@ class Subject:
     forward: Forward
     encode: Callable[[str], list[int]]  # a text from its beginning on, with what the tokenizer puts there
     encode_more: Callable[[str], list[int]]  # a text that follows on another; begins with a space or a newline
-    end_of_text: int  # that a document begins with; -1 where there is no tokenizer
+    before_text: int  # the token that a text begins with, and
+    end_of_text: int  # that documents are separated by; -1 both where there is no tokenizer
     vocab_size: int  # ids are below this
     limit: int  # positions that the model sees at once
     shared: bool  # whether `forward` takes masks, so that endings can share their context
@@ -171,16 +171,14 @@ def open_checkpoint(
             raise
         if my_rank()[0] == 0 and flags["tokenizer"] != "none":
             print(f"no bits per byte: {error}")
-    # Ours have seen documents follow on an end-of-text token; another's is asked as its tokenizer has texts begin.
-    begin = tokenizer.prefix if tokenizer and split(str(args.checkpoint))[0] else []
-    encode = tokenizer.encode if tokenizer else no_text
     return Subject(
         name=str(found),
         step=step if (step := step_of(found)) >= 0 else None,
         forward=in_dtype(gpt_forward(model), device, dtype),
-        encode=lambda text: [*begin, *encode(text)],
-        encode_more=follow_on(encode) if tokenizer else no_text,
-        end_of_text=(begin or [tokenizer.end_of_text])[0] if tokenizer else -1,
+        encode=tokenizer.encode_whole if tokenizer else no_text,
+        encode_more=follow_on(tokenizer.encode) if tokenizer else no_text,
+        before_text=tokenizer.before_text[0] if tokenizer else -1,
+        end_of_text=tokenizer.end_of_text if tokenizer else -1,
         vocab_size=model.config.vocab_size,
         limit=model.config.n_positions,
         shared=True,
@@ -226,7 +224,8 @@ def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: tor
         forward=in_dtype(hf_forward(model), device, dtype),
         encode=lambda text: list(tokenizer.encode(text)),
         encode_more=follow_on(plain),
-        end_of_text=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+        before_text=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+        end_of_text=tokenizer.eos_token_id,
         vocab_size=model.get_input_embeddings().num_embeddings,
         limit=positions_of(model.config, tokenizer),
         shared=False,

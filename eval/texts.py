@@ -99,8 +99,8 @@ def shard_text(paths: list[Path], subject: Subject) -> Text:
 def document_text(document: str, subject: Subject) -> Text:
     """The document after the token that the model knows the beginning of one by."""
     ids = subject.encode(document)
-    if subject.end_of_text is not None and ids[:1] != [subject.end_of_text]:  # unless the tokenizer has put it there
-        ids = [subject.end_of_text, *ids]
+    if subject.before_text is not None and ids[:1] != [subject.before_text]:  # unless the tokenizer has put it there
+        ids = [subject.before_text, *ids]
     array = np.array(ids, np.int32)
     return Text(len(ids), lambda start, stop: array[start:stop], len(document.encode()))
 

@@ -62,6 +62,14 @@ def test_shards_sizes_and_manifest(tmp_path, make_job, units, expected, tokens_o
         assert (row["bytes"], row["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
+@pytest.mark.parametrize("prefix, start", [([], [50256]), ([50256], [50256]), ([7], [50256, 7])])
+def test_a_begin_of_text_token_follows_on_the_end_of_text(tmp_path, make_job, units, whole, tokenizer, prefix, start):
+    """As in the data that models were trained on whose tokenizer puts it before a text; one token is both in others."""
+    made = prepare(make_job(tmp_path / "out", tokenizer=replace(tokenizer, prefix=prefix)), units)
+    tokens = [token for text in TEXTS for token in [*start, *tokenizer.encode(text)]]
+    assert whole(tmp_path / "out") == tokens and (made["tokens"], made["documents"]) == (len(tokens), 60)
+
+
 @few
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=20), max_size=20),

@@ -1,5 +1,6 @@
 """Exporting a checkpoint that two ranks wrote, and models of every kind that transformers has a class for."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from cfg.config import load_config
 from cfg.errors import UserError
 from cfg.origin import Origin
 from data.tokenizer import load_tokenizer
+from data.tokenizer_files import tokenizer_files
+from eval import generate as generating
 from eval.generate import Sampling, generate
 from model.gpt import GPT, init_weights
 from model.origin import initial_values, load_model, model_config, reader
@@ -176,6 +179,43 @@ def test_a_run_becomes_a_folder_that_says_the_same(text_run):
     card = (folder / "README.md").read_text()
     said = ["for 2 steps on 256 tokens", "validation perplexity", "total_batch_size | `128`", "_bin | `*_train_*.bin`"]
     assert not [words for words in said if words not in card]
+
+
+@pytest.fixture
+def with_begin_of_text(tmp_path):
+    """A tokenizer as Llama's, which puts a token before each text."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    files = tokenizer_files(load_tokenizer("gpt2"))
+    data = json.loads(files["tokenizer.json"])
+    begin = {"id": 50257, "content": "<s>", "special": True}
+    data["added_tokens"].append({**data["added_tokens"][0], **begin})
+    piece = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    single = [piece, {"Sequence": {"id": "A", "type_id": 0}}]
+    ids = {"<s>": {"id": "<s>", "ids": [50257], "tokens": ["<s>"]}}
+    data["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": ids}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (folder / "tokenizer_config.json").write_bytes(files["tokenizer_config.json"])
+    return folder
+
+
+def test_a_begin_of_text_token_is_put_there_on_both_sides(trainer, with_begin_of_text, tmp_path, capsys):
+    """The run, its export read here and the export in transformers say the same, from the same text."""
+    flags = [f"--tokenizer={with_begin_of_text}", "--vocab_size=50258", "--n_layer=1", "--num_iterations=2"]
+    trainer.run(tmp_path / "run", *flags, "--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0")
+    export("--checkpoint", tmp_path / "run", "--to=hf", "--output", tmp_path / "out")
+    said = []
+    for checkpoint in (tmp_path / "run", f"hf:{tmp_path / 'out'}"):
+        words = [f"--checkpoint={checkpoint}", "--prompt=Hello, world", "--temperature=0", "--max_new_tokens=9"]
+        capsys.readouterr()
+        generating.main(generating.parser().parse_args([*words, "--device=cpu", "--ignore_eot"]))
+        said.append(capsys.readouterr().out)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("Hello, world", return_tensors="pt").input_ids
+    assert ids[0, 0] == 50257
+    written = theirs.generate(ids, max_new_tokens=9, min_new_tokens=9, do_sample=False)
+    assert said[0] == said[1] and said[0].startswith(tokenizer.decode(written[0, 1:]))
 
 
 def test_the_import_of_an_export_is_the_checkpoint_bit_for_bit(text_run, parameters_of):
