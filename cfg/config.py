@@ -440,7 +440,8 @@ def _check_origin(config: Config, origin: Origin, values: dict[str, Any]) -> Non
     free |= {"vocab_size"} if config.resize_embeddings else set()
     if origin.kind == "nanogpt" and config.mlp in ("gelu", "gelu_exact"):
         free |= {"mlp"}  # which of the two, the file does not tell
-    for name in origin.flags.keys() & values.keys() & ModelConfig.model_fields.keys() - free:
+    given = origin.flags.keys() & values.keys() & ModelConfig.model_fields.keys()
+    for name in sorted(given - free):
         if (value := getattr(config, name)) != origin.flags[name]:
             preset = f", or --cfg={values['cfg']} if it sets it" if values.get("cfg") else ""
             resize = "; or resize it with --resize_embeddings=1"
