@@ -20,7 +20,7 @@ import time
 STARTED = time.monotonic()  # --max_minutes count from here
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from eval.reference import GPT2_ACC_NORM
 from eval.scoring import follow_on, gpt_forward, merge, score
 from eval.validation import fixed_windows, summarize, windows_loss
 from model.gpt import GPT, InitialValue
-from model.origin import initial_values, reader
+from model.origin import initial_values, newest, reader
 from train import checkpoint, guard
 from train.aside import aside
 from train.distributed import Ranks, close_ranks, init_ranks, set_timeout
@@ -114,7 +114,7 @@ def setup(config: Config) -> Run:
     val_data = open_val_data(config, identity) if config.input_val_bin else None
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     asked = open_hellaswag(config, ranks, tokenizer) if config.hellaswag_every and tokenizer else None
-    weights = first_weights(config)
+    weights = first_weights(config, ranks)
     ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
     guard.check_shared(Path(config.output_dir), ranks)
 
@@ -129,11 +129,14 @@ def setup(config: Config) -> Run:
     return run
 
 
-def first_weights(config: Config) -> InitialValue | None:
+def first_weights(config: Config, ranks: Ranks) -> InitialValue | None:
     """The weights of the model that --init_from names, with the embeddings of --tokenizer if asked; None: random."""
     if config.init_from == "scratch":
         return None
     origin, rows = open_origin(config.init_from), None
+    if not origin.kind:  # a run of ours, which may go on meanwhile: rank 0 chooses the checkpoint for all
+        run_dir = origin.path
+        origin = replace(origin, path=ranks.on_main(lambda: newest(run_dir)))
     if config.resize_embeddings:
         sizes = origin.flags["vocab_size"], config.vocab_size
         old, new = load_tokenizer(origin.tokenizer, sizes[0]), load_tokenizer(config.tokenizer, sizes[1])

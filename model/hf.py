@@ -56,6 +56,15 @@ def is_transposed(name: str, learned: bool) -> bool:
     return learned and ".c_" in name and name.endswith(".weight")
 
 
+def rows_of_parts(name: str, shapes: Mapping[str, torch.Size], count: int) -> list[int]:
+    """How many rows each of `count` parts has: of three, query has as many as the projection behind it has columns."""
+    rows = shapes[name][0]
+    if count < 3:
+        return [rows // count] * count
+    query = shapes[f"{name.rpartition('.attn.')[0]}.attn.c_proj.weight"][1]
+    return [query, (rows - query) // 2, (rows - query) // 2]
+
+
 def find_files(folder: Path) -> dict[str, Path]:
     """Tensor name → file of a folder. Raises UserError if it holds none, or an index that names what is not in it."""
     index = folder / INDEX
@@ -107,8 +116,8 @@ class Reader:
         rest = self._stored.keys() - wanted - {HEAD}  # a tied head may be written all the same
         if unknown := sorted(n for n in rest if not BUFFERS.fullmatch(n)):
             raise UserError(f"{folder}: has a tensor {unknown[0]}, which is not of the model in its config.json")
-        for name, shape in shapes.items():
-            self._check(name, shape)
+        for name in shapes:
+            self._check(name, shapes)
 
     def _file(self, part: str) -> tuple[Any, Path, str]:
         """Open, its path, and what the part is called in it."""
@@ -117,8 +126,8 @@ class Reader:
             self._open[path] = open_safetensors(path)
         return self._open[path], path, stored
 
-    def _check(self, name: str, shape: torch.Size) -> None:
-        """Raises UserError unless the parts of a parameter are floats and make up its shape; reads no numbers."""
+    def _check(self, name: str, shapes: Mapping[str, torch.Size]) -> None:
+        """Raises UserError unless the parts of a parameter are floats of the right shapes; reads no numbers."""
         found = []
         for part in parts_of(name, self.learned):
             file, path, stored = self._file(part)
@@ -129,11 +138,12 @@ class Reader:
             if about.get_dtype() not in FLOATS:
                 raise UserError(f"{path}: {stored} is of {about.get_dtype()}; only {', '.join(FLOATS)} are read")
             found.append(about.get_shape()[:: -1 if is_transposed(name, self.learned) else 1])
-        rows = sum(part[0] for part in found if part)
-        if [rows, *shape[1:]] != list(shape) or any(part[1:] != list(shape[1:]) for part in found):
+        wanted = [[rows, *shapes[name][1:]] for rows in rows_of_parts(name, shapes, len(found))]
+        if found != wanted:
             raise UserError(
                 f"{self.folder}: {' and '.join(parts_of(name, self.learned))}: of shape"
-                f" {' and '.join(str(tuple(part)) for part in found)}, but its config.json wants {tuple(shape)}"
+                f" {' and '.join(str(tuple(part)) for part in found)}, but its config.json wants"
+                f" {' and '.join(str(tuple(part)) for part in wanted)}"
             )
 
     def part(self, name: str) -> Tensor:
@@ -152,10 +162,9 @@ class Reader:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def split_for_export(name: str, value: Tensor, learned: bool, heads: list[int]) -> dict[str, Tensor]:
-    """One of our parameters as the tensors of a Hugging Face folder; `heads` are the rows of query, key and value."""
-    if is_transposed(name, learned):
-        value = value.t()
+def split_for_export(name: str, value: Tensor, learned: bool, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """One of our parameters, of which all have these `shapes`, as the tensors of a Hugging Face folder."""
     names = parts_of(name, learned)
-    rows = heads if len(names) == 3 else [len(value) // len(names)] * len(names)
-    return {n: part.contiguous() for n, part in zip(names, value.split(rows), strict=True)}
+    parts = value.split(rows_of_parts(name, shapes, len(names)))
+    transposed = is_transposed(name, learned)
+    return {n: (part.t() if transposed else part).contiguous() for n, part in zip(names, parts, strict=True)}

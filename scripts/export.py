@@ -147,8 +147,6 @@ def write_weights(source: Source, folder: Path, learned: bool, dtype: torch.dtyp
     shapes = parameter_shapes(source.config.model_copy(update={"bias": True}) if learned else source.config)
     groups = list(grouped(shapes, limit / dtype.itemsize))
     own = parameter_shapes(source.config)
-    c = source.config
-    heads = [n * c.head_size for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
     places: dict[str, str] = {}
     total = 0
     bar = tqdm(total=len(shapes), desc="tensors", unit="", disable=None)
@@ -157,7 +155,7 @@ def write_weights(source: Source, folder: Path, learned: bool, dtype: torch.dtyp
         tensors: dict[str, Tensor] = {}
         for name in names:
             value = source.read(name).to(dtype) if name in own else torch.zeros(shapes[name], dtype=dtype)
-            tensors |= split_for_export(name, value, learned, heads)
+            tensors |= split_for_export(name, value, learned, shapes)
             bar.update()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)

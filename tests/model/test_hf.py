@@ -259,6 +259,14 @@ def test_tensors_that_are_not_the_models(tmp_path):
     broken(tmp_path / "f", "embed_tokens", lambda t: t.update({"model.embed_tokens.weight": torch.zeros(60, 16)}))
 
 
+def test_parts_that_only_add_up(tmp_path):
+    """Gate and up, or query, key and value, of other sizes than they should be, though the whole is as large."""
+    gate, up = ("model.layers.0.mlp.gate_proj.weight", torch.zeros(30, 16)), "model.layers.0.mlp.up_proj.weight"
+    broken(tmp_path / "a", gate[0], lambda t: t.update({gate[0]: gate[1], up: torch.zeros(50, 16)}))
+    query, key = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+    broken(tmp_path / "b", query, lambda t: t.update({query: torch.zeros(24, 16), key: torch.zeros(8, 16)}))
+
+
 def test_files_that_mean_harm(tmp_path):
     save(small_llama(), tmp_path)
     weights, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
