@@ -19,6 +19,8 @@ import torch
 from data.shards import write_shard
 from model.origin import load_model
 
+pytest_plugins = ["tests.fault_table"]
+
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 251
 TINY = [
