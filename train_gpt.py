@@ -6,7 +6,7 @@ step k is the k-th update of the weights, and checkpoint k holds the weights aft
 """
 
 from cfg.config import Config, load_config, to_yaml
-from cfg.errors import UserError, one_line_errors, run_command
+from cfg.errors import DivergedError, UserError, one_line_errors, run_command
 from cfg.origin import open_origin
 
 if __name__ == "__main__":
@@ -43,11 +43,12 @@ from eval.scoring import follow_on, gpt_forward, merge, score
 from eval.validation import fixed_windows, summarize, windows_loss
 from model.gpt import GPT, InitialValue
 from model.origin import initial_values, newest, reader
-from train import checkpoint, guard
+from train import checkpoint, guard, watch
 from train.aside import aside
 from train.distributed import Ranks, close_ranks, init_ranks, set_timeout
+from train.divergence import StepGuard, all_finite
 from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot, plot_losses, read_records
-from train.optimizer import make_optimizer, set_learning_rate
+from train.optimizer import make_optimizer, named_states, set_learning_rate
 from train.parallel import (
     Parallel,
     differing_replica,
@@ -57,6 +58,7 @@ from train.parallel import (
     settle,
     sync_gradients,
 )
+from train.rank_log import dump_memory, keep_log, record_memory
 from train.scaling import LossScale
 from train.schedule import learning_rate
 
@@ -79,6 +81,7 @@ class Run:
     parallel: Parallel
     optimizer: torch.optim.Optimizer
     scale: LossScale
+    guard: StepGuard
     saver: checkpoint.Saver
 
     @property
@@ -99,7 +102,8 @@ class Run:
 
 def setup(config: Config) -> Run:
     """Ranks, data, model, strategy, optimizer. What is wrong with the files is known before anything is written."""
-    ranks = init_ranks(config.device, config.start_timeout_minutes, sharded=config.zero_stage >= 2)
+    output_dir = Path(config.output_dir)
+    ranks = init_ranks(config.device, config.start_timeout_minutes, config.zero_stage >= 2, output_dir / "logs")
     device = ranks.device
     if config.tensorcores and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -115,15 +119,22 @@ def setup(config: Config) -> Run:
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     asked = open_hellaswag(config, ranks, tokenizer) if config.hellaswag_every and tokenizer else None
     weights = first_weights(config, ranks)
-    ranks.on_main(lambda: guard.claim_output_dir(Path(config.output_dir)))
-    guard.check_shared(Path(config.output_dir), ranks)
+    ranks.on_main(lambda: guard.claim_output_dir(output_dir))
+    guard.check_shared(output_dir, ranks)
+    keep_log(output_dir, ranks)
+    watch.start(ranks)
+    watch.usual_minutes = config.start_timeout_minutes
+    watch.at("the start")
+    if config.record_memory and device.type == "cuda":
+        record_memory()
 
     parallel = parallelize(config, ranks, weights)
     set_timeout(config.start_timeout_minutes, parallel.groups)  # those of --replicas have one of their own
     optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
     saver = checkpoint.Saver(config, ranks)
     data = (train_data, val_data, tokenizer, identity, end_of_text, asked)
-    run = Run(config, ranks, *data, parallel, optimizer, LossScale(config.dtype == "float16"), saver)
+    scale, steps = LossScale(config.dtype == "float16"), StepGuard(config)
+    run = Run(config, ranks, *data, parallel, optimizer, scale, steps, saver)
     if ranks.is_main:
         announce(run, line)
     return run
@@ -232,6 +243,7 @@ def resume(run: Run) -> dict[str, Any]:
     changes = checkpoint.check_same_model(path, config)
     checkpoint.load(path, run.model, run.optimizer)
     run.scale.load_state_dict(state["scaler"])
+    run.guard.load_state_dict(state.get("guard", {}))
     if path.resolve().parent.parent != output_dir.resolve():
         state["wandb_id"] = None  # a branch of another run is a run of its own
     if run.ranks.is_main:
@@ -239,12 +251,34 @@ def resume(run: Run) -> dict[str, Any]:
     return state
 
 
-def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[float, float, list[float]]:
+def roll_back(run: Run, metrics: Metrics, record: dict[str, Any], why: str) -> int:
+    """Returns to the last good checkpoint, and its step; the data since then is passed over.
+
+    Raises DivergedError if there is none, or if that has been done --max_rollbacks times.
+    """
+    config, step, before = run.config, record["step"], run.guard.state_dict()
+    metrics.log(record)  # which goes back cuts off again, but keeps in logs/
+    run.saver.wait()
+    state = resume(run)
+    run.guard.load_state_dict(before)
+    run.guard.go_back(step, state["step"], state.get("guard", {}))
+    advice = "lower --learning_rate" + (", or raise --skip_spikes" if config.skip_spikes else "")
+    if not state["step"]:
+        raise DivergedError(f"diverged: {why} in step {step}, and no checkpoint yet to go back to; {advice}")
+    if run.guard.rollbacks > config.max_rollbacks:
+        again = f"and going back to step {state['step']} ({config.max_rollbacks} times, --max_rollbacks) did not help"
+        raise DivergedError(f"diverged: {why} in step {step}, {again}; {advice}")
+    metrics.go_back(state["step"])
+    metrics.say(f"{why} in step {step}: back to step {state['step']}, and past the data that led from there to here")
+    return int(state["step"])
+
+
+def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[float, float, str, list[float]]:
     """One update from `batch` (rows, T + 1), this rank's part of the global batch.
 
     Micro-batch losses are sums, divided by the tokens of the whole global batch; gradients are averaged over
     ranks, hence the world_size. Returns the mean loss over the global batch, the gradient norm before
-    clipping, and the `votes` summed over ranks.
+    clipping, why the step was not taken ("" if it was), and the `votes` summed over ranks.
     """
     config, ranks, parallel = run.config, run.ranks, run.parallel
     # Dropout is all that draws from the global generator: seeded per step and rank, it leaves nothing to save.
@@ -252,6 +286,7 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     loss_sum = torch.zeros((), device=batch.device)
     micro_batches = batch.split(config.batch_size)
     for i, micro_batch in enumerate(micro_batches):
+        watch.at(f"step {step}")
         idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]
         positions = document_positions(idx, run.end_of_text) if run.end_of_text is not None else None
         sync_gradients(parallel, config, last=i == len(micro_batches) - 1)
@@ -266,15 +301,15 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     total, squared_norm, *votes = ranks.sum(torch.stack((loss_sum, squared, *loss_sum.new_tensor(votes)))).tolist()
     mean_loss, norm = total / config.total_batch_size, math.sqrt(squared_norm) / run.scale.value
     # Both numbers are the same on all ranks, so all take the same branch.
-    finite = math.isfinite(mean_loss) and math.isfinite(norm)
-    if finite:
+    refusal = run.guard.refusal(mean_loss, norm, overflow_expected=run.scale.value > 1)
+    if not refusal:
         clipped = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
         scale_gradients(gradients, clipped / run.scale.value)
         set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
         run.optimizer.step()
-    run.scale.update(finite)
+    run.scale.update(math.isfinite(mean_loss) and math.isfinite(norm))
     run.optimizer.zero_grad(set_to_none=True)
-    return mean_loss, norm, votes
+    return mean_loss, norm, refusal, votes
 
 
 def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None]:
@@ -330,11 +365,13 @@ def sample(run: Run, stop: guard.StopRequest, step: int) -> str:
 
 def save(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
     """Writes the checkpoint of the step that `record` describes, which then says how long the loop waited for it."""
+    watch.at(f"the save of step {record['step']}", run.config.start_timeout_minutes)
     metrics.flush()
     state = {
         "record": record.copy(),
         "data": run.train_data.identity,
         "scaler": run.scale.state_dict(),
+        "guard": run.guard.state_dict(),
         "wandb_id": metrics.wandb_id,
         "tokenizer": run.tokenizer_identity,
     }
@@ -379,19 +416,40 @@ def due(config: Config, every: int, step: int) -> bool:
 
 
 def train(config: Config) -> int:
-    """The loop, and what comes before and after it. Returns the exit code."""
+    """What comes before and after the loop. Returns the exit code."""
     run = setup(config)
-    ranks, device, output_dir = run.ranks, run.ranks.device, Path(config.output_dir)
+    ranks, output_dir = run.ranks, Path(run.config.output_dir)
     state = resume(run)
-    step = start = state["step"]
     ranks.on_main(lambda: checkpoint.prepare_dir(output_dir, to_yaml(config)))
     if name := differing_replica(run.parallel, ranks):
         raise RuntimeError(f"{name} is not the same on all ranks that should hold the same part of it")
     settle(run.parallel, config, ranks, run.autocast())
-    metrics = Metrics(config, ranks.is_main, start, state["wandb_id"])
+    metrics = Metrics(config, ranks.is_main, state["step"], state["wandb_id"])
     stop = guard.StopRequest(config.max_minutes, STARTED)
+    with run.saver.whatever_happens():
+        step, stopping = loop(run, metrics, stop, state)
+
+    watch.at("the end", config.start_timeout_minutes)
+    # A run whose last step is logged is done, whoever asked it to stop.
+    stopping = stopping and not (step == config.num_iterations and ranks.on_main(lambda: metrics.has(step)))
+    signalled, late = ranks.sum_floats(stop.votes()) if stopping else (0.0, 0.0)
+    run.saver.close()
+    metrics.close()
+    reason = (stop.reason or "a signal to another rank") if signalled else "--max_minutes" if late else ""
+    status = "stopped" if signalled else "out of time" if late else "done"
+    ranks.on_main(lambda: guard.write_status(output_dir, status, step, reason))  # before any rank has left
+    if ranks.is_main:
+        summarize_run(run, state["step"], step, reason)
+    close_ranks()
+    return EXIT_STOPPED if signalled else 0
+
+
+def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, Any]) -> tuple[int, bool]:
+    """From the step of `state` to the last, or until all ranks agree to stop. Returns the step, and whether so."""
+    config, ranks, device = run.config, run.ranks, run.ranks.device
+    step = start = state["step"]
     stopping = False
-    if start and not ranks.on_main(lambda: metrics.has(start)):
+    if step and not ranks.on_main(lambda: metrics.has(step)):
         stopping = not report(run, metrics, state["record"], stop)  # the last run ended before it came to this
 
     peak, flops_per_token = peak_flops(device_name(device)), run.model.flops_per_token(config.sequence_length)
@@ -404,11 +462,12 @@ def train(config: Config) -> int:
         step += 1
         before = time.perf_counter()
         # Not without waiting on MPS, where the source may be freed before it is copied (pytorch#189690).
-        batch = batches.get(step).to(device, non_blocking=device.type == "cuda").long()
+        batch = batches.get(step + run.guard.passed_over).to(device, non_blocking=device.type == "cuda").long()
         failed = float(run.saver.failed())
-        loss, grad_norm, (failed, *votes) = train_step(run, step, batch, [failed, *stop.votes()])
-        if step == start + 1:
-            set_timeout(config.step_timeout_minutes, run.parallel.groups)
+        loss, grad_norm, refusal, (failed, *votes) = train_step(run, step, batch, [failed, *stop.votes()])
+        if step == start + 1:  # compilers and disks are warm
+            watch.usual_minutes = config.step_timeout_minutes
+            set_timeout(config.step_timeout_minutes + watch.MARGIN / 60, run.parallel.groups)
         now = time.perf_counter()
         tok_per_s = config.total_batch_size / (now - before)
         record = {
@@ -421,42 +480,43 @@ def train(config: Config) -> int:
             "mfu": tok_per_s * flops_per_token / (peak * ranks.world_size) if peak else None,
             "elapsed_s": now - clock,
             "memory_bytes": peak_memory(device),
+            **({"skipped": refusal} if refusal else {}),
         }
         if failed:
             run.saver.wait()  # raises what went wrong, on all ranks in the same step
         stopping = any(votes)
-        if stopping or due(config, config.save_every_niter, step):
+        saving = stopping or due(config, config.save_every_niter, step)
+        why = refusal if run.guard.gives_up() else "weights not finite" if saving and not healthy(run) else ""
+        if why:
+            step = roll_back(run, metrics, record, why)
+            continue
+        if saving:
             save(run, metrics, record)
         # Whoever asks us to stop does not wait for an evaluation, nor is one begun.
         if not (stopping and evaluations_due(run, step)) and not report(run, metrics, record, stop):
             stopping = True
             save(run, metrics, record)
-
-    # A run whose last step is logged is done, whoever asked it to stop.
-    stopping = stopping and not (step == config.num_iterations and ranks.on_main(lambda: metrics.has(step)))
-    signalled, late = ranks.sum_floats(stop.votes()) if stopping else (0.0, 0.0)
-    run.saver.close()
     batches.close()
-    metrics.close()
-    reason = (stop.reason or "a signal to another rank") if signalled else "--max_minutes" if late else ""
-    status = "stopped" if signalled else "out of time" if late else "done"
-    ranks.on_main(lambda: guard.write_status(output_dir, status, step, reason))  # before any rank has left
-    if ranks.is_main:
-        summarize_run(config, start, step, reason)
-    close_ranks()
-    return EXIT_STOPPED if signalled else 0
+    return step, stopping
 
 
-def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
+def healthy(run: Run) -> bool:
+    """Whether weights and moments are finite on all ranks: others are never saved."""
+    tensors = [*run.model.parameters(), *named_states(run.optimizer, run.model).values()]
+    return run.ranks.sum_floats([float(not all_finite(tensors))]) == [0.0]
+
+
+def summarize_run(run: Run, start: int, step: int, reason: str) -> None:
     """The last lines: what was done, where it is, how to go on. Draws the loss curve."""
-    output_dir = Path(config.output_dir)
+    config, output_dir = run.config, Path(run.config.output_dir)
     if reason:
         print(f"stopped by {reason} after step {step} of {config.num_iterations}; the same command goes on from there")
     elif start >= config.num_iterations:
         print(f"nothing left to do: the checkpoint is at step {start} of --num_iterations={config.num_iterations}")
     losses = [r["loss"] for r in read_records(output_dir / "metrics.jsonl") if r["loss"] is not None]
     if losses:
-        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
+        skipped = f", {run.guard.skipped} not taken" if run.guard.skipped else ""
+        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps{skipped}")
     curve = plot_losses(output_dir)
     print(
         f"checkpoint: {output_dir / 'checkpoints' / f'step_{step:08d}'}" + (f", loss curve: {curve}" if curve else "")
@@ -468,14 +528,16 @@ def summarize_run(config: Config, start: int, step: int, reason: str) -> None:
 
 def main(config: Config) -> int:
     guard.die_with_launcher()
+    guard.stay_diverged(Path(config.output_dir))
     with guard.mistakes_noted(Path(config.output_dir)):
         try:
             return train(config)
         except torch.OutOfMemoryError as error:
+            snapshot = dump_memory()
             raise UserError(
                 f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size, and more micro-steps"
                 f" make up the same --total_batch_size; or see scripts/plan.py for what --activation_checkpointing and"
-                f" --zero_stage save"
+                f" --zero_stage save{snapshot}"
             ) from error
 
 

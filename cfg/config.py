@@ -139,6 +139,19 @@ class OptimizerConfig(Flags):
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     grad_clip: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: off")
+    skip_spikes: float = Field(
+        0.0,
+        ge=0,
+        description="do not take a step whose norm is so many standard deviations above the mean of 128; 0: off",
+    )
+    rollback_after: int = Field(
+        5,
+        ge=0,
+        description="steps not taken in a row, for spikes or NaN, until the run goes back a checkpoint; 0: never",
+    )
+    max_rollbacks: int = Field(
+        3, ge=0, description="how often to go back to the same checkpoint, past the data since, before it ends diverged"
+    )
 
 
 class ComputeConfig(Flags):
@@ -176,7 +189,9 @@ class ParallelConfig(Flags):
     start_timeout_minutes: float = Field(
         30.0, gt=0, le=1e5, description="longest wait for another rank until the first step is done, and while saving"
     )
-    step_timeout_minutes: float = Field(10.0, gt=0, le=1e5, description="longest wait for another rank in training")
+    step_timeout_minutes: float = Field(
+        10.0, gt=0, le=1e5, description="longest time without progress in training, such as a micro-step"
+    )
 
 
 class EvalConfig(Flags):
@@ -216,6 +231,9 @@ class LogConfig(Flags):
     wandb_project_id: str = Field("", description="Weights & Biases project; empty: off; without a key: offline")
     wandb_log_iters: int = Field(1, ge=1, description="steps between Weights & Biases records")
     tensorboard: bool = Field(False, description="write TensorBoard events to output_dir/logs")
+    record_memory: bool = Field(
+        False, description="CUDA: note where in the code memory is taken, for the snapshot written when it runs out"
+    )
 
 
 class Config(

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the person at the keyboard can mend."""
+"""The exceptions that end a command with one line instead of a traceback, and the exit code of each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,36 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-EXIT_USER_ERROR = 2
-MACHINE_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EREMOTEIO)
+MACHINE_REFUSES = (*DISK_REFUSES, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 
 
 class UserError(Exception):
     """A mistake in a flag or a file. The message is one line: what is wrong, where, and the way out."""
+
+    exit_code = 2
+    status = "user error"  # in status.json
+
+
+class DivergedError(UserError):
+    """Training has come to numbers that are none, or jumps about, and going back did not help."""
+
+    exit_code = 3
+    status = "diverged"
+
+
+class StorageError(UserError):
+    """What the disk refuses or has lost."""
+
+    exit_code = 5
+    status = "storage error"
+
+
+def storage_error(error: OSError) -> StorageError | None:
+    """What the machine refused, a full disk say, as one line; None if the error is of another kind."""
+    if error.errno not in MACHINE_REFUSES:
+        return None
+    return StorageError(f"{error.filename or 'a file could not be read or written'}: {error.strerror}")
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
@@ -31,7 +55,7 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Prints the error as one line and leaves with exit code 2.
+    """Prints the error as one line and leaves with its exit code.
 
     Under torchrun every rank meets the same mistake, and the launcher stops all of them as soon as
     the first has gone. So rank 0 speaks, the others wait for it, and speak only if they are still
@@ -50,7 +74,7 @@ def exit_with(error: UserError) -> NoReturn:
             json.dump({"message": {"message": line, "extraInfo": details}}, f)
     # Not sys.exit: a thread that prefetches or a half-built process group must not delay the exit.
     sys.stdout.flush()
-    os._exit(EXIT_USER_ERROR)
+    os._exit(error.exit_code)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -65,7 +89,7 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError into its one line and exit code 2, Ctrl-C into the customary 130.
+    """Turns a UserError into its one line and exit code, Ctrl-C into the customary 130.
 
     So too what the machine refuses, a full disk say, wherever it happens.
     """
@@ -74,9 +98,9 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         exit_with(error)
     except OSError as error:
-        if error.errno not in MACHINE_REFUSES:
+        if (refused := storage_error(error)) is None:
             raise
-        exit_with(UserError(f"{error.filename or 'a file could not be written'}: {error.strerror}"))
+        exit_with(refused)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -17,7 +17,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from cfg.errors import UserError
+from cfg.errors import StorageError, UserError
+from cfg.faults import fault_point
 from cfg.files import file_sha256
 
 # One process reading or writing by itself is what we mean, and not to be wondered about.
@@ -42,6 +43,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError if there is none that can be read."""
     try:
+        fault_point("read manifest", path / MANIFEST)
         manifest = json.loads((path / MANIFEST).read_text())
     except OSError as e:
         raise ValueError(f"{MANIFEST}: {e.strerror}") from e
@@ -68,6 +70,7 @@ def problem_with(path: Path, skip: str | None = None) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != facts["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+            fault_point("read hash", file)
             if not (skip and name.startswith(skip)) and file_sha256(file) != facts["sha256"]:
                 return f"{name} is damaged (its hash differs)"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
@@ -79,7 +82,7 @@ def find_checkpoint(path: Path, report: Any = print, skip: str | None = None) ->
     """The checkpoint that `path` stands for: itself, or the newest whole one of the run directory `path`.
 
     None if a run directory holds no checkpoint. A damaged one is reported and passed over. Files under `skip` are not
-    hashed, as in `problem_with`. Raises UserError if `path` is not there, or all are damaged.
+    hashed, as in `problem_with`. Raises UserError if `path` is not there, StorageError if all are damaged.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint or run directory")
@@ -94,7 +97,7 @@ def find_checkpoint(path: Path, report: Any = print, skip: str | None = None) ->
         report(f"checkpoint {candidate} is passed over: {problem}")
     if candidates:
         problem = problem_with(candidates[0], skip)
-        raise UserError(f"{path}: no whole checkpoint is left (newest: {problem}); move it away to start over")
+        raise StorageError(f"{path}: no whole checkpoint is left (newest: {problem}); move it away to start over")
     return None
 
 
@@ -126,4 +129,5 @@ def load_tensors(path: Path, kind: str, tensors: dict[str, Tensor], subset: bool
             raise UserError(
                 f"{path} is of another model: {name} has shape {tuple(shapes[name])}, here {tuple(tensor.shape)}"
             )
+    fault_point("read tensors", path)
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / kind)), no_dist=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from model.gpt import GPT
+from train import watch
 from train.distributed import Ranks
 from train.guard import Stopped, StopRequest
 from train.parallel import reshard
@@ -47,6 +48,7 @@ def aside(
                 return value[0]
             if any(votes):
                 raise Stopped
+            watch.at(what)
             try:
                 with torch.no_grad(), around():
                     next(work)

@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +34,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
-from cfg.errors import UserError
+from cfg.errors import StorageError, UserError
+from cfg.faults import fault_point
 from cfg.files import file_sha256, flush_to_disk, write_atomically
 from model.gpt import GPT
 from model.weights import (
@@ -58,6 +61,12 @@ FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init"}
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        fault_point("save tensors", Path(self.path))
+        return super().write_data(plan, planner)
 
 
 class Saver:
@@ -86,7 +95,7 @@ class Saver:
         """Writes the checkpoint of `step`, or begins to; returns the seconds for which the loop stood still.
 
         `state` is what else a resume needs, as JSON values; `extra` are files that go with the model, its
-        tokenizer's. Raises UserError if the disk refuses.
+        tokenizer's. Raises StorageError if the disk refuses.
         """
         before = time.perf_counter()
         self.wait()
@@ -112,10 +121,20 @@ class Saver:
         return running is not None and running.done() and running.exception() is not None
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises UserError if it could not be written."""
+        """Until what was begun is on disk. Raises StorageError if it could not be written."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
+
+    @contextmanager
+    def whatever_happens(self) -> Iterator[None]:
+        """If the block fails, a checkpoint that is on its way to disk is waited for all the same."""
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):
+                self.wait()
+            raise
 
     def close(self) -> None:
         self.wait()
@@ -139,7 +158,7 @@ class Saver:
         self._together(step, lambda: self._publish(step, manifest, state, extra) if self.ranks.is_main else None)
 
     def _together(self, step: int, act: Callable[[], T]) -> list[T]:
-        """What `act` gives on every rank. If the disk refuses one of them, all raise the same UserError."""
+        """What `act` gives on every rank. If the disk refuses one of them, all raise the same StorageError."""
         result: Any = None
         try:
             result, problem = act(), None
@@ -151,7 +170,7 @@ class Saver:
         if problem := next((p for _, p in everyone if p), None):
             if self.ranks.is_main:
                 shutil.rmtree(self.folder / f"{SAVING}{step:08d}", ignore_errors=True)
-            raise UserError(
+            raise StorageError(
                 f"--output_dir={self.config.output_dir}: the checkpoint of step {step} could not be written"
                 f" ({problem}); earlier ones are untouched, the same command goes on from them"
             )
@@ -159,7 +178,7 @@ class Saver:
 
     def _write_tensors(self, temporary: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         for kind, tensors in parts.items():
-            writer = dcp.HuggingFaceStorageWriter(str(temporary / kind), save_distributed=True)
+            writer = _Writer(str(temporary / kind), save_distributed=True)
             alone = self.ranks.host is None
             dcp.save(tensors, storage_writer=writer, process_group=self.ranks.host, no_dist=alone)
 
@@ -168,6 +187,7 @@ class Saver:
         facts = {}
         for kind in kinds:
             for path in sorted((temporary / kind).glob(f"shard-{self.ranks.rank + 1:05d}-*")):
+                fault_point("save flush", path)
                 flush_to_disk(path)
                 facts[f"{kind}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         return facts
@@ -175,6 +195,7 @@ class Saver:
     def _publish(self, step: int, manifest: dict[str, Any], state: dict[str, Any], extra: dict[str, bytes]) -> None:
         """Completes the checkpoint and lets it appear."""
         temporary, final = self.folder / f"{SAVING}{step:08d}", self.folder / f"step_{step:08d}"
+        fault_point("save state", temporary / STATE)
         _write_json(temporary / STATE, {"step": step, **state})
         for name, content in extra.items():
             (temporary / name).write_bytes(content)
@@ -182,14 +203,21 @@ class Saver:
             path = temporary / name
             flush_to_disk(path)
             manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        fault_point("save manifest", temporary / MANIFEST)
         _write_json(temporary / MANIFEST, manifest)
         flush_to_disk(temporary / MANIFEST)
         for folder in (temporary / "model", temporary / "optimizer", temporary):
             flush_to_disk(folder)
+        fault_point("save rename", final)
         os.rename(temporary, final)
+        fault_point("save appear", final)
         flush_to_disk(self.folder)
-        write_atomically(self.folder / "latest", f"{final.name}\n".encode())  # for people; we look at them all
-        _prune(self.folder, step, self.config.keep_last, self.config.keep_every)
+        try:  # from here on nothing can be lost
+            fault_point("save latest", self.folder / "latest")
+            write_atomically(self.folder / "latest", f"{final.name}\n".encode())  # for people; we look at them all
+            _prune(self.folder, step, self.config.keep_last, self.config.keep_every)
+        except OSError as e:
+            print(f"warning: the checkpoint of step {step} is written, but {e.filename}: {e.strerror}", file=sys.stderr)
 
 
 def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -217,6 +245,7 @@ def _make_room(folder: Path, step: int, kinds: Any) -> bool:
         if problem_with(final) is None:
             return False
         _move_aside(final)
+    fault_point("save make room", temporary)
     shutil.rmtree(temporary, ignore_errors=True)
     for kind in kinds:
         (temporary / kind).mkdir(parents=True)
@@ -240,7 +269,9 @@ def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
     for path in [p for p in list_checkpoints(folder.parent) if step_of(p) <= step][keep_last:]:
         if not (keep_every and step_of(path) % keep_every == 0):
             doomed = path.with_name(DELETING + path.name)
+            fault_point("prune rename", path)
             os.rename(path, doomed)
+            fault_point("prune delete", doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -300,6 +331,7 @@ def check_same_model(path: Path, config: Config) -> list[str]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What `save` was given as `state`, and the step."""
+    fault_point("read state", path / STATE)
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     return state
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cfg.config import launched_world_size
-from cfg.errors import UserError
+from cfg.errors import UserError, storage_error
 from model.device import choose_device
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Ranks:
     world_size: int
     device: torch.device
     host: dist.ProcessGroup | None = None
+    store: dist.Store | None = None  # torchrun's, for train/watch.py; None with one process
 
     @property
     def is_main(self) -> bool:
@@ -49,7 +51,7 @@ class Ranks:
         return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def on_main(self, decide: Callable[[], T]) -> T:
-        """Runs `decide` on rank 0; its value, or its UserError, reaches every rank."""
+        """Runs `decide` on rank 0; its value, or its UserError or what the disk refused, reaches every rank."""
         if self.world_size == 1:
             return decide()
         box: list[Any] = [None]
@@ -58,6 +60,10 @@ class Ranks:
                 box = [decide()]
             except UserError as error:
                 box = [error]
+            except OSError as error:
+                if (refused := storage_error(error)) is None:
+                    raise
+                box = [refused]
         dist.broadcast_object_list(box, src=0, group=self.host)
         if isinstance(box[0], UserError):
             raise box[0]
@@ -72,10 +78,13 @@ class Ranks:
         return values
 
 
-def init_ranks(wanted_device: str, start_timeout_minutes: float = 30, sharded: bool = False) -> Ranks:
+def init_ranks(
+    wanted_device: str, start_timeout_minutes: float = 30, sharded: bool = False, logs: Path | None = None
+) -> Ranks:
     """Joins the process group that torchrun describes in the environment, if there is one.
 
-    `sharded`: also one process becomes a group, of itself, which FSDP needs.
+    `sharded`: also one process becomes a group, of itself, which FSDP needs. `logs` is where NCCL's flight recorder
+    leaves each rank's last collectives if one of them times out.
     """
     world_size = launched_world_size()
     rank, local_rank = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK")) if world_size > 1 else (0, 0)
@@ -85,30 +94,37 @@ def init_ranks(wanted_device: str, start_timeout_minutes: float = 30, sharded: b
     if device.type == "mps":
         raise UserError("--device=mps trains with one process and --zero_stage=0; change that, or use --device=cpu")
     cuda = device.type == "cuda"
+    if logs is not None:  # `torchfrtrace` reads them
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(logs / "nccl_trace_rank_"))
     timeout = timedelta(minutes=start_timeout_minutes)
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store = _meet(timeout) if world_size > 1 else dist.HashStore()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",  # gloo too, for what is offloaded to the host
         timeout=timeout,
         device_id=device if cuda else None,  # NCCL otherwise guesses it from the rank
-        **(_after_a_restart(timeout) if world_size > 1 else alone),
+        store=store,
+        rank=rank,
+        world_size=world_size,
     )
     host = dist.new_group(backend="gloo", timeout=timeout)
-    return Ranks(rank, local_rank, world_size, device, host)
+    signs = dist.PrefixStore("watch", store) if world_size > 1 else None
+    return Ranks(rank, local_rank, world_size, device, host, signs)
 
 
-def _after_a_restart(timeout: timedelta) -> dict[str, Any]:
-    """For init_process_group: torchrun's store, under a prefix of its own for each of torchrun's --max-restarts.
+def _meet(timeout: timedelta) -> dist.Store:
+    """torchrun's store, under a prefix of its own for each of torchrun's --max-restarts.
 
     The store lives as long as torchrun, and so do the addresses that workers left in it: after a restart gloo and
     NCCL would look for the dead ones, and fail or hang (pytorch#135712; so it is in 2.11 to 2.13). Machines may count
     restarts differently; on several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun use a new store each time.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts == "0" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
-        return {}
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    return {"store": dist.PrefixStore(f"restart_{restarts}", store), "rank": rank, "world_size": world_size}
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    return dist.PrefixStore(f"restart_{restarts}" if one_machine else "run", store)
 
 
 def set_timeout(minutes: float, groups: list[dist.ProcessGroup]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from cfg.errors import UserError
+from cfg.errors import DISK_REFUSES, DivergedError, StorageError, UserError, storage_error
 from cfg.files import take_lock, write_atomically
 from train.distributed import Ranks
 
@@ -72,7 +72,7 @@ def claim_output_dir(output_dir: Path) -> None:
     """Makes the run's directory, locks it for as long as this process lives, and marks it as running.
 
     The kernel drops the lock with the process, so none is left stale. Raises UserError if the
-    directory cannot be written, or another process trains into it.
+    directory cannot be written, or another process trains into it, StorageError if the disk is full or fails.
     """
     global _held_lock
     for name in ("config.yaml", "metrics.jsonl"):
@@ -86,7 +86,8 @@ def claim_output_dir(output_dir: Path) -> None:
             _held_lock = lock
             write_status(output_dir, "running")
     except OSError as e:
-        raise UserError(f"--output_dir={output_dir} cannot be written: {e.strerror}") from e
+        kind = StorageError if e.errno in DISK_REFUSES else UserError
+        raise kind(f"--output_dir={output_dir} cannot be written: {e.strerror}") from e
     if holder:
         raise UserError(
             f"--output_dir={output_dir} is in use by another run (process {holder}); wait for it, or choose another"
@@ -97,22 +98,35 @@ def write_status(output_dir: Path, status: str, step: int | None = None, reason:
     """Says in status.json how the run stands, for scripts: torchrun's exit code is 1 whatever its workers' were.
 
     running (if nobody is, it crashed or was killed), done, stopped (by a signal, with a checkpoint), out of time
-    (--max_minutes, with a checkpoint) or user error. Only the process that has claimed the directory writes it.
+    (--max_minutes, with a checkpoint), user error, diverged or storage error. Only the process that has claimed the
+    directory writes it.
     """
     if _held_lock is not None:
         content = {"status": status, "step": step, "reason": reason}
         write_atomically(output_dir / "status.json", (json.dumps(content) + "\n").encode())
 
 
+def stay_diverged(output_dir: Path) -> None:
+    """Raises DivergedError again if torchrun has restarted a run that ended with it, and would only repeat it."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            status = json.loads((output_dir / "status.json").read_text())
+            if status["status"] == DivergedError.status:
+                raise DivergedError(status["reason"])
+
+
 @contextmanager
 def mistakes_noted(output_dir: Path) -> Iterator[None]:
-    """Leaves the one line of a UserError also in status.json."""
+    """Leaves the one line of a UserError, or of what the machine refuses, also in status.json."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
+        line = error if isinstance(error, UserError) else storage_error(error)
+        if line is None:
+            raise
         with suppress(OSError):  # a full disk is its own message
-            write_status(output_dir, "user error", reason=str(error))
-        raise
+            write_status(output_dir, line.status, reason=str(line))
+        raise line from error
 
 
 def check_shared(output_dir: Path, ranks: Ranks) -> None:

@@ -17,7 +17,9 @@ import torch
 
 from cfg.config import Config
 from cfg.errors import UserError
+from cfg.faults import fault_point
 from cfg.files import write_atomically
+from train.rank_log import note
 
 # Dense peak of the 16-bit matrix units with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets
 # and architecture white papers (bf16; fp16 where there is no bf16). The first key contained in the
@@ -105,12 +107,8 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def _finite(record: dict[str, Any]) -> bool:
-    return math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
-
-
 class Metrics:
-    """Writes the records of a run. On ranks other than 0 every method does nothing."""
+    """Writes the records of a run. Ranks other than 0 only leave lines in their logs."""
 
     def __init__(self, config: Config, is_main: bool, step: int, wandb_id: str | None):
         self.config, self.is_main, self.wandb_id = config, is_main, wandb_id
@@ -121,7 +119,6 @@ class Metrics:
             return
         self.path = Path(config.output_dir) / "metrics.jsonl"
         self._rewind(step)
-        self._file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -131,8 +128,21 @@ class Metrics:
         if config.tensorboard:
             self._start_tensorboard(step)
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step."""
+        if self.is_main:
+            self._file.close()
+            self._rewind(step)
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+                self._start_tensorboard(step)
+
     def _rewind(self, step: int) -> None:
         """Drops records after `step`: they come again. They are kept in logs/, since they were measured."""
+        self._cut(step)
+        self._file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
+
+    def _cut(self, step: int) -> None:
         kept = [r for r in read_records(self.path) if r["step"] <= step]
         self._last = kept[-1]["step"] if kept else 0
         before = self.path.read_text(errors="replace") if self.path.is_file() else ""
@@ -179,10 +189,10 @@ class Metrics:
         return self._last >= step
 
     def say(self, line: str) -> None:
-        """A line for the person at the console, above the bar if there is one. Rank 0 only."""
+        """A line for the person at the console, above the bar if there is one; of other ranks than 0 for their log."""
         if not self.is_main:
-            return
-        if self._bar is not None:
+            note(line)
+        elif self._bar is not None:
             self._bar.write(line)
             sys.stdout.flush()
         else:
@@ -190,14 +200,16 @@ class Metrics:
 
     def log(self, record: dict[str, Any]) -> None:
         """Records one step everywhere it is due."""
+        step, last = record["step"], self.config.num_iterations
+        if self.is_main:
+            fault_point("metrics", self.path)
+            self._file.write(to_json(record))
+            self._file.flush()
+            self._last = step
+        if step % self.config.log_every == 0 or step in (1, last) or "skipped" in record:
+            self.say(self._line(record))
         if not self.is_main:
             return
-        self._file.write(to_json(record))
-        self._file.flush()
-        step, last = record["step"], self.config.num_iterations
-        self._last = step
-        if step % self.config.log_every == 0 or step in (1, last) or not _finite(record):
-            self.say(self._line(record))
         if "val_loss" in record:
             self.say(self._val_line(record))
         if "hellaswag_acc" in record:
@@ -224,7 +236,7 @@ class Metrics:
             f"mfu {100 * r['mfu']:.1f}%" if r["mfu"] is not None else "",
             f"{r['memory_bytes'] / 2**30:.2f} GiB",
             f"eta {duration(r['elapsed_s'] / r['step'] * (self.config.num_iterations - r['step']))}",
-            "" if _finite(r) else "loss or gradient not finite: weights left as they were",
+            f"not taken: {r['skipped']}" if "skipped" in r else "",
         ]
         return " | ".join(p for p in parts if p)
 
