@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from model.origin import load_model
 pytest_plugins = ["tests.fault_table"]
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "train_gpt.py")
 VOCAB = 251
 TINY = [
     "--n_layer=2",
@@ -54,31 +56,35 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Trainer:
-    """Starts `train_gpt.py` on the tiny shards, directly or under torchrun."""
+    """Starts `train_gpt.py`, or a script that wraps it, on the tiny shards, directly or under torchrun."""
 
     def __init__(self, shards: Path):
         self.shards = shards
 
-    def command(self, output_dir: Path, *flags: str, ranks: int = 1) -> list[str]:
+    def command(
+        self, output_dir: Path, *flags: str, ranks: int = 1, restarts: int = 0, script: str = SCRIPT
+    ) -> list[str]:
         data = [f"--input_train_bin={self.shards}/*_train_*.bin", f"--input_val_bin={self.shards}/*_val_*.bin"]
         python = [sys.executable]
         if ranks > 1:
             python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        return [*python, str(ROOT / "train_gpt.py"), *TINY, *data, f"--output_dir={output_dir}", *flags]
+            python += [f"--max-restarts={restarts}"]
+        return [*python, script, *TINY, *data, f"--output_dir={output_dir}", *flags]
 
-    def start(self, output_dir: Path, *flags: str, ranks: int = 1) -> subprocess.Popen[str]:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def start(
+        self, output_dir: Path, *flags: str, env: dict[str, str] | None = None, **how: Any
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.command(output_dir, *flags, ranks=ranks),
-            env=env,
+            self.command(output_dir, *flags, **how),
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
 
-    def run(self, output_dir: Path, *flags: str, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess[str]:
-        process = self.start(output_dir, *flags, ranks=ranks)
+    def run(self, output_dir: Path, *flags: str, code: int = 0, **how: Any) -> subprocess.CompletedProcess[str]:
+        process = self.start(output_dir, *flags, **how)
         out, err = process.communicate(timeout=300)
         assert process.returncode == code, f"exit {process.returncode} instead of {code}\n{out}\n{err}"
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

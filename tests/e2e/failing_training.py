@@ -1,0 +1,62 @@
+"""`FAIL=WHAT@FIRST-LAST python failing_training.py --flags`: train_gpt.py where the last rank's numbers go wrong.
+
+WHAT is "loss" (not a number), "gradient" (infinite), "spike" (a gradient a thousand times as large), "weights" (one
+is not a number after the step) or "stuck" (the rank hangs, but lives). It happens in the steps whose data is that of
+steps FIRST to LAST of an undisturbed run; with "!" in front, in these steps whatever their data. PASS_OVER=FROM+COUNT:
+no failure, but from step FROM on the data is COUNT steps ahead.
+"""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cfg.config import load_config
+from cfg.errors import run_command
+
+config = load_config()
+
+import torch
+
+import train_gpt
+from train.parallel import local
+
+always, what, *numbers = re.fullmatch(r"(!?)(\w+)@(\d+)-(\d+)", os.environ.get("FAIL", "nothing@0-0")).groups()
+first, last = map(int, numbers)
+start, ahead = map(int, os.environ.get("PASS_OVER", "0+0").split("+"))
+is_last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+now = False
+train_step, norm_squared = train_gpt.train_step, train_gpt.norm_squared
+
+
+def gradients_or_worse(gradients, *rest):
+    if now and what == "gradient":
+        local(gradients[0]).view(-1)[:1] = torch.inf
+    if now and what == "spike":
+        torch._foreach_mul_([local(g) for g in gradients], 1000.0)
+    return norm_squared(gradients, *rest)
+
+
+def step_or_worse(run, step, *rest):
+    global now
+    now = is_last and first <= (step if always else step + run.guard.passed_over) <= last
+    while now and what == "stuck":
+        time.sleep(0.1)
+    hook = run.model.register_forward_hook(lambda *call: (call[-1][0] * (torch.nan if now else 1), call[-1][1]))
+    if what != "loss":
+        hook.remove()
+    result = train_step(run, step, *rest)
+    hook.remove()
+    if now and what == "weights":
+        with torch.no_grad():
+            local(next(run.model.parameters())).view(-1)[:1] = torch.nan
+    if step + 1 == start:
+        run.guard.passed_over = ahead
+    return result
+
+
+train_gpt.train_step, train_gpt.norm_squared = step_or_worse, gradients_or_worse
+run_command(lambda: train_gpt.main(config), teardown=False)

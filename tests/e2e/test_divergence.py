@@ -1,0 +1,123 @@
+"""Numbers that are none, and those that leap: no rank steps, the run goes back, and ends if that does not help."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.weights import find_checkpoint, load_tensors, tensor_shapes
+
+FAILING = str(Path(__file__).with_name("failing_training.py"))
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+STAGES = [0, 3, slow(1), slow(2)]
+WHERE = [("loss", 0), ("gradient", 3), slow("gradient", 0), slow("loss", 1), slow("gradient", 2), slow("loss", 3)]
+
+
+@pytest.fixture(scope="module")
+def train(trainer):
+    """Runs failing_training.py like the real command. FAIL and PASS_OVER say what goes wrong."""
+
+    def run(output_dir, *flags, ranks=1, code=0, **env):
+        return trainer.run(output_dir, *flags, ranks=ranks, code=code, script=FAILING, env=env)
+
+    return run
+
+
+def tensors(checkpoint):
+    """All that a checkpoint holds of model and optimizer."""
+    found = {}
+    for kind in ("model", "optimizer"):
+        found |= {f"{kind}/{name}": torch.empty(shape) for name, shape in tensor_shapes(checkpoint, kind).items()}
+        load_tensors(checkpoint, kind, {n.partition("/")[2]: t for n, t in found.items() if n.startswith(kind)})
+    return found
+
+
+@pytest.mark.fault("loss or gradient not finite on one rank", "no rank takes the step; counted and logged")
+@pytest.mark.parametrize("what,stage", WHERE)
+def test_no_rank_takes_a_step_that_is_not_finite_on_one(train, metrics, injected, tmp_path, what, stage):
+    run = tmp_path / "run"
+    flags = [f"--zero_stage={stage}", "--num_iterations=10", "--save_every_niter=1", "--keep_last=4", "--log_every=100"]
+    done = train(run, *flags, ranks=2, FAIL=f"{what}@8-8")
+    assert [r["step"] for r in metrics(run) if "skipped" in r] == [8]
+    assert re.search(r"step 8/10 .* not taken: loss or gradient not finite", done.stdout)
+    assert f"in {10 if what == 'gradient' else 9} steps, 1 not taken" in done.stdout
+    before, after, later = (tensors(run / f"checkpoints/step_{step:08d}") for step in (7, 8, 9))
+    assert all((before[name] == after[name]).all() for name in before)
+    assert any((after[name] != later[name]).any() for name in after)
+    injected(1, "1 step")
+
+
+GOING_BACK = ["--num_iterations=24", "--save_every_niter=10", "--dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def without_the_bad_data(train, trace, parameters_of, tmp_path_factory):
+    """From step 11 on the data of six steps is left out: what a run must come to that went back from step 16 to 10."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    train(run, *GOING_BACK, PASS_OVER="11+6")
+    return trace(run), parameters_of(run / "checkpoints/step_00000024")
+
+
+@pytest.mark.fault(
+    "not finite 5 times in a row", "back to the last good checkpoint and past that data, also if it is killed there"
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_bad_data_is_passed_over(train, assert_same_run, without_the_bad_data, injected, tmp_path, resumed):
+    run = tmp_path / "run"
+    if resumed:  # it ends in the middle of the row, without a checkpoint of it, and again after it has gone back
+        train(run, *GOING_BACK, FAIL="loss@12-16", RAWGPT_FAULT="metrics#14=KILL", code=-9)
+        train(run, *GOING_BACK, FAIL="loss@12-16", RAWGPT_FAULT="metrics#13=KILL", code=-9)
+    done = train(run, *GOING_BACK, FAIL="loss@12-16")
+    assert "loss or gradient not finite in step 16: back to step 10" in done.stdout
+    assert_same_run(run, without_the_bad_data)
+    again = (run / "logs/metrics_superseded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in again if "skipped" in line][-5:] == [12, 13, 14, 15, 16]
+    injected(5, "6 steps and their data")
+
+
+@pytest.mark.fault("not finite whatever the data", "exit code 3 after --max_rollbacks; the last checkpoint stays good")
+def test_what_going_back_does_not_help_ends(train, injected, tmp_path):
+    run = tmp_path / "run"
+    err = train(run, "--max_rollbacks=2", "--rollback_after=3", FAIL="!gradient@7-99", code=3).stderr
+    line = "error: diverged: loss or gradient not finite in step 9, and going back to step 5 (2 times, --max_rollbacks)"
+    assert line in err and "Traceback" not in err
+    assert json.loads((run / "status.json").read_text())["status"] == "diverged"
+    assert find_checkpoint(run).name == "step_00000005"
+    train(run)  # without the fault it goes on
+    assert find_checkpoint(run).name == "step_00000020"
+    err = train(tmp_path / "new", FAIL="!gradient@1-99", code=3).stderr
+    assert "not finite in step 5, and no checkpoint yet to go back to; lower --learning_rate" in err
+    injected(9 + 5, "the steps since the checkpoint")
+
+
+@pytest.mark.fault("a spike beyond --skip_spikes", "the step is not taken; the norms it is judged by survive a resume")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_spike_is_not_taken(train, metrics, injected, tmp_path, resumed):
+    run = tmp_path / "run"
+    flags = ["--skip_spikes=6", "--schedule=constant", "--save_every_niter=68", "--val_loss_every=0"]
+    if resumed:
+        train(run, *flags, "--num_iterations=68")
+    done = train(run, *flags, "--num_iterations=72", FAIL="spike@70-70")
+    assert [r["step"] for r in metrics(run) if "skipped" in r] == [70]
+    assert re.search(r"step 70/72 .* not taken: norm \d+.*, a spike above ", done.stdout)
+    assert metrics(run)[-1]["grad_norm"] < 10
+    injected(1, "1 step")
+
+
+@pytest.mark.fault("a weight on one rank becomes NaN", "never saved; back to the last good checkpoint, past that data")
+@pytest.mark.parametrize("stage", STAGES)
+def test_poisoned_weights_are_never_saved(train, metrics, injected, tmp_path, stage):
+    run = tmp_path / "run"
+    done = train(run, f"--zero_stage={stage}", "--keep_last=9", ranks=2, FAIL="weights@10-10")
+    assert "weights not finite in step 10: back to step 5" in done.stdout
+    for checkpoint in sorted((run / "checkpoints").glob("step_*")):
+        assert all(value.isfinite().all() for value in tensors(checkpoint).values()), checkpoint
+    assert [r["step"] for r in metrics(run)] == list(range(1, 21))
+    injected(1, "5 steps and their data")

@@ -1,0 +1,63 @@
+"""A rank that hangs: found within the timeout, named with its step, and under torchrun's restarts the run goes on."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+FAILING = str(Path(__file__).with_name("failing_training.py"))
+FLAGS = ["--step_timeout_minutes=0.05", "--num_iterations=30", "--log_every=1"]
+
+
+def worker(output_dir, rank):
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_text().split("\0")
+            variables = (process / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        if f"--output_dir={output_dir}" in words and f"RANK={rank}" in variables:
+            return int(process.name)
+    raise LookupError(f"no rank {rank}")
+
+
+def last_line(output_dir, rank):
+    return (output_dir / f"logs/rank_{rank}.log").read_text().splitlines()[-1]
+
+
+@pytest.mark.fault(
+    "SIGSTOP of one rank", "within --step_timeout_minutes all end, with rank and step named; torchrun's restart goes on"
+)
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_stopped_rank(trainer, metrics, wait_for, assert_same_run, undisturbed, injected, tmp_path, rank):
+    run = tmp_path / "run"
+    process = trainer.start(run, *FLAGS, ranks=2, restarts=1)
+    assert wait_for(lambda: len(metrics(run)) >= 7, process)
+    os.kill(worker(run, rank), signal.SIGSTOP)
+    begun = time.monotonic()
+    other = 1 - rank
+    assert wait_for(lambda: "error: no progress" in (run / f"logs/rank_{other}.log").read_text(), process, timeout=20)
+    assert time.monotonic() - begun < 3 + 10  # the timeout, and to find out who it is
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    line = next(line for line in err.splitlines() if "no progress" in line)
+    assert re.match(rf"error: no progress for 0.05 minutes in [\w ]+: rank {rank} does not answer, last seen in", line)
+    assert int(re.search(r"step (\d+)|validation", line)[1] or 99) >= 7
+    assert out.count("resuming from") == 1
+    assert_same_run(run, undisturbed(2, *FLAGS))
+    injected(1, "the steps since the checkpoint")
+
+
+@pytest.mark.fault("one rank hangs but lives", "all end, with its place in the code and the step named")
+def test_a_rank_that_is_stuck(trainer, injected, tmp_path):
+    run = tmp_path / "run"
+    done = trainer.run(run, *FLAGS, ranks=2, code=1, script=FAILING, env={"FAIL": "stuck@8-8"})
+    line = next(line for line in done.stderr.splitlines() if "no progress" in line)
+    assert "no progress for 0.05 minutes in step 8" in line
+    assert re.search(r"rank 1 is at tests/e2e/failing_training.py:\d+ \(step_or_worse\)", line)
+    assert "step_or_worse" in (run / "logs/rank_1.log").read_text()  # its stack
+    assert "error: no progress" in last_line(run, 0) and "error: no progress" in last_line(run, 1)
+    injected(1, "the steps since the checkpoint")
