@@ -72,7 +72,12 @@ class Trainer:
         return [*python, script, *TINY, *data, f"--output_dir={output_dir}", *flags]
 
     def start(
-        self, output_dir: Path, *flags: str, env: dict[str, str] | None = None, **how: Any
+        self,
+        output_dir: Path,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        preexec_fn: Callable[[], None] | None = None,
+        **how: Any,
     ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.command(output_dir, *flags, **how),
@@ -81,6 +86,7 @@ class Trainer:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=preexec_fn,
         )
 
     def run(self, output_dir: Path, *flags: str, code: int = 0, **how: Any) -> subprocess.CompletedProcess[str]:

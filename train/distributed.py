@@ -109,7 +109,8 @@ def init_ranks(
         world_size=world_size,
     )
     host = dist.new_group(backend="gloo", timeout=timeout)
-    signs = dist.PrefixStore("watch", store) if world_size > 1 else None
+    # A connection of its own: the other is not to be had while this rank waits in it.
+    signs = dist.PrefixStore("watch", store.clone()) if world_size > 1 else None
     return Ranks(rank, local_rank, world_size, device, host, signs)
 
 

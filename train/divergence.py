@@ -14,6 +14,7 @@ from torch import Tensor
 from cfg.config import Config
 from train.parallel import local
 
+COUNTS = "skipped", "in_a_row", "passed_over", "origin", "rollbacks"
 WINDOW = 128  # recent norms, and half of them before the guard speaks: as in OLMo-core's SkipStepOptimizer
 
 
@@ -70,14 +71,13 @@ class StepGuard:
         self.norms = deque(then.get("norms", []), WINDOW)
 
     def state_dict(self) -> dict[str, Any]:
-        names = "skipped", "in_a_row", "passed_over", "origin", "rollbacks"
-        return {"norms": list(self.norms), **{name: getattr(self, name) for name in names}}
+        return {"norms": list(self.norms), **{name: getattr(self, name) for name in COUNTS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave; a checkpoint from before there was a guard gave nothing."""
         self.norms = deque(state.get("norms", []), WINDOW)
-        for name in state.keys() - {"norms"}:
-            setattr(self, name, int(state[name]))
+        for name in COUNTS:
+            setattr(self, name, int(state.get(name, getattr(self, name))))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -28,7 +28,7 @@ class _Console:
     def write(self, text: str) -> int:
         if "\r" not in text:  # a progress bar
             *lines, self._line = (self._line + text).split("\n")
-            for line in lines:
+            for line in filter(None, lines):
                 note(line)
         self._try("write", text)
         return len(text)

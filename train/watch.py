@@ -23,7 +23,7 @@ from train.rank_log import note, note_stacks
 
 ROOT = Path(__file__).resolve().parents[1]
 PERIOD = 1.0  # seconds between two signs of life
-SILENCE = 4 * PERIOD  # without one for so long a rank is taken to be stopped or gone
+SILENCE = 6 * PERIOD  # without one for so long a rank is taken to be stopped or gone
 OVERDUE = -1  # instead of the number of a sign of life: a rank that has itself found that it waits too long
 MARGIN = 30.0  # seconds by which process groups time out later than the watch
 
@@ -64,7 +64,7 @@ def _place() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and ".venv" not in path.parts:
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
             return f"{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return "its start or end"

@@ -20,6 +20,7 @@ sys.path[0] = str(ROOT)  # before all else: this folder holds a tokenize.py, as 
 import itertools
 import json
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -88,24 +89,24 @@ class Bench:
         """A batch whose logits take several chunks."""
         return "--batch_size=128" if self.quick else "--batch_size=32"
 
-    def run(self, script: str, *flags: str) -> str:
+    def run(self, script: str, *flags: str, **env: str) -> str:
         """Standard output of one of the repository's commands. Raises RuntimeError with its last words if it fails."""
         command = [sys.executable, str(ROOT / script), *flags]
         self.commands.append(shlex.join(command))
         left = max(0.0, self.deadline - time.perf_counter())
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left, env=os.environ | env)
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"{script} cut short: the {MINUTES:g} minutes are over") from None
         if done.returncode:
             raise RuntimeError(f"{script} exited with {done.returncode}: {done.stderr[-1000:].strip()}")
         return done.stdout
 
-    def train(self, name: str, *flags: str) -> list[dict[str, Any]]:
-        """What metrics.jsonl says after `train_gpt.py` with these flags."""
+    def train(self, name: str, *flags: str, script: str = "train_gpt.py", **env: str) -> list[dict[str, Any]]:
+        """What metrics.jsonl says after `train_gpt.py`, or a script that wraps it, with these flags."""
         output_dir = self.folder / "runs" / name
         data = f"--input_train_bin={self.folder}/count_train_*.bin"
-        self.run("train_gpt.py", data, f"--output_dir={output_dir}", f"--device={self.device}", *flags)
+        self.run(script, data, f"--output_dir={output_dir}", f"--device={self.device}", *flags, **env)
         return read_records(output_dir / "metrics.jsonl")
 
 
@@ -273,6 +274,27 @@ def check_half(bench: Bench) -> Iterator[Figure]:
     yield f"{dtype} last loss / first", losses[-1] / losses[0], 0.9
 
 
+def check_faults(bench: Bench) -> Iterator[Figure]:
+    """A NaN in the loss is left out, poisoned weights send the run back; out of memory leaves a snapshot."""
+    flags = [*bench.shape(), "--num_iterations=12", "--save_every_niter=4"]
+    wrapped = partial(bench.train, script="tests/e2e/failing_training.py")
+    records = wrapped("nan", *flags, FAIL="loss@6-6")
+    yield "steps not taken, beside 1", abs(sum("skipped" in r for r in records) - 1.0), 0
+    records = wrapped("poisoned", *flags, "--async_save=1", FAIL="weights@8-8")
+    superseded = read_records(bench.folder / "runs" / "poisoned" / "logs" / "metrics_superseded.jsonl")
+    yield "steps repeated, beside 4", abs(len(superseded) - 4.0), 0
+    yield "steps missing", 12.0 - len(records), 0
+    if bench.device == "cuda":
+        huge = ["--batch_size=65536", "--sequence_length=1024", "--record_memory=1"]
+        try:
+            bench.train("oom", *bench.shape(), *huge)
+        except RuntimeError as error:
+            if "exited with 2" not in str(error) or "out of memory" not in str(error):
+                raise
+        snapshot = bench.folder / "runs" / "oom" / "logs" / "oom_rank_0.pickle"
+        yield "memory snapshots missing", float(not (snapshot.is_file() and snapshot.stat().st_size)), 0
+
+
 def check_scoring(bench: Bench) -> Iterator[Figure]:
     """Losses of endings that share their context in a masked row, and of each alone with all its logits, per token."""
     generator = torch.Generator().manual_seed(0)
@@ -334,6 +356,7 @@ CHECKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "training: resumed and undisturbed": check_resume,
     "training: every strategy on one device": check_strategies,
     "training: half precision learns": check_half,
+    "training: faults": check_faults,
     "training: exported and imported": check_import,
 }
 

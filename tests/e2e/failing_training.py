@@ -1,9 +1,10 @@
 """`FAIL=WHAT@FIRST-LAST python failing_training.py --flags`: train_gpt.py where the last rank's numbers go wrong.
 
 WHAT is "loss" (not a number), "gradient" (infinite), "spike" (a gradient a thousand times as large), "weights" (one
-is not a number after the step) or "stuck" (the rank hangs, but lives). It happens in the steps whose data is that of
-steps FIRST to LAST of an undisturbed run; with "!" in front, in these steps whatever their data. PASS_OVER=FROM+COUNT:
-no failure, but from step FROM on the data is COUNT steps ahead.
+is not a number after the step), "stuck" (the rank hangs, but lives) or "oom" (no memory for the step, and saves take a
+second longer). It happens in the steps whose data is that of steps FIRST to LAST of an undisturbed run; with "!" in
+front, in these steps whatever their data. PASS_OVER=FROM+COUNT: no failure, but from step FROM on the data is COUNT
+steps ahead.
 """
 
 import os
@@ -22,6 +23,7 @@ config = load_config()
 import torch
 
 import train_gpt
+from train import checkpoint
 from train.parallel import local
 
 always, what, *numbers = re.fullmatch(r"(!?)(\w+)@(\d+)-(\d+)", os.environ.get("FAIL", "nothing@0-0")).groups()
@@ -45,6 +47,8 @@ def step_or_worse(run, step, *rest):
     now = is_last and first <= (step if always else step + run.guard.passed_over) <= last
     while now and what == "stuck":
         time.sleep(0.1)
+    if now and what == "oom":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     hook = run.model.register_forward_hook(lambda *call: (call[-1][0] * (torch.nan if now else 1), call[-1][1]))
     if what != "loss":
         hook.remove()
@@ -58,5 +62,12 @@ def step_or_worse(run, step, *rest):
     return result
 
 
+def write_slowly(*args):
+    time.sleep(1)
+    write(*args)
+
+
 train_gpt.train_step, train_gpt.norm_squared = step_or_worse, gradients_or_worse
+if what == "oom":
+    write, checkpoint.Saver._write = checkpoint.Saver._write, write_slowly
 run_command(lambda: train_gpt.main(config), teardown=False)
