@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,8 +67,11 @@ class Trainer:
             python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         return [*python, str(ROOT / "train_gpt.py"), *TINY, *data, f"--output_dir={output_dir}", *flags]
 
-    def start(self, output_dir: Path, *flags: str, ranks: int = 1) -> subprocess.Popen[str]:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def start(
+        self, output_dir: Path, *flags: str, ranks: int = 1, fault: str = "", **popen: Any
+    ) -> subprocess.Popen[str]:
+        """`fault` is a RAWGPT_FAULT (cfg/faults.py); `popen` are arguments of subprocess.Popen."""
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RAWGPT_FAULT": fault}
         return subprocess.Popen(
             self.command(output_dir, *flags, ranks=ranks),
             env=env,
@@ -75,10 +79,13 @@ class Trainer:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            **popen,
         )
 
-    def run(self, output_dir: Path, *flags: str, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess[str]:
-        process = self.start(output_dir, *flags, ranks=ranks)
+    def run(
+        self, output_dir: Path, *flags: str, ranks: int = 1, code: int = 0, **start: Any
+    ) -> subprocess.CompletedProcess[str]:
+        process = self.start(output_dir, *flags, ranks=ranks, **start)
         out, err = process.communicate(timeout=300)
         assert process.returncode == code, f"exit {process.returncode} instead of {code}\n{out}\n{err}"
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
