@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,19 +22,31 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a write or a flush to a full disk, names this one."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            e.filename = str(path)
+        raise
+
+
 def flush_to_disk(path: Path) -> None:
     """Has the file's content, or the directory's entries, on disk before we go on."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with naming(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file appears whole or not at all, whoever else writes it at the same time, even if the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+    with naming(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
         try:
             f.write(content)
             f.flush()
@@ -79,17 +92,22 @@ def _rename_to_new(name: str, path: Path) -> None:
 def take_lock(path: Path) -> tuple[IO[str], str | None]:
     """Locks `path` for as long as the returned file is open, which no process outlives.
 
-    Beside it None, or, if another process holds the lock, that process's number as text.
+    Beside it None, or, if another process holds the lock, that process's number as text. What stands in the file does
+    not matter, only whether somebody holds it. On a file system without locks a warning says that nothing is locked.
     """
     lock = open(path, "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # the latter is how some network file systems put it
         lock.seek(0)
         return lock, lock.read().strip() or "unknown"
-    except OSError:
-        pass  # a file system without locks: better unlocked than not at all
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    except OSError as e:  # a file system without locks: better unlocked than not at all
+        print(
+            f"warning: {path} cannot be locked ({e.strerror}); nothing keeps a second process out of {path.parent}",
+            file=sys.stderr,
+        )
+    with naming(path):
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
     return lock, None

@@ -6,15 +6,20 @@ their sizes and hashes; train/checkpoint.py writes it, on any number of ranks. N
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cfg.errors import StorageError, UserError
@@ -35,13 +40,35 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint directories of a run, newest first, whole or not."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if STEP_NAME.fullmatch(p.name) and p.is_dir()]
+    """Checkpoint directories of a run, newest first, whole or not, also links to what is gone.
+
+    Raises OSError if they cannot be listed: a run that took that for "none" would start over.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        fault_point("read list", folder)
+        with os.scandir(folder) as entries:
+            found = [Path(e.path) for e in entries if STEP_NAME.fullmatch(e.name) and (e.is_dir() or e.is_symlink())]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return sorted(found, key=step_of, reverse=True)
 
 
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a hash of its own, without which a flipped byte in a flag would make it another model's."""
+    content = {k: v for k, v in manifest.items() if k != "sha256"}
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ValueError if there is none that can be read."""
+    """Raises StorageError if there is none that can be read."""
+    try:
+        return _manifest(path)
+    except ValueError as e:
+        raise StorageError(f"{path}: {e}") from e
+
+
+def _manifest(path: Path) -> dict[str, Any]:
     try:
         fault_point("read manifest", path / MANIFEST)
         manifest = json.loads((path / MANIFEST).read_text())
@@ -51,6 +78,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is damaged") from e
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "config" not in manifest:
         raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
+    if "sha256" in manifest and manifest["sha256"] != seal(manifest)["sha256"]:  # those of old have none
+        raise ValueError(f"{MANIFEST} is damaged (its hash differs)")
     return manifest
 
 
@@ -61,7 +90,7 @@ def problem_with(path: Path, skip: str | None = None) -> str | None:
     as reading the model.
     """
     try:
-        listed = read_manifest(path)["files"]
+        listed = _manifest(path)["files"]
         if odd := [f for f in path.glob("*/*") if str(f.relative_to(path)) not in listed]:
             return f"{odd[0].relative_to(path)} does not belong to it"
         for name, facts in listed.items():
@@ -73,7 +102,9 @@ def problem_with(path: Path, skip: str | None = None) -> str | None:
             fault_point("read hash", file)
             if not (skip and name.startswith(skip)) and file_sha256(file) != facts["sha256"]:
                 return f"{name} is damaged (its hash differs)"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+    except OSError as e:
+        return f"{e.filename or 'a file'}: {e.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         return str(e) or type(e).__name__
     return None
 
@@ -82,7 +113,8 @@ def find_checkpoint(path: Path, report: Any = print, skip: str | None = None) ->
     """The checkpoint that `path` stands for: itself, or the newest whole one of the run directory `path`.
 
     None if a run directory holds no checkpoint. A damaged one is reported and passed over. Files under `skip` are not
-    hashed, as in `problem_with`. Raises UserError if `path` is not there, StorageError if all are damaged.
+    hashed, as in `problem_with`. Raises UserError if `path` is not there, StorageError if all are damaged, OSError if
+    the disk does not say what there is.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint or run directory")
@@ -90,24 +122,49 @@ def find_checkpoint(path: Path, report: Any = print, skip: str | None = None) ->
         path = path.parent
     own = (path / MANIFEST).exists() or step_of(path) >= 0
     candidates = [path] if own else list_checkpoints(path)
+    problems = []
     for candidate in candidates:
         problem = problem_with(candidate, skip)
         if problem is None:
             return candidate
+        problems.append(problem)
         report(f"checkpoint {candidate} is passed over: {problem}")
-    if candidates:
-        problem = problem_with(candidates[0], skip)
-        raise StorageError(f"{path}: no whole checkpoint is left (newest: {problem}); move it away to start over")
+    if problems:
+        raise StorageError(f"{path}: no whole checkpoint is left (newest: {problems[0]}); move it away to start over")
     return None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the disk refuses or has lost while a checkpoint is read becomes a StorageError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, dcp.CheckpointException) as e:
+        cause = next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e
+        if not isinstance(cause, OSError | SafetensorError):
+            raise RuntimeError(f"{path} could not be loaded") from e  # a mistake of ours; DCP's is no Exception
+        reason = getattr(cause, "strerror", None) or str(cause)
+        raise StorageError(
+            f"{path}: the checkpoint cannot be read ({reason}); nothing was changed, the same command tries again;"
+            f" if it stays so, move it away to use an older one"
+        ) from e
+
+
+class _Reader(dcp.HuggingFaceStorageReader):
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        fault_point("read tensors", Path(self.path))
+        return super().read_data(plan, planner)
 
 
 def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
     """Name → shape of the whole tensors in a checkpoint's folder `kind`, model or optimizer.
 
-    Raises UserError if a part of a tensor is missing.
+    Raises UserError if a part of a tensor is missing, StorageError if the disk refuses.
     """
     shapes = {}
-    for name, about in dcp.HuggingFaceStorageReader(str(path / kind)).read_metadata().state_dict_metadata.items():
+    with reading(path):
+        metadata = _Reader(str(path / kind)).read_metadata()
+    for name, about in metadata.state_dict_metadata.items():
         if sum(prod(chunk.sizes) for chunk in about.chunks) != prod(about.size):
             raise UserError(f"{path}: its parts of {name} do not make up the whole")
         shapes[name] = about.size
@@ -118,7 +175,7 @@ def load_tensors(path: Path, kind: str, tensors: dict[str, Tensor], subset: bool
     """Reads into `tensors` those of the same names in a checkpoint's folder `kind`, or of DTensors the local part.
 
     Every process reads for itself. With `subset` there may be more in the checkpoint, as when each rank asks for
-    its own. Raises UserError at the first name or shape that does not fit.
+    its own. Raises UserError at the first name or shape that does not fit, StorageError if the disk refuses.
     """
     shapes = tensor_shapes(path, kind)
     names = tensors.keys() - shapes.keys() if subset else tensors.keys() ^ shapes.keys()
@@ -129,5 +186,5 @@ def load_tensors(path: Path, kind: str, tensors: dict[str, Tensor], subset: bool
             raise UserError(
                 f"{path} is of another model: {name} has shape {tuple(shapes[name])}, here {tuple(tensor.shape)}"
             )
-    fault_point("read tensors", path)
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path / kind)), no_dist=True)
+    with reading(path):
+        dcp.load(tensors, storage_reader=_Reader(str(path / kind)), no_dist=True)

@@ -60,7 +60,7 @@ from model.gpt import parameter_shapes
 from model.hf import INDEX, SINGLE, split_for_export
 from model.neighbours import write_llmc
 from model.origin import checkpoint_reader, model_config, newest, reader
-from model.weights import MANIFEST, load_tensors, read_manifest, tensor_shapes
+from model.weights import MANIFEST, load_tensors, read_manifest, seal, tensor_shapes
 from train.model_card import model_card
 
 
@@ -98,7 +98,7 @@ def consolidate(source: Source, folder: Path) -> None:
     manifest["files"] = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
     }
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, seal(manifest))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -75,18 +75,22 @@ class Trainer:
         self,
         output_dir: Path,
         *flags: str,
+        ranks: int = 1,
+        restarts: int = 0,
+        script: str = SCRIPT,
+        fault: str = "",
         env: dict[str, str] | None = None,
-        preexec_fn: Callable[[], None] | None = None,
-        **how: Any,
+        **popen: Any,
     ) -> subprocess.Popen[str]:
+        """`fault` is a RAWGPT_FAULT (cfg/faults.py); `popen` are arguments of subprocess.Popen."""
         return subprocess.Popen(
-            self.command(output_dir, *flags, **how),
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            self.command(output_dir, *flags, ranks=ranks, restarts=restarts, script=script),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RAWGPT_FAULT": fault, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=preexec_fn,
+            **popen,
         )
 
     def run(self, output_dir: Path, *flags: str, code: int = 0, **how: Any) -> subprocess.CompletedProcess[str]:

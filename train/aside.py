@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from cfg.errors import storage_error
 from model.gpt import GPT
 from train import watch
 from train.distributed import Ranks
@@ -63,8 +64,11 @@ def aside(
 
 
 def report(what: str, error: Exception | None, ranks: Ranks) -> None:
-    """One line from rank 0 on what failed where, and the traceback from each rank that has one."""
-    if error is not None:
+    """One line from rank 0 on what failed where, and the traceback from each rank that has one.
+
+    What the disk refuses needs none.
+    """
+    if error is not None and not (isinstance(error, OSError) and storage_error(error)):
         traceback.print_exception(error)
     told = ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
     if ranks.is_main:

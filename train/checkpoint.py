@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from cfg.config import Config, ModelConfig
 from cfg.errors import StorageError, UserError
 from cfg.faults import fault_point
-from cfg.files import file_sha256, flush_to_disk, write_atomically
+from cfg.files import file_sha256, flush_to_disk, naming, write_atomically
 from model.gpt import GPT
 from model.weights import (
     FORMAT,
@@ -46,10 +46,12 @@ from model.weights import (
     load_tensors,
     problem_with,
     read_manifest,
+    reading,
+    seal,
     step_of,
     tensor_shapes,
 )
-from train.distributed import Ranks
+from train.distributed import Ranks, everywhere
 from train.optimizer import make_states, named_states
 
 T = TypeVar("T")
@@ -60,7 +62,16 @@ FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init"}
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    with naming(path):
+        path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _delete(folder: Path) -> None:
+    """What cannot be deleted takes room, and is therefore mentioned; nobody needs it any more."""
+    try:
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+    except OSError as e:
+        print(f"warning: {e.filename or folder} could not be deleted: {e.strerror}", file=sys.stderr)
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
@@ -167,12 +178,13 @@ class Saver:
                 traceback.print_exc()
             result, problem = None, _reason(e)
         everyone = self.ranks.gather((result, problem))
-        if problem := next((p for _, p in everyone if p), None):
+        if found := next(((rank, p) for rank, (_, p) in enumerate(everyone) if p), None):
+            where = f" on rank {found[0]}" if self.ranks.world_size > 1 else ""
             if self.ranks.is_main:
                 shutil.rmtree(self.folder / f"{SAVING}{step:08d}", ignore_errors=True)
             raise StorageError(
                 f"--output_dir={self.config.output_dir}: the checkpoint of step {step} could not be written"
-                f" ({problem}); earlier ones are untouched, the same command goes on from them"
+                f" ({found[1]}{where}); earlier ones are untouched, the same command goes on from them"
             )
         return [value for value, _ in everyone]
 
@@ -204,7 +216,7 @@ class Saver:
             flush_to_disk(path)
             manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         fault_point("save manifest", temporary / MANIFEST)
-        _write_json(temporary / MANIFEST, manifest)
+        _write_json(temporary / MANIFEST, seal(manifest))
         flush_to_disk(temporary / MANIFEST)
         for folder in (temporary / "model", temporary / "optimizer", temporary):
             flush_to_disk(folder)
@@ -217,7 +229,8 @@ class Saver:
             write_atomically(self.folder / "latest", f"{final.name}\n".encode())  # for people; we look at them all
             _prune(self.folder, step, self.config.keep_last, self.config.keep_every)
         except OSError as e:
-            print(f"warning: the checkpoint of step {step} is written, but {e.filename}: {e.strerror}", file=sys.stderr)
+            about = f"{e.filename}: {e.strerror}"
+            print(f"warning: the checkpoint of step {step} is written, but {about}", file=sys.stderr)
 
 
 def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -272,15 +285,16 @@ def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
             fault_point("prune rename", path)
             os.rename(path, doomed)
             fault_point("prune delete", doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _delete(doomed)
 
 
 def prepare_dir(output_dir: Path, config_yaml: str) -> None:
     """Writes config.yaml, and removes what a killed run left half-written or half-deleted."""
+    fault_point("config", output_dir / "config.yaml")
     write_atomically(output_dir / "config.yaml", config_yaml.encode())
     for prefix in (SAVING, DELETING):
         for path in (output_dir / "checkpoints").glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
 
 
 def choose(output_dir: Path, resume: str, report: Any = print) -> Path | None:
@@ -317,9 +331,9 @@ def choose(output_dir: Path, resume: str, report: Any = print) -> Path | None:
 def check_same_model(path: Path, config: Config) -> list[str]:
     """Compares the checkpoint's flags with this run's; returns the harmless changes as `flag: old → new`.
 
-    Raises UserError naming the flags if the model is another one.
+    For all ranks. Raises UserError naming the flags if the model is another one, StorageError if the disk refuses.
     """
-    saved = read_manifest(path)["config"]
+    saved = everywhere(lambda: read_manifest(path))["config"]
     now = config.model_dump()
     changes = {k: f"{k}: {saved[k]} → {v}" for k, v in now.items() if k in saved and saved[k] != v}
     fixed = [k for k in ModelConfig.model_fields if k in changes and k not in FREE_MODEL_FLAGS]
@@ -330,19 +344,29 @@ def check_same_model(path: Path, config: Config) -> list[str]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as `state`, and the step."""
-    fault_point("read state", path / STATE)
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
-    return state
+    """What `save` was given as `state`, and the step. For all ranks. Raises StorageError if the disk refuses one."""
+
+    def read() -> dict[str, Any]:
+        with reading(path):
+            fault_point("read state", path / STATE)
+            state: dict[str, Any] = json.loads((path / STATE).read_text())
+        return state
+
+    return everywhere(read)
 
 
 def load(path: Path, model: GPT, optimizer: Optimizer) -> None:
     """Fills model and optimizer from a checkpoint that `choose` has verified, each rank its own part.
 
-    Raises UserError if it is of another model, or holds no optimizer.
+    For all ranks. Raises UserError if it is of another model, or holds no optimizer, StorageError if the disk refuses
+    one of them.
     """
-    if not (path / "optimizer").is_dir():
-        raise UserError(f"{path} holds a model without its optimizer; resume from the checkpoint it was made of")
-    load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
-    if tensor_shapes(path, "optimizer"):  # none: the optimizer had not stepped yet
-        load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)
+
+    def read() -> None:
+        if not (path / "optimizer").is_dir():
+            raise UserError(f"{path} holds a model without its optimizer; resume from the checkpoint it was made of")
+        load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
+        if tensor_shapes(path, "optimizer"):  # none: the optimizer had not stepped yet
+            load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)
+
+    everywhere(read)

@@ -78,6 +78,29 @@ class Ranks:
         return values
 
 
+def everywhere(act: Callable[[], T]) -> T:
+    """What `act` gives on this rank; called by all of them, outside of training steps.
+
+    If it fails on one, by a UserError or by what the machine refuses, all raise that error, and end with one line.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return act()
+    mistake: UserError | None = None
+    try:
+        value = act()
+    except UserError as error:
+        mistake = error
+    except OSError as error:
+        if (refused := storage_error(error)) is None:
+            raise
+        mistake = refused
+    told: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mistake)
+    if first := next((error for error in told if error), None):
+        raise first
+    return value
+
+
 def init_ranks(
     wanted_device: str, start_timeout_minutes: float = 30, sharded: bool = False, logs: Path | None = None
 ) -> Ranks:

@@ -9,16 +9,19 @@ import os
 import resource
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
+import torch.distributed as dist
 
 from cfg.config import Config
-from cfg.errors import UserError
+from cfg.errors import StorageError, UserError
 from cfg.faults import fault_point
-from cfg.files import write_atomically
+from cfg.files import naming, write_atomically
+from train.distributed import everywhere
 from train.rank_log import note
 
 # Dense peak of the 16-bit matrix units with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets
@@ -108,34 +111,53 @@ def _has_wandb_key() -> bool:
 
 
 class Metrics:
-    """Writes the records of a run. Ranks other than 0 only leave lines in their logs."""
+    """Writes the records of a run. Ranks other than 0 only leave lines in their logs.
+
+    All ranks call all methods. What the disk refuses rank 0 in a step is raised by `log` if there is one rank;
+    otherwise `problem` has it, and the next `flush`, `go_back` or `close` raises it on all of them.
+    """
 
     def __init__(self, config: Config, is_main: bool, step: int, wandb_id: str | None):
         self.config, self.is_main, self.wandb_id = config, is_main, wandb_id
         self._wandb: Any = None
         self._tensorboard: Any = None
         self._bar: Any = None
-        if not is_main:
-            return
+        self.problem: StorageError | None = None
         self.path = Path(config.output_dir) / "metrics.jsonl"
+        self._together(lambda: self._start(step))
+
+    def _together(self, act: Callable[[], Any]) -> None:
+        """Rank 0 does it, and all ranks raise what went wrong, now or before."""
+
+        def do() -> None:
+            if self.problem is not None:
+                raise self.problem
+            if self.is_main:
+                act()
+
+        everywhere(do)
+
+    def _start(self, step: int) -> None:
         self._rewind(step)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=config.num_iterations, initial=step, unit="step", dynamic_ncols=True)
-        if config.wandb_project_id:
+            self._bar = tqdm(total=self.config.num_iterations, initial=step, unit="step", dynamic_ncols=True)
+        if self.config.wandb_project_id:
             self._start_wandb()
-        if config.tensorboard:
+        if self.config.tensorboard:
             self._start_tensorboard(step)
 
     def go_back(self, step: int) -> None:
         """The run goes on from an earlier step."""
-        if self.is_main:
-            self._file.close()
-            self._rewind(step)
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-                self._start_tensorboard(step)
+        self._together(lambda: self._go_back(step))
+
+    def _go_back(self, step: int) -> None:
+        self._file.close()
+        self._rewind(step)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._start_tensorboard(step)
 
     def _rewind(self, step: int) -> None:
         """Drops records after `step`: they come again. They are kept in logs/, since they were measured."""
@@ -150,7 +172,9 @@ class Metrics:
         if before == after:
             return
         again = set(after.splitlines())
-        with open(self.path.parent / "logs" / "metrics_superseded.jsonl", "a") as f:
+        superseded = self.path.parent / "logs" / "metrics_superseded.jsonl"
+        fault_point("superseded", superseded)
+        with naming(superseded), open(superseded, "a") as f:
             f.writelines(line + "\n" for line in before.splitlines() if line not in again)
         write_atomically(self.path, after.encode())
 
@@ -199,13 +223,10 @@ class Metrics:
             print(line, flush=True)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Records one step everywhere it is due."""
+        """Records one step everywhere it is due. Raises StorageError if the disk refuses the only rank."""
         step, last = record["step"], self.config.num_iterations
-        if self.is_main:
-            fault_point("metrics", self.path)
-            self._file.write(to_json(record))
-            self._file.flush()
-            self._last = step
+        if self.is_main and self.problem is None:
+            self._write(record)
         if step % self.config.log_every == 0 or step in (1, last) or "skipped" in record:
             self.say(self._line(record))
         if not self.is_main:
@@ -225,6 +246,20 @@ class Metrics:
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            fault_point("metrics", self.path)
+            self._file.write(to_json(record))
+            self._file.flush()
+            self._last = record["step"]
+        except OSError as e:  # perhaps in the middle of the line; the next start removes it
+            self.problem = StorageError(
+                f"--output_dir={self.config.output_dir}: step {record['step']} could not be written to"
+                f" {self.path.name} ({e.strerror}); the same command goes on from the last checkpoint"
+            )
+            if not dist.is_initialized() or dist.get_world_size() == 1:
+                raise self.problem from e
 
     def _line(self, r: dict[str, Any]) -> str:
         parts = [
@@ -256,12 +291,16 @@ class Metrics:
 
     def flush(self) -> None:
         """Has everything logged so far on disk, as a checkpoint is about to refer to it."""
-        if self.is_main:
+        self._together(self._flush)
+
+    def _flush(self) -> None:
+        with naming(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        if not self.is_main:
-            return
+        self._together(self._close)
+
+    def _close(self) -> None:
         self._file.close()
         if self._bar is not None:
             self._bar.close()

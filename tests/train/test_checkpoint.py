@@ -13,7 +13,7 @@ from cfg.errors import UserError
 from cfg.files import file_sha256
 from model.gpt import GPT, init_weights
 from model.origin import load_model
-from model.weights import find_checkpoint, list_checkpoints, problem_with
+from model.weights import find_checkpoint, list_checkpoints, problem_with, seal
 from train import checkpoint
 from train.distributed import Ranks
 from train.optimizer import make_optimizer, make_states, named_states
@@ -126,7 +126,7 @@ def test_a_manifest_cannot_point_outside(tmp_path):
     path = tmp_path / "checkpoints/step_00000001"
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../../secret"] = manifest["files"]["state.json"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(seal(manifest)))
     assert "missing" in problem_with(path)
 
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_with_a_missing_part_or_a_stray_file_is_refused(tmp_path):
     save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(about)})
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][f"model/{file.name}"] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(seal(manifest)))
     assert problem_with(path) is None  # so say the hashes
     with pytest.raises(UserError, match="parts of wte.weight do not make up the whole"):
         checkpoint.load(path, model, optimizer)
