@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 
+from cfg.config import load_config
 from cfg.errors import CommandParser, UserError, run_command
 from data.shards import write_shard
 
@@ -50,7 +51,7 @@ TRACE_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
 VOCAB = 251
 FLAGS = [
     *("--n_layer=2", "--n_head=2", "--n_embd=64", f"--vocab_size={VOCAB}", "--tokenizer=none", "--dropout=0.1"),
-    *("--sequence_length=32", "--batch_size=2", "--total_batch_size=256", "--learning_rate=1e-3", "--warmup_iters=4"),
+    *("--sequence_length=32", "--batch_size=2", "--learning_rate=1e-3", "--warmup_iters=4"),
     *("--save_every_niter=4", "--keep_last=2", "--val_loss_every=4", "--val_max_steps=20", "--log_every=1"),
 ]
 SAVE_EVERY = 4
@@ -124,7 +125,7 @@ class Storm:
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and the rest, which are train_gpt.py's."""
+    """Our flags, and train_gpt.py's: the defaults, then those given. Raises UserError if either are not right."""
     p = CommandParser(description=__doc__, allow_abbrev=False)
     p.add_argument("--kills", type=int, default=50, help="kills in the run of a stage (default 50)")
     p.add_argument("--stages", default="0,1,2,3", help="the --zero_stage of each run, by commas (default 0,1,2,3)")
@@ -146,6 +147,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     folder = Path(args.output_dir or "")
     if args.output_dir and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output_dir={folder} is not empty; choose a new folder")
+    flags = [*FLAGS, f"--total_batch_size={2 * 64 * args.ranks}", *flags]  # two micro-steps
+    load_config(flags, args.ranks)
     return args, flags
 
 
@@ -319,30 +322,29 @@ def strike(storm: Storm, target: str, asked: str, times: Times, chance: random.R
         rank = 0 if asked == "prune" else chance.choice(sorted(workers))  # rank 0 prunes
         victims["worker"] = [workers[rank]]
     before = look(storm.output_dir)
-    fresh = is_fresh(storm, before)
     send(signal.SIGKILL, victims[target])
-    send(signal.SIGCONT, workers.values())  # who has been frozen and not killed
-    if target == "launcher":
+    if target == "launcher":  # the kernel ends its workers as they are, frozen or not
         storm.launcher.wait()
         if not all_gone(storm.output_dir, GONE_SECONDS):
             left = ", ".join(map(str, processes_of(storm.output_dir).values()))
             storm.problems.append(f"{left} outlived the launcher by {GONE_SECONDS} s after kill {len(storm.kills) + 1}")
             end_all(storm)
     else:
+        send(signal.SIGCONT, workers.values())
         wait_until(storm, lambda: not set(workers.values()) & processes_of(storm.output_dir).keys(), pause=0.01)
-    after = look(storm.output_dir)
-    check_resumed(storm, fresh)
-    note(storm, target, asked, before, after, fresh)
+    after = look(storm.output_dir)  # who has been hit last may have completed a checkpoint, or logged a step
+    check_resumed(storm, is_fresh(storm, after))
+    note(storm, target, asked, before, after)
     if target == "launcher":
         storm.start()
     storm.begun = time.monotonic()
 
 
-def note(storm: Storm, target: str, asked: str, before: State, after: State, fresh: bool) -> None:
-    """Records a kill. `after`: when all it hit were dead, who may have completed a checkpoint meanwhile."""
-    done = max(after.logged, after.newest, after.saving) if fresh else after.newest
-    repeated = done - after.newest
-    storm.kills.append(Kill(target, asked, moment_of(before, fresh), before.logged, after.newest, repeated))
+def note(storm: Storm, target: str, asked: str, before: State, after: State) -> None:
+    """Records a kill: what there was just before it, and when all that it hit were dead."""
+    done = max(after.logged, after.newest, after.saving) if is_fresh(storm, after) else after.newest
+    repeated, moment = done - after.newest, moment_of(before, is_fresh(storm, before))
+    storm.kills.append(Kill(target, asked, moment, before.logged, after.newest, repeated))
     storm.seen |= set(after.lines)
     if after.newest < before.newest:
         storm.problems.append(f"the checkpoint of step {before.newest} vanished after kill {len(storm.kills)}")
@@ -445,27 +447,33 @@ def table(kills: list[Kill]) -> str:
     return "\n".join(rows)
 
 
-def soak(stage: int, args: argparse.Namespace, flags: list[str], folder: Path) -> tuple[list[Kill], list[str]]:
-    """Both runs of a stage. Returns the kills, and what did not hold."""
+def soak(
+    stage: int, args: argparse.Namespace, flags: list[str], folder: Path, moments: list[tuple[str, str]] | None = None
+) -> tuple[list[Kill], list[str]]:
+    """Both runs of a stage, on the shards in `folder`; `moments` as `plan` gives them, the default.
+
+    Returns the kills, and what did not hold.
+    """
     name, began = f"stage {stage}", time.monotonic()
     chance = random.Random(f"{args.seed} {stage}")
-    steps = SAVE_EVERY * (args.kills + 4)  # a kill in five moves it on by more than one save, two by nothing
+    moments = moments or plan(args.kills, chance)
+    steps = SAVE_EVERY * (len(moments) + 4)  # two kills in five move it on by nothing, one by more than one save
     data = [f"--input_{kind}_bin={folder}/shards/*_{kind}_*.bin" for kind in ("train", "val")]
     exact = ["--deterministic=1"] if args.device != "cpu" else []
 
-    def run(kind: str) -> Storm:
+    def run(kind: str, restarts: int) -> Storm:
         output_dir = folder / f"stage{stage}" / kind
         python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
         chosen = [f"--num_iterations={steps}", f"--zero_stage={stage}", f"--device={args.device}"]
         chosen += [f"--seed={args.seed}", f"--output_dir={output_dir}"]
-        launch = [*python, f"--max-restarts={args.kills}", "train_gpt.py"]
-        return Storm([*launch, *FLAGS, *data, *exact, *flags, *chosen], output_dir, output_dir.with_suffix(".log"))
+        launch = [*python, f"--max-restarts={restarts}", "train_gpt.py"]
+        return Storm([*launch, *data, *exact, *flags, *chosen], output_dir, output_dir.with_suffix(".log"))
 
-    reference, storm = run("undisturbed"), run("killed")
+    reference, storm = run("undisturbed", 0), run("killed", len(moments))
     try:
         times = undisturbed(reference, name)
         print(f"{name}: {steps} steps undisturbed in {time.monotonic() - began:.0f} s; now with kills", flush=True)
-        disturbed(storm, plan(args.kills, chance), times, chance, name)
+        disturbed(storm, moments, times, chance, name)
         storm.problems += last_checks(storm, reference.output_dir)
     except Broken as e:
         storm.problems.append(str(e))
@@ -490,6 +498,7 @@ def report(name: str, storm: Storm, seconds: float) -> None:
 
 def make_shards(folder: Path) -> None:
     """Counting modulo the vocabulary, which can be learned."""
+    folder.mkdir(parents=True)
     tokens = np.arange(40_000) % VOCAB
     write_shard(folder / "count_val_000000.bin", tokens[:10_000], VOCAB)
     write_shard(folder / "count_train_000001.bin", tokens[10_000:], VOCAB)
@@ -500,7 +509,6 @@ def main(args: argparse.Namespace, flags: list[str]) -> int:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     folder = Path(args.output_dir or tempfile.mkdtemp(prefix="soak_")).resolve()
-    (folder / "shards").mkdir(parents=True)
     make_shards(folder / "shards")
     broken = [stage for stage in map(int, args.stages.split(",")) if soak(stage, args, flags, folder)[1]]
     if broken:
