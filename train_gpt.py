@@ -5,6 +5,11 @@ resume, loop. `--help` lists the flags; cfg/ holds presets (`--cfg=shakespeare`)
 step k is the k-th update of the weights, and checkpoint k holds the weights after it.
 """
 
+from cfg.launcher import die_with_launcher
+
+if __name__ == "__main__":
+    die_with_launcher()  # first of all: torch takes seconds to import, in which the launcher may be killed
+
 from cfg.config import Config, load_config, to_yaml
 from cfg.errors import DivergedError, UserError, one_line_errors, run_command
 from cfg.origin import open_origin
@@ -527,7 +532,6 @@ def summarize_run(run: Run, start: int, step: int, reason: str) -> None:
 
 
 def main(config: Config) -> int:
-    guard.die_with_launcher()
     guard.stay_diverged(Path(config.output_dir))
     with guard.mistakes_noted(Path(config.output_dir)):
         try:

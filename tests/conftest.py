@@ -19,6 +19,7 @@ import torch
 
 from data.shards import write_shard
 from model.origin import load_model
+from scripts.soak import trace_of
 
 pytest_plugins = ["tests.fault_table"]
 
@@ -40,8 +41,6 @@ TINY = [
     "--save_every_niter=5",
     "--device=cpu",
 ]
-# What a step's record says of the training, as opposed to how long it took.
-TRACE_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +117,7 @@ def metrics() -> Callable[[Path], list[dict]]:
 @pytest.fixture(scope="session")
 def trace() -> Callable[[Path], list[dict]]:
     """The numbers of a run that must not depend on how it was interrupted, in full precision."""
-    return lambda output_dir: [{k: r[k] for k in TRACE_KEYS if k in r} for r in read_metrics(output_dir)]
+    return trace_of
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,10 @@
-"""What ends a run before its time: a signal, the clock, the launcher's death. And one run per output directory."""
+"""What ends a run before its time: a signal, the clock. And one run per output directory."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,21 +17,6 @@ from cfg.files import take_lock, write_atomically
 from train.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with_launcher() -> None:
-    """Has the kernel SIGKILL this worker when torchrun dies; a no-op without torchrun, and elsewhere than on Linux.
-
-    A SIGKILL of torchrun reaches nobody else: its workers, each in a session of its own, would train on, holding
-    the GPUs and the output directory.
-    """
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before we asked
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Stopped(Exception):

@@ -6,10 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from scripts.soak import all_gone, processes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -62,31 +63,9 @@ def torchrun(workers, *options):
     return ["torchrun", "--standalone", f"--nproc_per_node={workers}", *options, "train_gpt.py"]
 
 
-def processes_of(output_dir):
-    """The processes of a run, by their command lines: a worker's rank, "torchrun", or the "script". No zombies."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_text().split("\0")
-            variables = (process / "environ").read_text().split("\0")
-        except OSError:
-            continue  # it has just ended
-        if f"--output_dir={output_dir}" in words:
-            ranks = [int(v.removeprefix("RANK=")) for v in variables if v.startswith("RANK=")]
-            found[int(process.name)] = ranks[0] if ranks else "script" if words[0] == "bash" else "torchrun"
-    return found
-
-
 def kill(output_dir, which):
     (pid,) = [pid for pid, process in processes_of(output_dir).items() if process == which]
     os.kill(pid, signal.SIGKILL)
-
-
-def all_gone(output_dir, seconds):
-    deadline = time.monotonic() + seconds
-    while processes_of(output_dir) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not processes_of(output_dir)
 
 
 def steps_logged(output_dir):
@@ -112,6 +91,14 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     assert_same_run(output_dir, undisturbed(4, *FLAGS, *STRATEGIES[strategy]))
     assert status(output_dir)["status"] == "done"
     assert all_gone(output_dir, seconds=1)
+
+
+def test_a_launcher_killed_while_its_workers_start_leaves_none(launcher, wait_for, tmp_path):
+    process = launcher.start(torchrun(2), tmp_path / "run")
+    assert wait_for(lambda: {0, 1} <= set(processes_of(tmp_path / "run").values()), process)
+    process.kill()
+    assert all_gone(tmp_path / "run", seconds=10)
+    launcher.finish(process, code=-signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -96,27 +96,6 @@ def test_the_status_is_that_of_whoever_claimed_the_directory(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoints", "samples", "logs", "status.json"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-@pytest.mark.parametrize("under_torchrun", [True, False])
-def test_a_worker_dies_with_its_launcher_and_only_with_that(under_torchrun):
-    worker = "import time; from train.guard import die_with_launcher as d; d(); print('up', flush=True); time.sleep(60)"
-    launcher = f"import subprocess, sys; w = subprocess.Popen([sys.executable, '-c', {worker!r}]); print(w.pid); "
-    env = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
-    env |= {"TORCHELASTIC_RUN_ID": "x"} if under_torchrun else {}
-    process = subprocess.Popen([sys.executable, "-uc", launcher + "w.wait()"], env=env, cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    pid = int(process.stdout.readline())
-    assert process.stdout.readline() == "up\n"
-    process.kill()
-    if under_torchrun:
-        assert process.stdout.read() == ""  # to its end: whoever held it has gone
-    else:
-        time.sleep(0.5)
-        os.kill(pid, signal.SIGKILL)  # raises ProcessLookupError if it were gone
-        process.stdout.read()
-    process.wait()
-
-
 def test_an_output_dir_that_is_not_shared_is_refused(tmp_path):
     class Two(Ranks):
         def gather(self, value):
