@@ -176,15 +176,14 @@ class Saver:
         except (Exception, CheckpointException) as e:  # any: the other ranks wait for this one in `gather`
             if not isinstance(e, OSError | CheckpointException):
                 traceback.print_exc()
-            result, problem = None, _reason(e)
+            result, problem = None, _reason(e, self.ranks)
         everyone = self.ranks.gather((result, problem))
-        if found := next(((rank, p) for rank, (_, p) in enumerate(everyone) if p), None):
-            where = f" on rank {found[0]}" if self.ranks.world_size > 1 else ""
+        if problem := next((p for _, p in everyone if p), None):
             if self.ranks.is_main:
                 shutil.rmtree(self.folder / f"{SAVING}{step:08d}", ignore_errors=True)
             raise StorageError(
                 f"--output_dir={self.config.output_dir}: the checkpoint of step {step} could not be written"
-                f" ({found[1]}{where}); earlier ones are untouched, the same command goes on from them"
+                f" ({problem}); earlier ones are untouched, the same command goes on from them"
             )
         return [value for value, _ in everyone]
 
@@ -244,11 +243,13 @@ def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     return mine
 
 
-def _reason(error: BaseException) -> str:
-    """In a few words why a save failed; DCP wraps the errors of the ranks."""
+def _reason(error: BaseException, ranks: Ranks) -> str:
+    """In a few words why a save failed, and on which rank; DCP brings the errors of each to all."""
+    rank = ranks.rank
     if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return str(getattr(error, "strerror", None) or error or type(error).__name__).partition("\n")[0]
+        rank, (error, _) = next(iter(error.failures.items()))
+    why = str(getattr(error, "strerror", None) or error or type(error).__name__).partition("\n")[0]
+    return why + (f" on rank {rank}" if ranks.world_size > 1 else "")
 
 
 def _make_room(folder: Path, step: int, kinds: Any) -> bool:

@@ -1,19 +1,24 @@
 """The checkpoint protocol: whole or absent, whatever fails on the way; and the optimizer by name."""
 
 import json
+import random
+import re
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cfg import faults
 from cfg.config import load_config
-from cfg.errors import UserError
+from cfg.errors import StorageError, UserError
 from cfg.files import file_sha256
+from model import weights
 from model.gpt import GPT, init_weights
 from model.origin import load_model
-from model.weights import find_checkpoint, list_checkpoints, problem_with, seal
+from model.weights import MANIFEST, find_checkpoint, list_checkpoints, problem_with, read_manifest, seal
 from train import checkpoint
 from train.distributed import Ranks
 from train.optimizer import make_optimizer, make_states, named_states
@@ -248,3 +253,153 @@ def test_a_checkpoint_with_a_missing_part_or_a_stray_file_is_refused(tmp_path):
     del manifest["config"]
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert "is not of format" in problem_with(path)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A run with the checkpoints of steps 1 and 2."""
+    config, model, optimizer = setup(tmp_path)
+    for k in (1, 2):
+        step(model, optimizer, k)
+        checkpoint.Saver(config, RANKS).save(k, model, optimizer, {}, {"tokenizer.json": b"{}"})
+    return tmp_path
+
+
+@pytest.mark.fault(
+    "a byte of a checkpoint is flipped, in any of its files and at any place of the manifest; a file is cut or lost",
+    "the checkpoint is passed over with a line that names the file, and the one before is found",
+)
+def test_damage_to_any_file_is_found(two, injected):
+    newest, older = list_checkpoints(two)
+    files = [p for p in sorted(newest.rglob("*")) if p.is_file()]
+    assert {p.name for p in files} >= {"state.json", "manifest.json", "tokenizer.json"} and len(files) == 5
+    places = random.Random(0)
+    done = 0
+    for path in files:
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[places.randrange(len(whole))] ^= 1 << places.randrange(8)
+        for content in (bytes(flipped), whole[:-1], whole[: len(whole) // 2], b"", None):
+            path.unlink() if content is None else path.write_bytes(content)
+            said = []
+            # The last byte of the manifest is a newline, and the space between its parts means nothing either.
+            harmless = path.name == MANIFEST and content and json.loads(whole) == loaded(content)
+            assert find_checkpoint(two, said.append) == (newest if harmless else older)
+            assert harmless or (path.name in said[0] and len(said) == 1)
+            done += 1
+            path.write_bytes(whole)
+    assert find_checkpoint(two) == newest
+    injected(done + flip_all(newest / MANIFEST))
+
+
+def loaded(content):
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def flip_all(path):
+    """Every fourth byte in turn. What passes says the same of the flags and the files."""
+    whole = path.read_bytes()
+    before = json.loads(whole)
+    passed = []
+    for i in range(0, len(whole), 4):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        with suppress(StorageError):
+            passed.append(read_manifest(path.parent))
+    path.write_bytes(whole)
+    assert all({k: v for k, v in m.items() if k in before and k != "sha256"}.items() <= before.items() for m in passed)
+    assert all(m["config"] == before["config"] and m["files"] == before["files"] for m in passed)
+    return -(-len(whole) // 4)
+
+
+@pytest.mark.fault(
+    "the disk refuses to list, open or read checkpoints when one is looked for",
+    "passed over with a line, or the run ends: never taken for no checkpoint",
+)
+@pytest.mark.parametrize("point,times", [("read hash", 1), ("read hash", 5), ("read manifest", 1), ("read list", 1)])
+def test_what_cannot_be_read_is_passed_over_or_an_end(two, monkeypatch, injected, point, times):
+    newest, older = list_checkpoints(two)
+    order(monkeypatch, f"{point}#{times}=EIO")
+    said = []
+    if point == "read list":
+        with pytest.raises(OSError, match="Input/output error"):
+            find_checkpoint(two, said.append)
+    else:
+        expected = newest if times > 4 else older  # a checkpoint has four files beside its manifest
+        assert find_checkpoint(two, said.append) == expected
+        assert [("Input/output error" in line) for line in said] == [True] * (expected == older)
+    injected(1)
+
+
+def order(monkeypatch, fault):
+    monkeypatch.setattr(faults, "_ordered", faults.ORDER.fullmatch(fault))
+    monkeypatch.setattr(faults, "_times", 0)
+
+
+def test_links_to_what_is_gone_are_no_reason_to_start_over(two):
+    for path in list_checkpoints(two):
+        path.rename(two / path.name)
+        path.symlink_to(two / "gone" / path.name)
+    with pytest.raises(StorageError, match="no whole checkpoint is left .newest: manifest.json: No such file"):
+        find_checkpoint(two, lambda line: None)
+    for path in list_checkpoints(two):
+        path.unlink()
+        path.symlink_to(two / path.name)
+    assert find_checkpoint(two).name == "step_00000002"
+
+
+@pytest.mark.parametrize("point", ["save latest", "prune rename", "prune delete"])
+def test_once_it_has_appeared_a_refusal_is_a_warning(tmp_path, monkeypatch, capsys, point):
+    config, model, optimizer = setup(tmp_path, "--keep_last=1")
+    save(config, 1, model, optimizer)
+    order(monkeypatch, f"{point}=ENOSPC")
+    save(config, 2, model, optimizer)
+    assert re.fullmatch(r"warning: .*step 2 is written, but .+: No space left on device\n", capsys.readouterr().err)
+    assert find_checkpoint(tmp_path).name == "step_00000002"
+
+
+def test_what_cannot_be_deleted_is_mentioned(tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints/.saving_00000002/model").mkdir(parents=True)
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(39, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", refuse)
+        checkpoint.prepare_dir(tmp_path, "")
+    assert ".saving_00000002 could not be deleted: Directory not empty" in capsys.readouterr().err
+    checkpoint.prepare_dir(tmp_path, "")
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("fault", ["read tensors=EIO", "read tensors#2=EIO", "read state=ESTALE", "read manifest=EIO"])
+def test_a_checkpoint_that_cannot_be_loaded_is_named(two, monkeypatch, fault):
+    config, model, optimizer = setup(two)
+    path = find_checkpoint(two)
+    order(monkeypatch, fault)
+    with pytest.raises(StorageError, match=re.escape(str(path))):
+        checkpoint.read_state(path)
+        checkpoint.check_same_model(path, config)
+        checkpoint.load(path, model, optimizer)
+
+
+def test_a_mistake_of_ours_in_loading_is_no_matter_of_storage(two, monkeypatch):
+    config, model, optimizer = setup(two)
+
+    def broken(*args):
+        raise KeyError("x")
+
+    monkeypatch.setattr(weights._Reader, "read_data", broken)
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        checkpoint.load(find_checkpoint(two), model, optimizer)
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_loaded_is_named(two):
+    config, model, optimizer = setup(two)
+    path = find_checkpoint(two)
+    next(path.glob("optimizer/*")).unlink()
+    (path / "model").rename(two / "model")
+    with pytest.raises(StorageError, match="cannot be read .No such file"):
+        checkpoint.load(path, model, optimizer)

@@ -1,5 +1,6 @@
 """Stopping early, one run per directory, and what a run leaves in status.json."""
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cfg import files
 from cfg.errors import UserError
+from cfg.files import take_lock
 from train import guard
 from train.distributed import Ranks
 from train.guard import SIGNALS, StopRequest, check_shared, claim_output_dir, mistakes_noted, write_status
@@ -105,3 +108,42 @@ def test_an_output_dir_that_is_not_shared_is_refused(tmp_path):
     with pytest.raises(UserError, match="of rank 1 is not that of rank 0"):
         check_shared(tmp_path, Two(0, 0, 1, torch.device("cpu")))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault(
+    ".lock is left from a run that is gone, or names a process that lives but does not hold it",
+    "it does not hinder; who holds it is asked of the system",
+)
+def test_a_stale_lock_does_not_hinder(tmp_path, injected, capsys):
+    contents = ["4194999", str(os.getpid()), "1", "no number", ""]
+    for content in contents:
+        (tmp_path / ".lock").write_text(content)
+        lock, holder = take_lock(tmp_path / ".lock")
+        assert holder is None and (tmp_path / ".lock").read_text() == str(os.getpid())
+        lock.close()
+    assert not capsys.readouterr().err
+    injected(len(contents))
+
+
+@pytest.mark.fault("the file system has no locks", "the run goes on, with a warning that nothing keeps others out")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_mentioned(tmp_path, monkeypatch, capsys, injected, number):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    claim_output_dir(tmp_path)
+    assert status(tmp_path)["status"] == "running"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path}/.lock cannot be locked ({os.strerror(number)});")
+    injected(1)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_another_holds_is_one_whichever_way_it_is_put(tmp_path, monkeypatch, number):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / ".lock").write_text("77")
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    assert take_lock(tmp_path / ".lock")[1] == "77"

@@ -1,7 +1,10 @@
 """metrics.jsonl, the console line, peak rates."""
 
+import errno
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +12,7 @@ import time
 import pytest
 
 from cfg.config import load_config
+from cfg.errors import StorageError
 from train.metrics import Metrics, duration, peak_flops, plot_losses, read_records, to_json
 
 RECORD = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tok_per_s": 1e4, "mfu": None, "elapsed_s": 1.0, "memory_bytes": 1}
@@ -145,3 +149,31 @@ def test_memory_is_this_process_alone():
     code = "import torch; from train.metrics import peak_memory; print(peak_memory(torch.device('cpu')))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 2**26 < int(child.stdout) < len(ballast)
+
+
+@pytest.mark.fault(
+    "the disk is full in the middle of a line of metrics.jsonl", "the next start has neither half nor twice"
+)
+def test_a_torn_line_is_gone_at_the_next_start(tmp_path, injected):
+    metrics = start(tmp_path)
+    metrics.log(record(1))
+
+    class Full(io.StringIO):
+        def flush(self):
+            with open(tmp_path / "metrics.jsonl", "a") as f:
+                f.write(self.getvalue()[:20])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    metrics._file.close()
+    metrics._file = Full()
+    with pytest.raises(StorageError, match="step 2 could not be written to metrics.jsonl .No space left on device.;"):
+        metrics.log(record(2))
+    for again in (metrics.flush, metrics.close):
+        with pytest.raises(StorageError, match="step 2 could not be written"):
+            again()
+    assert not metrics.has(2) and not (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+    metrics = start(tmp_path, 1)
+    metrics.log(record(2))
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == to_json(record(1)) + to_json(record(2))
+    injected(1)

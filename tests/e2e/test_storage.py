@@ -1,0 +1,296 @@
+"""Storage that refuses, loses or damages: the last good checkpoint survives and is found, and one line says why.
+
+Most faults are to order (cfg/faults.py), in the real command. So that this is cheap they are a chain: start after start
+of the same command in one directory, in each of which something else fails, before the run comes to its end.
+"""
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+
+import pytest
+
+from model.weights import find_checkpoint, step_of
+
+# As tests/e2e/test_resume.py has them, of whose undisturbed runs these are the interrupted ones.
+FLAGS = ["--dropout=0.1", "--num_iterations=30", "--save_every_niter=5"]
+EVERY_STEP = [*FLAGS, "--save_every_niter=1", "--keep_last=1"]
+# Points of a save, how often one save passes each with one rank, and what becomes of the run if the disk refuses.
+POINTS = {
+    "save make room": (1, "fails"),
+    "save tensors": (2, "fails"),
+    "save flush": (2, "fails"),
+    "save state": (1, "fails"),
+    "save manifest": (1, "fails"),
+    "save rename": (1, "fails"),
+    "save appear": (1, "fails, and is there"),
+    "save latest": (1, "warns"),
+    "prune rename": (1, "warns"),
+    "prune delete": (1, "warns"),
+}
+WHAT = ["ENOSPC", "EACCES", "EIO", "EROFS", "KILL"]
+SHARD = "optimizer/shard-00001-model-00001-of-00001.safetensors"
+
+
+def newest(output_dir, said=None):
+    """Step of the checkpoint that the next start would find; 0 if there is none yet."""
+    said = [] if said is None else said
+    found = find_checkpoint(output_dir, said.append) if output_dir.exists() else None
+    return step_of(found) if found else 0
+
+
+def the_line(err):
+    """What is printed of a failure: one line, no traceback."""
+    assert "Traceback" not in err, err
+    (line,) = re.findall("^error: .*$", err, re.MULTILINE)
+    return line
+
+
+def reason(what):
+    return os.strerror(getattr(errno, what))
+
+
+def refused(output_dir, done, what):
+    """The one line, also in status.json, of a run that has ended with exit code 5."""
+    line, status = the_line(done.stderr), json.loads((output_dir / "status.json").read_text())
+    assert f"--output_dir={output_dir}" in line and reason(what) in line
+    assert status["status"] == "storage error" and line == f"error: {status['reason']}"
+    return line
+
+
+def kept(output_dir):
+    """All that a run would go on from, or lose."""
+    paths = [output_dir / "config.yaml", output_dir / "metrics.jsonl", *(output_dir / "checkpoints").rglob("*")]
+    return {path: path.read_bytes() for path in paths if path.is_file()}
+
+
+class Chain:
+    """Starts the same command in one directory, each time with another fault."""
+
+    def __init__(self, trainer, output_dir, assert_same_run, reference):
+        self.trainer, self.dir = trainer, output_dir
+        self.assert_finished = lambda where: assert_same_run(where, reference)
+
+    def start(self, *flags, where=None, resumes=None, **how):
+        """Returns what it said, and the step it went on from, `resumes` or the newest whole checkpoint's."""
+        before = newest(self.dir) if resumes is None else resumes
+        done = self.trainer.run(where or self.dir, *EVERY_STEP, *flags, **how)
+        if before:
+            assert f"resuming from {where or self.dir}/checkpoints/step_{before:08d}" in done.stdout
+        return done, before
+
+    def save_fails(self, point, what, *flags):
+        """In the second save of a start; the first one has made progress."""
+        times, outcome = POINTS[point]
+        killed = what == "KILL"
+        done, before = self.start(*flags, fault=f"{point}#{times + 1}={what}", code=-signal.SIGKILL if killed else 5)
+        if not killed:
+            assert f"the checkpoint of step {before + 2} could not be written" in refused(self.dir, done, what)
+        said = []
+        if outcome == "warns":  # the first save may have had two to prune, left by a fault before
+            assert newest(self.dir, said) in (before + 1, before + 2) and not said
+        else:
+            assert newest(self.dir, said) == before + (1 if outcome == "fails" else 2) and not said
+
+    def save_warns(self, point, what, *flags, where):
+        done, before = self.start(*flags, fault=f"{point}#2={what}", where=where)
+        assert "Traceback" not in done.stderr
+        (step, about) = re.search(r"^warning: the checkpoint of step (\d+) is written, but (.*)", done.stderr).groups()
+        assert int(step) in (before + 1, before + 2) and about.startswith(str(where)) and about.endswith(reason(what))
+        self.finished(where)
+
+    def finished(self, where=None):
+        self.assert_finished(where or self.dir)
+
+
+def limit_files():
+    """No file grows beyond this many bytes: less than an optimizer's."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+@pytest.fixture
+def chain(trainer, assert_same_run, undisturbed, tmp_path):
+    return Chain(trainer, tmp_path / "run", assert_same_run, undisturbed(1, *FLAGS))
+
+
+def leave_stale_lock(output_dir, n):
+    """As a run that is gone left it, or as a living process that is none of ours would seem to have."""
+    (output_dir / ".lock").write_text(["4194999", str(os.getpid()), "no number"][n % 3])
+
+
+@pytest.mark.fault(
+    "the disk refuses (full, no permission, I/O error, read-only) or the process is killed, at each step of a save"
+    " and of pruning",
+    "exit code 5 and one line, or a warning where nothing can be lost; the last whole checkpoint is found; bit-equal",
+)
+@pytest.mark.parametrize("offset", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(WHAT)))])
+def test_a_save_or_its_pruning_fails(chain, injected, offset):
+    """Of the points of a save one error each; the slow ones complete the matrix. Every third is in the background."""
+    errors = {point: WHAT[(i + offset) % len(WHAT)] for i, point in enumerate(POINTS)}
+    warnings = [point for point, what in errors.items() if POINTS[point][1] == "warns" and what != "KILL"]
+    for i, point in enumerate(p for p in errors if p not in warnings):
+        chain.save_fails(point, errors[point], f"--async_save={int(i % 3 == 1)}")
+        leave_stale_lock(chain.dir, i)
+    for point in warnings:  # with which a run comes to its end
+        where = chain.dir if point == warnings[-1] else shutil.copytree(chain.dir, chain.dir.with_name(point))
+        chain.save_warns(point, errors[point], where=where)
+    assert not list((chain.dir / "checkpoints").glob(".saving*"))
+    injected(len(POINTS))
+
+
+@pytest.mark.fault(
+    "metrics.jsonl cannot be written; a file grows too large for the system; the newest checkpoint cannot be read,"
+    " when it is chosen or when it is loaded",
+    "exit code 5 and one line, nothing changed on disk, or the one before is used; bit-equal",
+)
+def test_the_log_a_large_file_or_a_read_fails(chain, metrics, injected):
+    flags = ["--keep_last=3"]
+    done, _ = chain.start(*flags, fault="metrics#4=ENOSPC", code=5)
+    assert "step 4 could not be written to metrics.jsonl" in refused(chain.dir, done, "ENOSPC")
+    assert [r["step"] for r in metrics(chain.dir)] == [1, 2, 3] and newest(chain.dir) == 4
+
+    done, _ = chain.start(*flags, preexec_fn=limit_files, code=5)  # a refusal of the system's own
+    assert "the checkpoint of step 5 could not be written" in refused(chain.dir, done, "EFBIG")
+    assert [r["step"] for r in metrics(chain.dir)] == [1, 2, 3, 4] and newest(chain.dir) == 4
+
+    before = kept(chain.dir)
+    for point in ("read tensors", "read state"):
+        done = chain.trainer.run(chain.dir, *EVERY_STEP, *flags, fault=f"{point}=EIO", code=5)
+        assert f"{chain.dir}/checkpoints/step_00000004: the checkpoint cannot be read" in the_line(done.stderr)
+        assert "storage error" in (chain.dir / "status.json").read_text()
+    done = chain.trainer.run(chain.dir, *EVERY_STEP, *flags, fault="read list=EACCES", code=5)
+    assert f"{chain.dir}/checkpoints: Permission denied" in the_line(done.stderr)
+    assert kept(chain.dir) == before
+
+    done, _ = chain.start(*flags, fault="read hash=EIO", resumes=3)
+    assert re.search(r"checkpoint .*step_00000004 is passed over: .*: Input/output error\n", done.stdout)
+    chain.finished()
+    assert not list((chain.dir / "checkpoints").glob("damaged*"))  # it was whole when its step was reached again
+    injected(6)
+
+
+# Fault, --zero_stage, what the line says, and the newest step afterwards, where a save comes every 5 steps.
+ON_RANKS = [
+    (
+        "save tensors@1#3=ENOSPC",
+        0,
+        "the checkpoint of step 10 could not be written (No space left on device on rank 1)",
+        5,
+    ),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("save flush@1#3=EIO", 1, "step 10 could not be written (Input/output error on rank 1)", 5),
+            ("save tensors@1#3=EROFS", 3, "step 10 could not be written (Read-only file system on rank 1)", 5),
+            ("metrics#7=ENOSPC", 3, "step 7 could not be written to metrics.jsonl (No space left on device)", 5),
+            ("metrics#30=ENOSPC", 0, "step 30 could not be written to metrics.jsonl (No space left on device)", 30),
+        )
+    ),
+]
+
+
+def one_line_of_all(output_dir, done, ranks=2):
+    """Said by rank 0, in status.json, and perhaps again by others; no rank has left a traceback (torchrun does)."""
+    said = {line for line in re.findall("^error: (?:rank \\d+: )?(.*)$", done.stderr, re.MULTILINE)}
+    (line,) = said
+    assert json.loads((output_dir / "status.json").read_text())["reason"] == line
+    logs = [(output_dir / f"logs/rank_{rank}.log").read_text() for rank in range(ranks)]
+    assert not any("Traceback" in log for log in logs)
+    return line
+
+
+@pytest.mark.fault(
+    "the disk refuses one rank of two in a save, or rank 0 in a step",
+    "all ranks end with one line that names the rank; the last whole checkpoint is found; bit-equal",
+)
+@pytest.mark.parametrize("fault,stage,message,left", ON_RANKS)
+def test_the_disk_refuses_one_rank(
+    trainer, assert_same_run, undisturbed, injected, tmp_path, fault, stage, message, left
+):
+    flags = [*FLAGS, *([f"--zero_stage={stage}"] if stage else [])]
+    output_dir = tmp_path / "run"
+    done = trainer.run(output_dir, *flags, ranks=2, fault=fault, code=1)
+    assert message in one_line_of_all(output_dir, done)
+    assert newest(output_dir) == left
+    done = trainer.run(output_dir, *flags, ranks=2)
+    assert f"resuming from {output_dir}/checkpoints/step_{left:08d}" in done.stdout
+    assert_same_run(output_dir, undisturbed(2, *flags))
+    injected(1)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "one rank of two cannot read the checkpoint, or rank 0 cannot write what it writes at the start",
+    "all ranks end with one line; nothing is changed; bit-equal",
+)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_disk_refuses_one_rank_at_the_start(
+    trainer, assert_same_run, undisturbed, injected, wait_for, kill_all, tmp_path, stage
+):
+    flags = [*FLAGS, f"--zero_stage={stage}"]
+    output_dir = tmp_path / "run"
+    process = trainer.start(output_dir, *flags, ranks=2)
+    log = output_dir / "metrics.jsonl"
+    assert wait_for(lambda: log.exists() and log.read_text().count("\n") > 11, process)  # so that some are superseded
+    kill_all(process)
+    before = kept(output_dir)
+    faults = {
+        "read tensors@1=EIO": "the checkpoint cannot be read (Input/output error)",
+        "read state@1=EIO": "the checkpoint cannot be read (Input/output error)",
+        "read manifest@1=EIO": "manifest.json: Input/output error",
+        "config=EROFS": f"{output_dir}/config.yaml: Read-only file system",
+        "superseded=ENOSPC": f"{output_dir}/logs/metrics_superseded.jsonl: No space left on device",
+    }
+    for fault, message in faults.items():
+        done = trainer.run(output_dir, *flags, ranks=2, fault=fault, code=1)
+        assert message in one_line_of_all(output_dir, done)
+        now = kept(output_dir)
+        assert now == {path: content for path, content in before.items() if path in now}
+        assert {path for path in before if path not in now} == {
+            p for p in before if ".saving_" in str(p) and p not in now
+        }
+    trainer.run(output_dir, *flags, ranks=2)
+    assert_same_run(output_dir, undisturbed(2, *flags))
+    injected(len(faults))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root ignores permissions")
+@pytest.mark.fault(
+    "the folder of checkpoints becomes read-only while the run goes on",
+    "exit code 5 and one line; the last whole checkpoint is found; bit-equal",
+)
+def test_the_folder_becomes_read_only(trainer, assert_same_run, undisturbed, injected, wait_for, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    process = trainer.start(tmp_path / "run", *EVERY_STEP)
+    assert wait_for(lambda: (folder / "latest").exists(), process)
+    folder.chmod(0o500)
+    _, err = process.communicate(timeout=120)
+    folder.chmod(0o700)
+    assert process.returncode == 5 and "could not be written (Permission denied)" in the_line(err)
+    assert newest(tmp_path / "run")
+    trainer.run(tmp_path / "run", *EVERY_STEP)
+    assert_same_run(tmp_path / "run", undisturbed(1, *FLAGS))
+    injected(1)
+
+
+@pytest.mark.fault(
+    "a second run is started on an --output_dir in use", "it is refused with exit code 2, and the first is left alone"
+)
+def test_two_runs_do_not_share_an_output_dir(trainer, injected, wait_for, kill_all, tmp_path):
+    output_dir = tmp_path / "run"
+    first = trainer.start(output_dir, "--num_iterations=100000", "--save_every_niter=0")
+    log = output_dir / "metrics.jsonl"
+    assert wait_for(lambda: log.exists() and log.read_text().count("\n") > 0, first)
+    alone = [output_dir / name for name in ("config.yaml", "status.json", ".lock")]
+    before, lines = [path.read_bytes() for path in alone], log.read_text()
+    second = trainer.run(output_dir, "--learning_rate=5e-4", code=2)
+    assert f"in use by another run (process {first.pid})" in the_line(second.stderr)
+    assert [path.read_bytes() for path in alone] == before and log.read_text().startswith(lines)
+    assert len(re.findall("rank 0 of 1", (output_dir / "logs/rank_0.log").read_text())) == 1
+    assert first.poll() is None
+    kill_all(first)
+    injected(1)
