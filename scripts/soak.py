@@ -510,7 +510,12 @@ def main(args: argparse.Namespace, flags: list[str]) -> int:
             signal.signal(number, signal.default_int_handler)
     folder = Path(args.output_dir or tempfile.mkdtemp(prefix="soak_")).resolve()
     make_shards(folder / "shards")
-    broken = [stage for stage in map(int, args.stages.split(",")) if soak(stage, args, flags, folder)[1]]
+    try:
+        broken = [stage for stage in map(int, args.stages.split(",")) if soak(stage, args, flags, folder)[1]]
+    except KeyboardInterrupt:
+        if not args.output_dir:
+            shutil.rmtree(folder)
+        raise
     if broken:
         print(f"did not hold: stage {', '.join(map(str, broken))}; see {folder}")
         return 1
