@@ -75,17 +75,23 @@ def duration(seconds: float) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; what is not a whole record (a line cut by a kill) is left out."""
+    """Records of a metrics.jsonl; what is not a whole record of a step (a line cut by a kill) is left out."""
     records = []
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if isinstance(record, dict) and _is_of_a_step(record):
                 records.append(record)
     return records
+
+
+def _is_of_a_step(record: dict[str, Any]) -> bool:
+    """Whether it has the step and the loss, and nothing in it is more than a number."""
+    plain = all(type(v) in (int, float) or v is None for v in record.values())
+    return plain and type(record.get("step")) is int and "loss" in record
 
 
 def to_json(record: dict[str, Any]) -> str:
@@ -133,8 +139,8 @@ class Metrics:
 
     def _rewind(self, step: int) -> None:
         """Drops records after `step`: they come again. They are kept in logs/, since they were measured."""
-        kept = [r for r in read_records(self.path) if r["step"] <= step]
-        self._last = kept[-1]["step"] if kept else 0
+        kept = list({r["step"]: r for r in read_records(self.path) if r["step"] <= step}.values())
+        self._last = max((r["step"] for r in kept), default=0)
         before = self.path.read_text(errors="replace") if self.path.is_file() else ""
         after = "".join(to_json(r) for r in kept)
         if before == after:

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cfg.config import load_config
 from train.metrics import Metrics, duration, peak_flops, plot_losses, read_records, to_json
@@ -60,6 +63,37 @@ def test_a_line_cut_just_before_its_end_stays_a_line_of_its_own(tmp_path):
     resumed.log(record(3))
     resumed.close()
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.fault(
+    "metrics.jsonl cut at any byte, or with records twice", "whole lines of the steps that count, each once"
+)
+def test_wherever_a_kill_cuts_the_file_each_step_is_there_once(tmp_path, monkeypatch, injected):
+    """What was whole and belongs stays, bit for bit; what does not is set aside."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # 300 times, of what no power cut is to spare
+    lines = [to_json(record(k, **({"val_loss": 1 / k} if k % 3 == 0 else {}))) for k in range(1, 9)]
+    whole, path = "".join(lines), tmp_path / "metrics.jsonl"
+
+    @settings(max_examples=300, deadline=None)
+    @given(cut=st.integers(0, len(whole)), step=st.integers(0, 9), twice=st.integers(0, 3), torn=st.integers(0, 40))
+    def holds(cut, step, twice, torn):
+        """As two kills leave it: lines, `twice` of them once more, then a line cut short."""
+        content = whole[:cut]
+        complete = content.count("\n") + (not content.endswith("\n") and content.endswith("}"))
+        content += ("\n" if content and not content.endswith("\n") else "") + "".join(lines[: min(twice, complete)])
+        path.write_text(content + lines[0][:torn])
+        kept = [r for r in range(1, complete + 1) if r <= step]
+        resumed = start(tmp_path, step)
+        assert path.read_text() == "".join(lines[k - 1] for k in kept)
+        assert resumed.has(step) == (step in (0, *kept))
+        for k in range(step + 1, 9):
+            resumed.log(record(k))
+        resumed.close()
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == [*kept, *range(step + 1, 9)]
+
+    holds()
+    injected(300)
 
 
 def test_a_long_history_is_taken_up_quickly(tmp_path):
