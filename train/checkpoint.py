@@ -32,12 +32,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
-from cfg.errors import UserError
+from cfg.errors import UserError, shown
 from cfg.files import file_sha256, flush_to_disk, write_atomically
 from model.gpt import GPT
 from model.weights import (
     FORMAT,
     MANIFEST,
+    STATE,
     find_checkpoint,
     list_checkpoints,
     load_tensors,
@@ -46,12 +47,12 @@ from model.weights import (
     step_of,
     tensor_shapes,
 )
+from model.weights import read_state as read_state
 from train.distributed import Ranks
 from train.optimizer import make_states, named_states
 
 T = TypeVar("T")
 SAVING, DELETING = ".saving_", ".deleting_"
-STATE = "state.json"
 # Model flags that may differ between a checkpoint and the run that resumes it.
 FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init"}
 
@@ -267,7 +268,7 @@ def choose(output_dir: Path, resume: str, report: Any = print) -> Path | None:
             )
         return None
     if resume == "auto" or own:
-        if resume != "auto" and Path(resume).resolve() in [p.resolve() for p in own[1:]]:
+        if resume != "auto" and os.path.realpath(resume) in [os.path.realpath(p) for p in own[1:]]:
             raise UserError(
                 f"--resume={resume}: {output_dir} holds newer checkpoints; give another --output_dir to branch off"
             )
@@ -290,18 +291,12 @@ def check_same_model(path: Path, config: Config) -> list[str]:
     """
     saved = read_manifest(path)["config"]
     now = config.model_dump()
-    changes = {k: f"{k}: {saved[k]} → {v}" for k, v in now.items() if k in saved and saved[k] != v}
+    changes = {k: f"{k}: {shown(saved[k])} → {v}" for k, v in now.items() if k in saved and saved[k] != v}
     fixed = [k for k in ModelConfig.model_fields if k in changes and k not in FREE_MODEL_FLAGS]
     if fixed:
-        flags = ", ".join(f"--{k}={now[k]} (checkpoint: {saved[k]})" for k in fixed)
+        flags = ", ".join(f"--{k}={now[k]} (checkpoint: {shown(saved[k])})" for k in fixed)
         raise UserError(f"{path} is of another model: {flags}; set them back, or use another --output_dir")
     return [line for k, line in changes.items() if k not in ("output_dir", "resume", "cfg")]
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as `state`, and the step."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
-    return state
 
 
 def load(path: Path, model: GPT, optimizer: Optimizer) -> None:
