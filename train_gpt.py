@@ -48,6 +48,7 @@ from eval.scoring import follow_on, gpt_forward, merge, score
 from eval.validation import fixed_windows, summarize, windows_loss
 from model.gpt import GPT, InitialValue
 from model.origin import initial_values, newest, reader
+from model.weights import read_state
 from train import checkpoint, guard, watch
 from train.aside import aside
 from train.distributed import Ranks, close_ranks, init_ranks, set_timeout
@@ -239,14 +240,18 @@ def resume(run: Run) -> dict[str, Any]:
     path = run.ranks.on_main(lambda: checkpoint.choose(output_dir, config.resume))
     if path is None:
         return {"step": 0, "wandb_id": None, "record": {"elapsed_s": 0.0}}
-    state = checkpoint.read_state(path)
-    check_same_data(state["data"], run.train_data.identity)
-    saved_tokenizer = state.get("tokenizer", {"name": "none"})
-    check_same_tokenizer(saved_tokenizer, run.tokenizer_identity)
-    if run.tokenizer_identity["name"] == "none":
-        run.tokenizer_identity = saved_tokenizer  # not looked at now, but not to be forgotten
-    changes = checkpoint.check_same_model(path, config)
-    checkpoint.load(path, run.model, run.optimizer)
+
+    def restore() -> tuple[dict[str, Any], list[str]]:
+        state = read_state(path)
+        check_same_data(state["data"], run.train_data.identity)
+        check_same_tokenizer(state.get("tokenizer", {"name": "none"}), run.tokenizer_identity)
+        changes = checkpoint.check_same_model(path, config)
+        checkpoint.load(path, run.model, run.optimizer)
+        return state, changes
+
+    state, changes = run.ranks.everywhere(restore)
+    if run.tokenizer_identity["name"] == "none":  # not looked at now, but not to be forgotten
+        run.tokenizer_identity = state.get("tokenizer", run.tokenizer_identity)
     run.scale.load_state_dict(state["scaler"])
     run.guard.load_state_dict(state.get("guard", {}))
     if path.resolve().parent.parent != output_dir.resolve():
@@ -429,7 +434,7 @@ def train(config: Config) -> int:
     if name := differing_replica(run.parallel, ranks):
         raise RuntimeError(f"{name} is not the same on all ranks that should hold the same part of it")
     settle(run.parallel, config, ranks, run.autocast())
-    metrics = Metrics(config, ranks.is_main, state["step"], state["wandb_id"])
+    metrics = Metrics(config, ranks, state["step"], state["wandb_id"])
     stop = guard.StopRequest(config.max_minutes, STARTED)
     with run.saver.whatever_happens():
         step, stopping = loop(run, metrics, stop, state)
@@ -468,7 +473,7 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
         before = time.perf_counter()
         # Not without waiting on MPS, where the source may be freed before it is copied (pytorch#189690).
         batch = batches.get(step + run.guard.passed_over).to(device, non_blocking=device.type == "cuda").long()
-        failed = float(run.saver.failed())
+        failed = float(run.saver.failed() or metrics.problem is not None)
         loss, grad_norm, refusal, (failed, *votes) = train_step(run, step, batch, [failed, *stop.votes()])
         if step == start + 1:  # compilers and disks are warm
             watch.usual_minutes = config.step_timeout_minutes
@@ -488,7 +493,8 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
             **({"skipped": refusal} if refusal else {}),
         }
         if failed:
-            run.saver.wait()  # raises what went wrong, on all ranks in the same step
+            run.saver.wait()  # these raise what went wrong, on all ranks in the same step
+            metrics.flush()
         stopping = any(votes)
         saving = stopping or due(config, config.save_every_niter, step)
         why = refusal if run.guard.gives_up() else "weights not finite" if saving and not healthy(run) else ""

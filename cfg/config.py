@@ -14,17 +14,42 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-from cfg.errors import CommandParser, UserError, closest
+from cfg import hf
+from cfg.errors import CommandParser, UserError, closest, shown
 from cfg.origin import FREE, Origin, open_origin
+from cfg.yaml_text import read_yaml
 
 PRESETS = Path(__file__).resolve().parent
 
 
+# More than anybody means. What is computed from such numbers would be endless, or more than 64 bits hold.
+MOST = hf.MOST | {"sequence_length": 2**24, "vocab_pad": 2**24, "mlp_hidden": 2**27, "seed": 2**63 - 1}
+MOST_OF_OTHERS = 10**12
+
+
 class Flags(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _means_what_it_says(cls, value: Any, info: ValidationInfo) -> Any:
+        """Not `true` for 1, which pydantic would take. But 2.0 for 2, as other programs write it."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind in (int, float):
+            raise PydanticCustomError("truth", "input should be a number, not true or false")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _is_not_endless(cls, value: Any, info: ValidationInfo) -> Any:
+        most = MOST.get(info.field_name or "", MOST_OF_OTHERS)
+        if isinstance(value, int) and value > most:
+            raise PydanticCustomError("endless", "input should be less than or equal to {most}", {"most": most})
+        return value
 
 
 class ModelConfig(Flags):
@@ -295,22 +320,24 @@ def _read_preset(name: str) -> dict[str, Any]:
     """Reads cfg/NAME.yaml, or NAME itself if it is a path."""
     name = os.path.expanduser(name)
     path = Path(name) if name.endswith((".yaml", ".yml")) or os.sep in name else PRESETS / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
         near = closest(name, known)
         hint = f"did you mean {near}?" if near else f"presets are {', '.join(known)}"
-        raise UserError(f"--cfg={name}: no such preset or file; {hint}")
+        raise UserError(f"--cfg={shown(name)}: no such preset or file; {hint}")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError, OSError) as e:
-        raise UserError(f"--cfg={name}: {path} is not readable as YAML: {e}") from e
+        values = read_yaml(path, depth=1)
+    except (ValueError, OSError) as e:
+        what = getattr(e, "strerror", None) or e
+        raise UserError(f"--cfg={name}: {path}: {what}; a preset is lines of `flag: value`") from e
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"--cfg={name}: {path} must hold `flag: value` lines")
     for key in values:
         if key not in Config.model_fields:
-            raise UserError(f"--cfg={name}: unknown flag {key!r} in {path}{_did_you_mean(str(key))}")
+            what = shown(key)
+            raise UserError(f"--cfg={name}: unknown flag {what!r} in {path}{_did_you_mean(what)}")
     return values
 
 
@@ -327,7 +354,7 @@ def _validate(values: dict[str, Any]) -> Config:
         for error in e.errors():
             name = str(error["loc"][0])
             message = error["msg"][0].lower() + error["msg"][1:]
-            lines.append(f"--{name}={error['input']}: {message}")
+            lines.append(f"--{name}={shown(error['input'])}: {message}")
         raise UserError("; ".join(lines)) from e
 
 
@@ -337,7 +364,10 @@ def _multiples(value: int, of: int) -> str:
 
 
 def check_model(c: ModelConfig) -> None:
-    """Raises UserError, beginning with the flag, for sizes that do not go together."""
+    """Raises UserError, beginning with the flag, for sizes that do not go together. None of them is left to derive."""
+    for name in ("n_kv_head", "n_positions", "mlp_hidden"):
+        if not getattr(c, name):
+            raise UserError(f"--{name}=0 is no size of a model that was trained")
     pair = 2 if c.positions == "rotary" else 1  # rotary positions turn pairs
     unit = c.n_head * pair
     if c.head_dim % pair:
@@ -351,7 +381,7 @@ def check_model(c: ModelConfig) -> None:
         raise UserError(f"--n_kv_head={c.n_kv_head} must divide --n_head={c.n_head}; nearest: {nearest}")
     rope_stretch(c.rope_scaling)
     if c.rope_scaling and c.positions != "rotary":
-        raise UserError(f"--rope_scaling={c.rope_scaling} is for --positions=rotary")
+        raise UserError(f"--rope_scaling={shown(c.rope_scaling)} is for --positions=rotary")
 
 
 def rope_stretch(text: str) -> tuple[str, list[float]]:
@@ -363,9 +393,9 @@ def rope_stretch(text: str) -> tuple[str, list[float]]:
     except ValueError:
         numbers = []
     if text and (len(numbers) != counts.get(kind) or not all(0 < n < float("inf") for n in numbers)):
-        raise UserError(f"--rope_scaling={text}: give linear:FACTOR or llama3:FACTOR,LOW,HIGH,POSITIONS")
+        raise UserError(f"--rope_scaling={shown(text)}: give linear:FACTOR or llama3:FACTOR,LOW,HIGH,POSITIONS")
     if kind == "llama3" and not numbers[1] < numbers[2]:
-        raise UserError(f"--rope_scaling={text}: LOW must be below HIGH")
+        raise UserError(f"--rope_scaling={shown(text)}: LOW must be below HIGH")
     return kind, numbers
 
 
@@ -396,13 +426,27 @@ def _check_run(c: Config, world_size: int) -> None:
         )
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, on Linux
 # Where ~ may stand.
 PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer", "hellaswag_data")
+
+
+def _check_paths(c: Config) -> None:
+    """Raises UserError for a name that no file can have, which else comes to light here and there."""
+    for flag in (*PATH_FLAGS, "init_from"):
+        path = getattr(c, flag)
+        if "\0" in path:
+            raise UserError(f"--{flag}={shown(path)}: no file has a NUL character in its name")
+        path = os.path.expanduser(path)
+        parts = [len(os.fsencode(part)) for part in path.split(os.sep)]
+        if not flag.startswith("input_") and (max(parts) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH):
+            raise UserError(f"--{flag}={shown(path)}: longer than the name of a file can be")
 
 
 def resolve(config: Config, world_size: int) -> Config:
     """Replaces the zeros that mean "derive it" and checks how the flags fit together."""
     c = config
+    _check_paths(c)
     hidden = 64 * -(-8 * c.n_embd // (3 * 64)) if c.mlp == "swiglu" else 4 * c.n_embd
     c = c.model_copy(
         update={
@@ -428,7 +472,7 @@ def load_config(argv: list[str] | None = None, world_size: int | None = None) ->
     if rest:
         name = rest[0].split("=")[0]
         what = "flag" if name.startswith("-") else "argument"
-        raise UserError(f"unknown {what} {name}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
+        raise UserError(f"unknown {what} {shown(name)}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
     flags = vars(known)
     values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
     world_size = launched_world_size() if world_size is None else world_size
@@ -446,6 +490,8 @@ def _with_shape(origin: Origin, values: dict[str, Any]) -> Config:
     """The flags that come with a model, and those given; its context is no shorter than what it is trained on."""
     shape = {k: v for k, v in origin.flags.items() if k in ModelConfig.model_fields and k not in ("dropout", "flash")}
     config = _validate(shape | values)
+    if not config.n_positions:
+        raise UserError("--init_from: says n_positions=0 of its model; damaged, or not one that was trained")
     length = config.sequence_length if "sequence_length" in values else min(config.sequence_length, config.n_positions)
     rotary = config.positions == "rotary" and "n_positions" not in values
     positions = max(config.n_positions, length) if rotary else config.n_positions

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def file_sha256(path: Path) -> str:
@@ -31,6 +32,16 @@ def naming(path: Path) -> Iterator[None]:
         if e.filename is None:
             e.filename = str(path)
         raise
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError if it cannot be read, ValueError if it holds none."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")  # a pipe, say, on which one would wait
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as e:
+        raise ValueError("lists within lists without end") from e
 
 
 def flush_to_disk(path: Path) -> None:

@@ -6,7 +6,6 @@ Evaluation and export take the same names as --checkpoint. model/origin.py reads
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -14,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cfg import hf
-from cfg.errors import UserError
+from cfg.errors import UserError, shown
+from cfg.files import read_json
 
 KINDS = ("hf", "nanogpt", "llmc", "llama2c")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+# As the hub has them. A revision also names a file in its library's cache, so there is no .. in it.
+HUB_PART = r"(?!.*(\.\.|--))[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(?<!\.git)(?<![.-])"
+HUB_NAME = re.compile(rf"{HUB_PART}(/{HUB_PART})?")
+HUB_REVISION = re.compile(r"(?!.*(\.\.|//))[A-Za-z0-9_][A-Za-z0-9_./+-]{0,199}")
 DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")  # not consolidated.safetensors, the same once more
 # Flags that may be given beside --init_from and differ from the model's: what is of training, how vocabularies are
@@ -45,14 +48,14 @@ def split(text: str) -> tuple[str, str]:
 def open_origin(text: str, flag: str = "init_from") -> Origin:
     """Reads what describes a model, not its weights. Raises UserError if it cannot be, beginning with --flag."""
     kind, name = split(text)
-    path = Path(os.path.expanduser(name))
-    where = f"--{flag}={text}"
-    if not name:
+    where = f"--{flag}={shown(text)}"
+    if not name or "\0" in name:
         raise UserError(f"{where}: names nothing")
+    path = Path(os.path.expanduser(name))
     if kind == "hf":
         return _open_hf(name, where)
     if kind:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{where}: no such file")
         from cfg import neighbours  # with numpy, which --help does without
 
@@ -61,7 +64,22 @@ def open_origin(text: str, flag: str = "init_from") -> Origin:
         return Origin(kind, path, "", flags, _tokenizer_beside(kind, path, flags["vocab_size"]))
     found = _config_of_run(path, where)
     own = next((str(p.parent) for p in sorted(path.rglob("tokenizer.json"))), "")
-    return Origin("", path, "", found, own or str(found["tokenizer"]))
+    return Origin("", path, "", found, own or str(found.get("tokenizer", "none")))
+
+
+def check_hub_name(name: str, where: str) -> None:
+    """Raises UserError for what cannot be NAME, OWNER/NAME or one of these with @REVISION: no library need see it."""
+    repository, at, revision = name.partition("@")
+    if not HUB_NAME.fullmatch(repository):
+        raise UserError(f"{where}: no such folder, nor can it be a name of the hub (OWNER/NAME[@REVISION])")
+    if at:
+        check_hub_revision(revision, where)
+
+
+def check_hub_revision(revision: str, where: str) -> None:
+    """Raises UserError for what cannot be a branch, a tag or a commit."""
+    if not HUB_REVISION.fullmatch(revision):
+        raise UserError(f"{where}: the revision cannot be one of the hub: a branch, a tag or a commit")
 
 
 def hf_folder(name: str, where: str) -> tuple[Path, str]:
@@ -69,11 +87,9 @@ def hf_folder(name: str, where: str) -> tuple[Path, str]:
 
     Raises UserError if there is no such folder and nothing of this name to be fetched.
     """
-    path = Path(os.path.expanduser(name))
-    if path.is_dir():
-        return path, ""
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{where}: no such folder")
+    if "\0" not in name and os.path.isdir(path := os.path.expanduser(name)):
+        return Path(path), ""
+    check_hub_name(name, where)
     return fetch(name, DESCRIPTION, where), name
 
 
@@ -81,10 +97,10 @@ def _open_hf(name: str, where: str) -> Origin:
     path, hub = hf_folder(name, where)
     file = path / "config.json"
     try:
-        config = json.loads(file.read_bytes())
+        config = read_json(file)
     except OSError as e:
         raise UserError(f"{where}: {file}: {e.strerror}; a Hugging Face model's folder has one") from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise UserError(f"{where}: {file} is damaged ({e})") from e
     if not isinstance(config, dict):
         raise UserError(f"{where}: {file} is damaged (not an object)")
@@ -130,14 +146,15 @@ def _tokenizer_beside(kind: str, path: Path, vocab_size: int) -> str:
 
 def _config_of_run(path: Path, where: str) -> dict[str, Any]:
     """The flags in the manifest of a checkpoint, or of the newest one of a run that can be read."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         kinds = ", ".join(f"{kind}:" for kind in KINDS)
         raise UserError(f"{where}: no such run or checkpoint; other models are named with {kinds} in front")
     path = path.parent if path.name == "checkpoints" else path
     for file in [path / "manifest.json", *sorted(path.glob("checkpoints/step_*/manifest.json"), reverse=True)]:
         try:
-            config = json.loads(file.read_bytes())["config"]
-            return dict(config)
+            config = read_json(file)["config"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
+        if isinstance(config, dict):
+            return config
     raise UserError(f"{where}: holds no checkpoint")

@@ -16,6 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.errors import CommandParser, UserError, closest, run_command
+from cfg.origin import HUB_NAME, check_hub_revision
 from data.command import add_flags, check, check_flags, folder, run
 from data.prepare import MANIFEST, PARTIAL, RECIPE, read_json
 from data.sources import input_files
@@ -43,6 +44,8 @@ def hub_files(repository: str, name: str, revision: str | None, download: bool) 
 
     Raises UserError for an unknown name, or if the hub cannot be reached.
     """
+    if revision is not None:
+        check_hub_revision(revision, f"--revision={revision}")
     try:
         import datasets
     except ImportError as e:
@@ -89,7 +92,7 @@ def main() -> None:
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)
-    if Path(args.name).name != args.name:
+    if not HUB_NAME.fullmatch(args.name) or "/" in args.name:
         raise UserError(f"--name={args.name} must be the name of a configuration, such as sample-10BT")
     args.output_dir = args.output_dir or default_output(args.name)
     if args.check:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfg.errors import UserError
+from cfg.errors import UserError, shown
 from data.shards import Shard, open_file
 
 FEISTEL_ROUNDS = 6
@@ -238,20 +238,23 @@ class Loader:
         return torch.from_numpy(self.stream.read_windows(starts, self.sequence_length + 1))
 
 
+ORDER = ("seed", "sequence_length", "total_batch_size", "shuffle")  # flags that decide it, beside the shards
 _WAY_OUT = "restore the shards, or start a new run in another --output_dir"
 
 
 def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UserError naming the flag, source or shard if a resumed run would see other tokens than its checkpoint."""
-    for flag in ("seed", "sequence_length", "total_batch_size", "shuffle"):
+    if not _is_identity(saved):
+        raise UserError(f"what the checkpoint says of its data is damaged; {_WAY_OUT}")
+    for flag in ORDER:
         if saved[flag] != now[flag]:
             raise UserError(
-                f"--{flag}={now[flag]}, but the checkpoint was trained with {saved[flag]}, and the order of the data"
-                f" depends on it; set it back, or start a new run in another --output_dir"
+                f"--{flag}={now[flag]}, but the checkpoint was trained with {shown(saved[flag])}, and the order of the"
+                f" data depends on it; set it back, or start a new run in another --output_dir"
             )
     old, new = (_sources(identity) for identity in (saved, now))
     for name in sorted(old.keys() ^ new.keys()):
-        what = f"source {name}" if name else "a single glob without name=weight:"
+        what = f"source {shown(name)}" if name else "a single glob without name=weight:"
         when = (
             "belongs to the checkpoint and is missing now" if name in old else "is new since the checkpoint was written"
         )
@@ -260,9 +263,23 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
         if old[name]["weight"] != new[name]["weight"]:
             raise UserError(
                 f"--input_train_bin: source {name} has a share of {new[name]['weight']}, but the checkpoint was trained"
-                f" with {old[name]['weight']}; set it back, or start a new run in another --output_dir"
+                f" with {shown(old[name]['weight'])}; set it back, or start a new run in another --output_dir"
             )
         _check_same_shards(old[name]["shards"], new[name]["shards"], f"source {name}: " if name else "")
+
+
+def _is_identity(saved: dict[str, Any]) -> bool:
+    """Whether it is made as that of a loader is."""
+    sources = saved.get("sources") or [{"name": "", "weight": 1, "shards": saved.get("shards")}]
+    if not set(ORDER) <= saved.keys() or not isinstance(sources, list):
+        return False
+    for source in sources:
+        if not isinstance(source, dict) or not isinstance(source.get("name"), str) or "weight" not in source:
+            return False
+        rows = source.get("shards")
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("name"), str) for r in rows):
+            return False
+    return True
 
 
 def _sources(identity: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +292,7 @@ def _check_same_shards(saved: list[dict[str, Any]], now: list[dict[str, Any]], w
     for old, new in zip(saved, now, strict=False):
         if old["name"] != new["name"]:
             raise UserError(
-                f"--input_train_bin: {where}the checkpoint has {old['name']} where there is now {new['name']};"
+                f"--input_train_bin: {where}the checkpoint has {shown(old['name'])} where there is now {new['name']};"
                 f" {_WAY_OUT}"
             )
         if old != new:
@@ -286,7 +303,7 @@ def _check_same_shards(saved: list[dict[str, Any]], now: list[dict[str, Any]], w
         longer = max(saved, now, key=len)
         odd = longer[min(len(saved), len(now))]["name"]
         what = "is missing" if longer is saved else "is new"
-        raise UserError(f"--input_train_bin: {where}{odd} {what} since the checkpoint was written; {_WAY_OUT}")
+        raise UserError(f"--input_train_bin: {where}{shown(odd)} {what} since the checkpoint was written; {_WAY_OUT}")
 
 
 class Prefetcher:

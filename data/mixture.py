@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cfg.errors import UserError
+from cfg.errors import UserError, shown
+from cfg.yaml_text import read_yaml
 from data.prepare import JOURNAL, Job, Progress, begin, locked, prepare, publish, read_manifest, refusals, tokens_in
 from data.shards import ShardWriter
 from data.sources import identify, input_files, plan
@@ -36,7 +36,7 @@ SLACK = 2**20  # tokens prepared beyond a source's share, so that its last docum
 class Source(BaseModel):
     model_config = ConfigDict(extra="forbid")
     input: str | list[str]
-    weight: float = Field(gt=0, allow_inf_nan=False)
+    weight: float = Field(gt=0, le=1e12, allow_inf_nan=False)
     text_key: str = "text"
     fim_rate: float = Field(0.0, ge=0, le=1)
     fim_spm_rate: float = Field(0.0, ge=0, le=1)
@@ -44,23 +44,25 @@ class Source(BaseModel):
 
 class Mixture(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    tokens: int = Field(ge=1)
+    tokens: int = Field(ge=1, le=10**15)
     sources: dict[str, Source] = Field(min_length=1)
 
 
 def read_mixture(path: Path) -> Mixture:
     """Raises UserError naming the file and the line of it that is wrong. Weights come back as shares of 1."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path, depth=4)
         if not isinstance(content, dict):
             raise ValueError("must hold `tokens:` and `sources:`")
         mixture = Mixture(**content)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, TypeError) as e:
         what = getattr(e, "strerror", None) or str(e)
         if isinstance(e, ValidationError):
             what = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
         raise UserError(f"--mixture={path}: {what}; data/mixture.py has an example") from e
-    for name in mixture.sources:
+    for name, source in mixture.sources.items():
+        if "\0" in "".join([name, *source.input]):
+            raise UserError(f"--mixture={path}: {shown(name)}: no name has a NUL character")
         if not name or Path(name).name != name:
             raise UserError(f"--mixture={path}: {name!r} must be a name, not a path")
         if mixture.sources[name].fim_spm_rate and not mixture.sources[name].fim_rate:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from cfg.errors import MACHINE_REFUSES, UserError
+from cfg.files import read_json as value_in
 from cfg.files import take_lock, write_atomically
 from data.fim import sentinels
 from data.shards import ShardWriter, open_shard
@@ -288,7 +289,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = value_in(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -239,12 +239,14 @@ def find_shards(pattern: str, flag: str) -> list[Path]:
 
 def _no_match_hint(pattern: Path) -> str:
     """Why a glob finds nothing, and the nearest thing that is there."""
+    if "\0" in str(pattern):
+        return "no name has a NUL character"
     parent = Path(pattern.anchor)
     for part in pattern.parts[len(parent.parts) : -1]:
         if glob.has_magic(part):
             break
-        if not (parent / part).is_dir():
-            siblings = [d.name for d in parent.iterdir() if d.is_dir()] if parent.is_dir() else []
+        if not os.path.isdir(parent / part):
+            siblings = [d.name for d in parent.iterdir() if os.path.isdir(d)] if os.path.isdir(parent) else []
             near = closest(part, siblings)
             if near:
                 return f"there is no folder {parent / part}; did you mean {parent / near}?"
@@ -252,5 +254,5 @@ def _no_match_hint(pattern: Path) -> str:
                 return f"there is no folder {parent / part}; python data/tiny_shakespeare.py makes data/tinyshakespeare"
             return f"there is no folder {parent / part}; docs/data.md says how shards are made"
         parent = parent / part
-    there = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if parent.is_dir() else []
+    there = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if os.path.isdir(parent) else []
     return f"{parent} holds {', '.join(there[:4]) + (', …' if len(there) > 4 else '') if there else 'nothing'}"

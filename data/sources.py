@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 import zlib
 from collections import Counter
@@ -25,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from cfg.errors import UserError
+from cfg.errors import UserError, shown
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
 UNIT_BYTES = 2**22  # of text, about
@@ -37,6 +38,7 @@ HASH_BLOCK, HASH_BLOCKS = 2**16, 64  # bytes; larger files than all of these are
 TRIES, FIRST_PAUSE = 6, 2.0  # seconds, doubled each time: for what is read over a network
 READERS = 16  # files at a time while planning, for the same reason
 
+REMOTE = re.compile(r"(hf|https?|s3|gs)://(?!.*\.\.)[\x21-\x7e]+")
 T = TypeVar("T")
 Document = Iterable[str]  # its text in blocks, nearly always one
 
@@ -61,8 +63,13 @@ def input_files(patterns: list[str]) -> list[str]:
     paths: dict[str, None] = {}
     for pattern in patterns:
         if is_remote(pattern):
+            if not REMOTE.fullmatch(pattern) or not pattern.endswith(".parquet"):
+                what = "only .parquet files are read from afar, by hf://, https://, http://, s3:// or gs://"
+                raise UserError(f"{shown(pattern)}: {what}; fetch others first")
             paths[pattern] = None
             continue
+        if "\0" in pattern:
+            raise UserError(f"{shown(pattern)}: no such file")
         path = os.path.expanduser(pattern)
         named = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         found = [file for one in named for file in _files(Path(one))]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cfg.errors import UserError, closest
+from cfg.errors import UserError, closest, shown
+from cfg.files import read_json
 from cfg.origin import hf_folder
 from data import assets
 
@@ -220,7 +221,7 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
     else:
         near = closest(name, (*NAMES, "none"))
         hint = f"did you mean {near}?" if near else f"there are {', '.join(NAMES)}, and paths of a tokenizer.json"
-        raise UserError(f"--tokenizer={name}: no such tokenizer or file; {hint}")
+        raise UserError(f"--tokenizer={shown(name)}: no such tokenizer or file; {hint}")
     if vocab_size is not None and not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + 2**14:
         raise UserError(
             f"--vocab_size={vocab_size} is not that of tokenizer {name}; give --vocab_size={tokenizer.vocab_size}"
@@ -252,9 +253,9 @@ def check_tokenizer_of(paths: Iterable[Path], identity: dict[str, Any], flag: st
         made = tokenizer_in_manifest(folder)
         if made and not same_tokenizer(made, identity):
             raise UserError(
-                f"--{flag}: the shards in {folder} were made with tokenizer {made['name']}, but"
+                f"--{flag}: the shards in {folder} were made with tokenizer {shown(made['name'])}, but"
                 f" --tokenizer={identity['name']}{'' if made['name'] != identity['name'] else ', another file now'};"
-                f" give --tokenizer={made['name']}, or other shards"
+                f" give --tokenizer={shown(made['name'])}, or other shards"
             )
 
 
@@ -265,9 +266,11 @@ def same_tokenizer(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def check_same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UserError if a checkpoint was trained on the ids of another tokenizer; `none` is not judged."""
+    if not isinstance(saved.get("name"), str):
+        raise UserError("what the checkpoint says of its tokenizer is damaged; use another --output_dir")
     if "none" not in (saved["name"], now["name"]) and not same_tokenizer(saved, now):
         raise UserError(
-            f"--tokenizer={now['name']}, but the checkpoint was trained with {saved['name']}"
+            f"--tokenizer={now['name']}, but the checkpoint was trained with {shown(saved['name'])}"
             f"{' as it was then' if now['name'] == saved['name'] else ''}; set it back, or use another --output_dir"
         )
 
@@ -278,8 +281,8 @@ def tokenizer_in_manifest(folder: Path) -> dict[str, Any] | None:
     None if there is none of ours.
     """
     try:
-        made = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        made = read_json(folder / "manifest.json")["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if made in ("gpt2", "gpt2-fim"):
         return {"name": made}

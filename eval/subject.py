@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from argparse import Namespace
 from collections.abc import Callable, Generator
@@ -18,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cfg.errors import UserError
+from cfg.files import read_json
+from cfg.origin import check_hub_name
 from data.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from eval.command import my_rank
 from eval.scoring import Batch, Forward, Request, Score, follow_on, gpt_forward, merge, score
@@ -129,7 +130,12 @@ def saved_tokenizer(found: Path) -> dict[str, Any]:
     """The identity of the tokenizer that a checkpoint's model was trained with; its name is none if it did not know."""
     if not (found / "state.json").is_file():  # not ours
         return {"name": "none"}
-    identity: dict[str, Any] = json.loads((found / "state.json").read_text()).get("tokenizer", {"name": "none"})
+    try:
+        identity = read_json(found / "state.json").get("tokenizer", {"name": "none"})
+    except (OSError, ValueError, AttributeError):
+        identity = None
+    if not isinstance(identity, dict):
+        raise UserError(f"{found / 'state.json'} is damaged")
     return identity
 
 
@@ -200,9 +206,11 @@ def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: tor
     except ImportError as e:
         raise UserError("--hf needs the package transformers; pip install 'transformers>=4.56,<6'") from e
     name = os.path.expanduser(args.hf)
-    here = Path(name).is_dir()
+    here = os.path.isdir(name)
     if not here and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UserError(f"--hf={args.hf}: no such folder")
+    if not here:
+        check_hub_name(name, f"--hf={args.hf}")
     if here and not (Path(name) / "config.json").is_file():
         raise UserError(f"--hf={args.hf}: no config.json in it, so not a model's folder")
     if args.tokenizer and not os.path.exists(os.path.expanduser(args.tokenizer)):

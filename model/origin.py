@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from cfg.config import ModelConfig, check_model
-from cfg.errors import UserError
+from cfg.errors import UserError, shown
 from cfg.origin import WEIGHTS, Origin, fetch, open_origin, split
 from model import hf, neighbours
 from model.gpt import GPT, VOCABULARY, InitialValue, init_weights, parameter_shapes
@@ -100,7 +100,7 @@ def model_config(flags: dict[str, Any], where: str) -> ModelConfig:
         config = ModelConfig(**{k: v for k, v in flags.items() if k in ModelConfig.model_fields})
     except ValidationError as e:
         first = e.errors()[0]
-        name = f"{first['loc'][0]}={first['input']}" if first["loc"] else "the whole"
+        name = f"{first['loc'][0]}={shown(first['input'])}" if first["loc"] else "the whole"
         raise UserError(f"{where}: describes no model that this version knows: {name}: {first['msg']}") from e
     try:
         check_model(config)

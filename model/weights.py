@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cfg.errors import StorageError, UserError
+from cfg.errors import StorageError, UserError, shown
 from cfg.faults import fault_point
-from cfg.files import file_sha256
+from cfg.files import file_sha256, read_json
 
 # One process reading or writing by itself is what we mean, and not to be wondered about.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2
+# Of the record of a step in its state: what it has, and what of it may be null.
+RECORD = {"step", "tokens", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "elapsed_s", "memory_bytes"}
+UNKNOWN = {"mfu", "val_bpb"}
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -71,12 +74,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         fault_point("read manifest", path / MANIFEST)
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
     except OSError as e:
         raise ValueError(f"{MANIFEST}: {e.strerror}") from e
     except ValueError as e:
         raise ValueError(f"{MANIFEST} is damaged") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "config" not in manifest:
+    ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    if not ours or not isinstance(manifest.get("config"), dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
     if "sha256" in manifest and manifest["sha256"] != seal(manifest)["sha256"]:  # those of old have none
         raise ValueError(f"{MANIFEST} is damaged (its hash differs)")
@@ -94,18 +98,20 @@ def problem_with(path: Path, skip: str | None = None) -> str | None:
         if odd := [f for f in path.glob("*/*") if str(f.relative_to(path)) not in listed]:
             return f"{odd[0].relative_to(path)} does not belong to it"
         for name, facts in listed.items():
+            if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+                return f"{MANIFEST} is damaged"
             file = path / name
             if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
-                return f"{name} is missing"
+                return f"{shown(name)} is missing"
             if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+                return f"{shown(name)} has {file.stat().st_size} bytes instead of {shown(facts['bytes'])}"
             fault_point("read hash", file)
             if not (skip and name.startswith(skip)) and file_sha256(file) != facts["sha256"]:
                 return f"{name} is damaged (its hash differs)"
     except OSError as e:
-        return f"{e.filename or 'a file'}: {e.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        return str(e) or type(e).__name__
+        return f"{shown(e.filename or 'a file')}: {e.strerror}"
+    except ValueError as e:
+        return str(e)
     return None
 
 
@@ -116,7 +122,7 @@ def find_checkpoint(path: Path, report: Any = print, skip: str | None = None) ->
     hashed, as in `problem_with`. Raises UserError if `path` is not there, StorageError if all are damaged, OSError if
     the disk does not say what there is.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: no such checkpoint or run directory")
     if path.name == "checkpoints":
         path = path.parent
@@ -156,6 +162,43 @@ class _Reader(dcp.HuggingFaceStorageReader):
         return super().read_data(plan, planner)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What a run was when it wrote the checkpoint: the step, its record, its data, and what else a resume needs.
+
+    Raises UserError if it is not what a run of ours writes, StorageError if the disk refuses.
+    """
+    try:
+        with reading(path):
+            fault_point("read state", path / STATE)
+            state = read_json(path / STATE)
+    except ValueError as e:
+        raise UserError(f"{path / STATE} is damaged") from e
+    if not _is_state(state):
+        raise UserError(f"{path / STATE} is damaged")
+    return dict(state)
+
+
+def _is_state(state: Any) -> bool:
+    """Whether it has what a resume looks at, and numbers where it computes with them."""
+    kinds = {"step": int, "record": dict, "data": dict, "scaler": dict, "wandb_id": str | None}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        return False
+    record, scaler, guard = state["record"], state["scaler"], state.get("guard", {"norms": []})
+    if not isinstance(guard, dict) or not isinstance(guard.get("norms"), list):
+        return False
+    numbers = [*(value for key, value in record.items() if key not in UNKNOWN or value is not None), *scaler.values()]
+    numbers += [*guard["norms"], *(value for key, value in guard.items() if key != "norms")]
+    return (
+        state["step"] >= 1
+        and record.get("step") == state["step"]
+        and record.keys() >= RECORD
+        and all(type(n) is float or (type(n) is int and abs(n) < 2**63) for n in numbers)
+        and 0 <= record["elapsed_s"] < 2**63
+        and (not scaler or {"value", "good_steps"} <= scaler.keys() and all(map(math.isfinite, scaler.values())))
+        and isinstance(state.get("tokenizer", {"name": "none"}), dict)
+    )
+
+
 def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
     """Name → shape of the whole tensors in a checkpoint's folder `kind`, model or optimizer.
 
@@ -165,7 +208,7 @@ def tensor_shapes(path: Path, kind: str) -> dict[str, torch.Size]:
     with reading(path):
         metadata = _Reader(str(path / kind)).read_metadata()
     for name, about in metadata.state_dict_metadata.items():
-        if sum(prod(chunk.sizes) for chunk in about.chunks) != prod(about.size):
+        if sum(math.prod(chunk.sizes) for chunk in about.chunks) != math.prod(about.size):
             raise UserError(f"{path}: its parts of {name} do not make up the whole")
         shapes[name] = about.size
     return shapes

@@ -34,29 +34,28 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
-from cfg.errors import StorageError, UserError
+from cfg.errors import StorageError, UserError, shown
 from cfg.faults import fault_point
 from cfg.files import file_sha256, flush_to_disk, naming, write_atomically
 from model.gpt import GPT
 from model.weights import (
     FORMAT,
     MANIFEST,
+    STATE,
     find_checkpoint,
     list_checkpoints,
     load_tensors,
     problem_with,
     read_manifest,
-    reading,
     seal,
     step_of,
     tensor_shapes,
 )
-from train.distributed import Ranks, everywhere
+from train.distributed import Ranks
 from train.optimizer import make_states, named_states
 
 T = TypeVar("T")
 SAVING, DELETING = ".saving_", ".deleting_"
-STATE = "state.json"
 # Model flags that may differ between a checkpoint and the run that resumes it.
 FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init"}
 
@@ -313,7 +312,7 @@ def choose(output_dir: Path, resume: str, report: Any = print) -> Path | None:
             )
         return None
     if resume == "auto" or own:
-        if resume != "auto" and Path(resume).resolve() in [p.resolve() for p in own[1:]]:
+        if resume != "auto" and os.path.realpath(resume) in [os.path.realpath(p) for p in own[1:]]:
             raise UserError(
                 f"--resume={resume}: {output_dir} holds newer checkpoints; give another --output_dir to branch off"
             )
@@ -332,42 +331,25 @@ def choose(output_dir: Path, resume: str, report: Any = print) -> Path | None:
 def check_same_model(path: Path, config: Config) -> list[str]:
     """Compares the checkpoint's flags with this run's; returns the harmless changes as `flag: old → new`.
 
-    For all ranks. Raises UserError naming the flags if the model is another one, StorageError if the disk refuses.
+    Raises UserError naming the flags if the model is another one, StorageError if the disk refuses.
     """
-    saved = everywhere(lambda: read_manifest(path))["config"]
+    saved = read_manifest(path)["config"]
     now = config.model_dump()
-    changes = {k: f"{k}: {saved[k]} → {v}" for k, v in now.items() if k in saved and saved[k] != v}
+    changes = {k: f"{k}: {shown(saved[k])} → {v}" for k, v in now.items() if k in saved and saved[k] != v}
     fixed = [k for k in ModelConfig.model_fields if k in changes and k not in FREE_MODEL_FLAGS]
     if fixed:
-        flags = ", ".join(f"--{k}={now[k]} (checkpoint: {saved[k]})" for k in fixed)
+        flags = ", ".join(f"--{k}={now[k]} (checkpoint: {shown(saved[k])})" for k in fixed)
         raise UserError(f"{path} is of another model: {flags}; set them back, or use another --output_dir")
     return [line for k, line in changes.items() if k not in ("output_dir", "resume", "cfg")]
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as `state`, and the step. For all ranks. Raises StorageError if the disk refuses one."""
-
-    def read() -> dict[str, Any]:
-        with reading(path):
-            fault_point("read state", path / STATE)
-            state: dict[str, Any] = json.loads((path / STATE).read_text())
-        return state
-
-    return everywhere(read)
 
 
 def load(path: Path, model: GPT, optimizer: Optimizer) -> None:
     """Fills model and optimizer from a checkpoint that `choose` has verified, each rank its own part.
 
-    For all ranks. Raises UserError if it is of another model, or holds no optimizer, StorageError if the disk refuses
-    one of them.
+    Raises UserError if it is of another model, or holds no optimizer, StorageError if the disk refuses.
     """
-
-    def read() -> None:
-        if not (path / "optimizer").is_dir():
-            raise UserError(f"{path} holds a model without its optimizer; resume from the checkpoint it was made of")
-        load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
-        if tensor_shapes(path, "optimizer"):  # none: the optimizer had not stepped yet
-            load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)
-
-    everywhere(read)
+    if not (path / "optimizer").is_dir():
+        raise UserError(f"{path} holds a model without its optimizer; resume from the checkpoint it was made of")
+    load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
+    if tensor_shapes(path, "optimizer"):  # none: the optimizer had not stepped yet
+        load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)

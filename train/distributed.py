@@ -69,6 +69,22 @@ class Ranks:
             raise box[0]
         return cast(T, box[0])
 
+    def everywhere(self, act: Callable[[], T]) -> T:
+        """What `act`, which must not communicate, gives on this rank. If it fails on one, as above, all raise that."""
+        if self.world_size == 1:
+            return act()
+        problem: UserError | None = None
+        try:
+            value = act()
+        except UserError as error:
+            problem = error
+        except OSError as error:
+            if (problem := storage_error(error)) is None:
+                raise
+        if first := next((p for p in self.gather(problem) if p is not None), None):
+            raise first
+        return value
+
     def gather(self, value: T) -> list[T]:
         """The value of every rank, on every rank."""
         if self.world_size == 1:
@@ -76,29 +92,6 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.host)
         return values
-
-
-def everywhere(act: Callable[[], T]) -> T:
-    """What `act` gives on this rank; called by all of them, outside of training steps.
-
-    If it fails on one, by a UserError or by what the machine refuses, all raise that error, and end with one line.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return act()
-    mistake: UserError | None = None
-    try:
-        value = act()
-    except UserError as error:
-        mistake = error
-    except OSError as error:
-        if (refused := storage_error(error)) is None:
-            raise
-        mistake = refused
-    told: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mistake)
-    if first := next((error for error in told if error), None):
-        raise first
-    return value
 
 
 def init_ranks(

@@ -15,13 +15,12 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-import torch.distributed as dist
 
 from cfg.config import Config
 from cfg.errors import StorageError, UserError
 from cfg.faults import fault_point
 from cfg.files import naming, write_atomically
-from train.distributed import everywhere
+from train.distributed import Ranks
 from train.rank_log import note
 
 # Dense peak of the 16-bit matrix units with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets
@@ -80,17 +79,23 @@ def duration(seconds: float) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; what is not a whole record (a line cut by a kill) is left out."""
+    """Records of a metrics.jsonl; what is not a whole record of a step (a line cut by a kill) is left out."""
     records = []
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if isinstance(record, dict) and _is_of_a_step(record):
                 records.append(record)
     return records
+
+
+def _is_of_a_step(record: dict[str, Any]) -> bool:
+    """Whether it has the step and the loss, and nothing in it is more than a number."""
+    plain = all(type(v) in (int, float) or v is None for v in record.values())
+    return plain and type(record.get("step")) is int and "loss" in record
 
 
 def to_json(record: dict[str, Any]) -> str:
@@ -117,25 +122,24 @@ class Metrics:
     otherwise `problem` has it, and the next `flush`, `go_back` or `close` raises it on all of them.
     """
 
-    def __init__(self, config: Config, is_main: bool, step: int, wandb_id: str | None):
-        self.config, self.is_main, self.wandb_id = config, is_main, wandb_id
+    def __init__(self, config: Config, ranks: Ranks, step: int, wandb_id: str | None):
+        self.config, self.ranks, self.is_main, self.wandb_id = config, ranks, ranks.is_main, wandb_id
         self._wandb: Any = None
         self._tensorboard: Any = None
         self._bar: Any = None
         self.problem: StorageError | None = None
         self.path = Path(config.output_dir) / "metrics.jsonl"
-        self._together(lambda: self._start(step))
+        self._on_main(lambda: self._start(step))
 
-    def _together(self, act: Callable[[], Any]) -> None:
+    def _on_main(self, act: Callable[[], None]) -> None:
         """Rank 0 does it, and all ranks raise what went wrong, now or before."""
 
         def do() -> None:
             if self.problem is not None:
                 raise self.problem
-            if self.is_main:
-                act()
+            act()
 
-        everywhere(do)
+        self.ranks.on_main(do)
 
     def _start(self, step: int) -> None:
         self._rewind(step)
@@ -150,7 +154,7 @@ class Metrics:
 
     def go_back(self, step: int) -> None:
         """The run goes on from an earlier step."""
-        self._together(lambda: self._go_back(step))
+        self._on_main(lambda: self._go_back(step))
 
     def _go_back(self, step: int) -> None:
         self._file.close()
@@ -165,8 +169,8 @@ class Metrics:
         self._file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
 
     def _cut(self, step: int) -> None:
-        kept = [r for r in read_records(self.path) if r["step"] <= step]
-        self._last = kept[-1]["step"] if kept else 0
+        kept = list({r["step"]: r for r in read_records(self.path) if r["step"] <= step}.values())
+        self._last = max((r["step"] for r in kept), default=0)
         before = self.path.read_text(errors="replace") if self.path.is_file() else ""
         after = "".join(to_json(r) for r in kept)
         if before == after:
@@ -258,7 +262,7 @@ class Metrics:
                 f"--output_dir={self.config.output_dir}: step {record['step']} could not be written to"
                 f" {self.path.name} ({e.strerror}); the same command goes on from the last checkpoint"
             )
-            if not dist.is_initialized() or dist.get_world_size() == 1:
+            if self.ranks.world_size == 1:
                 raise self.problem from e
 
     def _line(self, r: dict[str, Any]) -> str:
@@ -291,14 +295,14 @@ class Metrics:
 
     def flush(self) -> None:
         """Has everything logged so far on disk, as a checkpoint is about to refer to it."""
-        self._together(self._flush)
+        self._on_main(self._flush)
 
     def _flush(self) -> None:
         with naming(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._together(self._close)
+        self._on_main(self._close)
 
     def _close(self) -> None:
         self._file.close()

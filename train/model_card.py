@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from math import exp
 from pathlib import Path
 from typing import Any
 
 from cfg.config import ModelConfig
 from cfg.origin import Origin
-from model.weights import read_manifest, step_of
+from model.weights import read_manifest, read_state, step_of
 from train.metrics import read_records
 
 # Flags that tell how a model was trained, in the order in which one asks.
@@ -50,7 +49,7 @@ def run_name(checkpoint: Path) -> str:
 def trained(path: Path, parameters: int, dtype: str) -> list[str]:
     """What the checkpoint says of its training."""
     flags = read_manifest(path)["config"]
-    record = json.loads((path / "state.json").read_text())["record"]
+    record = read_state(path)["record"]
     metrics = path.resolve().parent.parent / "metrics.jsonl"
     if step_of(path) >= 0:
         # The log has what was measured after the save.
