@@ -158,8 +158,8 @@ def test_a_save_or_its_pruning_fails(chain, injected, offset):
 
 
 @pytest.mark.fault(
-    "metrics.jsonl cannot be written; a file grows too large for the system; the folder of checkpoints is read-only, or"
-    " cannot be listed; the newest checkpoint cannot be read, when it is chosen or when it is loaded",
+    "metrics.jsonl cannot be written; a file grows too large for the system; the newest checkpoint cannot be read,"
+    " when it is chosen or when it is loaded",
     "exit code 5 and one line, nothing changed on disk, or the one before is used; bit-equal",
 )
 def test_the_log_a_large_file_or_a_read_fails(chain, metrics, injected):
@@ -173,23 +173,37 @@ def test_the_log_a_large_file_or_a_read_fails(chain, metrics, injected):
     assert [r["step"] for r in metrics(chain.dir)] == [1, 2, 3, 4] and newest(chain.dir) == 4
 
     before, folder = kept(chain.dir), chain.dir / "checkpoints"
-    folder.chmod(0o500)
-    if hold := permissions_hold(folder):
-        done, _ = chain.start(*flags, preexec_fn=obey_permissions, code=5)
-        assert "the checkpoint of step 5 could not be written" in refused(chain.dir, done, "EACCES")
-    folder.chmod(0o700)
     done = chain.trainer.run(chain.dir, *EVERY_STEP, *flags, fault="read tensors=EIO", code=5)
     assert f"{folder}/step_00000004: the checkpoint cannot be read (Input/output error)" in the_line(done.stderr)
     assert "storage error" in (chain.dir / "status.json").read_text()
-    done = chain.trainer.run(chain.dir, *EVERY_STEP, *flags, fault="read list=EACCES", code=5)
-    assert f"{folder}: Permission denied" in the_line(done.stderr)
     assert kept(chain.dir) == before
 
     done, _ = chain.start(*flags, fault="read hash=EIO", resumes=3)
     assert re.search(r"checkpoint .*step_00000004 is passed over: .*: Input/output error\n", done.stdout)
     chain.finished()
     assert not list(folder.glob("damaged*"))  # it was whole when its step was reached again
-    injected(5 + hold)
+    injected(4)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "the folder of checkpoints may not be written to, or not be listed",
+    "exit code 5 and one line, nothing changed on disk; bit-equal",
+)
+def test_the_folder_of_checkpoints_is_closed(chain, injected):
+    chain.start(fault="save make room#4=ENOSPC", code=5)
+    before, folder = kept(chain.dir), chain.dir / "checkpoints"
+    folder.chmod(0o500)
+    if hold := permissions_hold(folder):
+        done, _ = chain.start(preexec_fn=obey_permissions, code=5)
+        assert "the checkpoint of step 4 could not be written" in refused(chain.dir, done, "EACCES")
+    folder.chmod(0o700)
+    done = chain.trainer.run(chain.dir, *EVERY_STEP, fault="read list=EACCES", code=5)
+    assert f"{folder}: Permission denied" in the_line(done.stderr)
+    assert kept(chain.dir) == before
+    chain.start()
+    chain.finished()
+    injected(1 + hold)
 
 
 # Fault, --zero_stage, what the line says, and the newest step afterwards, where a save comes every 5 steps.
