@@ -74,6 +74,7 @@ def exit_with(error: UserError) -> NoReturn:
     rank = int(os.environ.get("RANK", 0))
     line = " ".join(str(error).split())
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, which the loop takes as a wish to stop
         time.sleep(10)
         line = f"rank {rank}: {line}"
     print(f"error: {line}", file=sys.stderr, flush=True)
