@@ -127,7 +127,7 @@ def setup(config: Config) -> Run:
     weights = first_weights(config, ranks)
     ranks.on_main(lambda: guard.claim_output_dir(output_dir))
     guard.check_shared(output_dir, ranks)
-    keep_log(output_dir, ranks)
+    ranks.everywhere(lambda: keep_log(output_dir, ranks))
     watch.start(ranks)
     watch.usual_minutes = config.start_timeout_minutes
     watch.at("the start")

@@ -274,7 +274,7 @@ def two(tmp_path):
     config, model, optimizer = setup(tmp_path)
     for k in (1, 2):
         step(model, optimizer, k)
-        checkpoint.Saver(config, RANKS).save(k, model, optimizer, {}, {"tokenizer.json": b"{}"})
+        checkpoint.Saver(config, RANKS).save(k, model, optimizer, state_of(k), {"tokenizer.json": b"{}"})
     return tmp_path
 
 

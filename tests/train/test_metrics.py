@@ -41,11 +41,11 @@ def test_numbers_keep_all_their_digits(tmp_path):
 
 def test_what_is_not_a_number_is_null_and_the_file_stays_json(tmp_path, capsys):
     metrics = start(tmp_path)
-    metrics.log(record(1) | {"loss": math.nan, "grad_norm": math.inf})
+    metrics.log(record(1, skipped="loss or gradient not finite") | {"loss": math.nan, "grad_norm": math.inf})
     metrics.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert line["loss"] is None and line["grad_norm"] is None
-    assert "not finite" in capsys.readouterr().out
+    assert "not taken: loss or gradient not finite" in capsys.readouterr().out
 
 
 def test_a_resume_drops_later_and_torn_lines_and_keeps_a_copy(tmp_path):
