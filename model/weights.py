@@ -186,7 +186,10 @@ def _is_state(state: Any) -> bool:
     record, scaler, guard = state["record"], state["scaler"], state.get("guard", {"norms": []})
     if not isinstance(guard, dict) or not isinstance(guard.get("norms"), list):
         return False
-    numbers = [*(value for key, value in record.items() if key not in UNKNOWN or value is not None), *scaler.values()]
+    record_numbers = {key: value for key, value in record.items() if key not in UNKNOWN or value is not None}
+    if not isinstance(record_numbers.pop("skipped", ""), str):
+        return False
+    numbers = [*record_numbers.values(), *scaler.values()]
     numbers += [*guard["norms"], *(value for key, value in guard.items() if key != "norms")]
     return (
         state["step"] >= 1

@@ -1,6 +1,7 @@
 """The checkpoint protocol: whole or absent, whatever fails on the way; and the optimizer by name."""
 
 import json
+import math
 import random
 import re
 import threading
@@ -30,6 +31,7 @@ from model.weights import (
 )
 from train import checkpoint
 from train.distributed import Ranks
+from train.divergence import StepGuard
 from train.optimizer import make_optimizer, make_states, named_states
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
@@ -385,6 +387,18 @@ def test_what_cannot_be_deleted_is_mentioned(tmp_path, monkeypatch, capsys):
     assert ".saving_00000002 could not be deleted: Directory not empty" in capsys.readouterr().err
     checkpoint.prepare_dir(tmp_path, "")
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_step_that_was_not_taken_can_be_resumed_from(tmp_path):
+    config, model, optimizer = setup(tmp_path)
+    guard = StepGuard(config)
+    refusal = guard.refusal(math.nan, math.inf, overflow_expected=False)
+    state = state_of(1)
+    state["record"] |= {"loss": math.nan, "grad_norm": math.inf, "skipped": refusal}
+    checkpoint.Saver(config, RANKS).save(1, model, optimizer, {**state, "guard": guard.state_dict()})
+    found = read_state(find_checkpoint(tmp_path))
+    assert found["record"]["skipped"] == refusal and math.isnan(found["record"]["loss"])
+    assert found["guard"] == guard.state_dict()
 
 
 @pytest.mark.parametrize("fault", ["read tensors=EIO", "read tensors#2=EIO", "read state=ESTALE", "read manifest=EIO"])

@@ -45,6 +45,7 @@ def test_what_is_not_a_number_is_null_and_the_file_stays_json(tmp_path, capsys):
     metrics.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert line["loss"] is None and line["grad_norm"] is None
+    assert read_records(tmp_path / "metrics.jsonl") == [line]
     assert "not taken: loss or gradient not finite" in capsys.readouterr().out
 
 
