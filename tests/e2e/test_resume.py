@@ -17,7 +17,10 @@ def steps_logged(output_dir):
 
 @pytest.mark.parametrize(
     "ranks,number",
-    [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM), (2, signal.SIGINT), (4, signal.SIGTERM)],
+    [
+        *((1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM), (2, signal.SIGINT)),
+        pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_by_a_signal(trainer, assert_same_run, wait_for, undisturbed, tmp_path, ranks, number):
     output_dir = tmp_path / "run"
