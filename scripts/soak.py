@@ -291,12 +291,15 @@ def await_moment(storm: Storm, asked: str, times: Times, chance: random.Random) 
     """
     if asked == "start-up":
         launched = not storm.kills or storm.kills[-1].target == "launcher"
-        since = storm.begun + chance.uniform(0, times.start if launched else 0.6 * times.start)
-        wait_until(storm, lambda: time.monotonic() >= since)
+        since = storm.begun + chance.uniform(0, (0.8 if launched else 0.5) * times.start)
+        # Not later than the first step, on a machine that has become faster than it was undisturbed.
+        wait_until(storm, lambda: time.monotonic() >= since or is_fresh(storm, look(storm.output_dir)))
         return
     wait_until(storm, lambda: is_fresh(storm, look(storm.output_dir)))
     if asked == "training":
-        time.sleep(chance.uniform(0, 1.5 * times.cycle))
+        since = time.monotonic() + chance.uniform(0, 1.5 * times.cycle)
+        last = look(storm.output_dir).logged + 2 * SAVE_EVERY
+        wait_until(storm, lambda: time.monotonic() >= since or look(storm.output_dir).logged >= last)
         return
     workers = [pid for _, pid in sorted(workers_of(storm.output_dir).items())]  # rank 0 first
     length = {"save": times.save, "prune": 0.0, "evaluation": times.evaluation}[asked]
