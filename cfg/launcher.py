@@ -39,3 +39,9 @@ def _launcher_is_gone() -> bool:
     except OSError:
         pass  # whatever that is, init_process_group will say it better
     return False
+
+
+def launched_world_size() -> int:
+    """The number of processes that torchrun has started, 1 without it. Others set WORLD_SIZE too, but not the ranks."""
+    launched = "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    return int(os.environ.get("WORLD_SIZE", 1)) if launched else 1

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cfg.config import launched_world_size
 from cfg.errors import CommandParser, UserError
 from cfg.files import write_atomically
+from cfg.launcher import launched_world_size
 
 
 def subject_parser(description: str | None, hf: bool = True) -> CommandParser:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfg.config import ModelConfig, rope_stretch
+from cfg.checks import rope_stretch
+from cfg.config import ModelConfig
 
 # Norms compute in their input's dtype: FSDP gathers weights in 16 bits, while the residual stream is fp32, and
 # torch's own refuse the mixture or leave their fused kernels.

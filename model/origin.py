@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cfg.config import ModelConfig, check_model
+from cfg.checks import check_model
+from cfg.config import ModelConfig
 from cfg.errors import UserError, shown
 from cfg.origin import WEIGHTS, Origin, fetch, open_origin, split
 from model import hf, neighbours

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from cfg.config import launched_world_size
 from cfg.errors import UserError, storage_error
+from cfg.launcher import launched_world_size
 from model.device import choose_device
 
 T = TypeVar("T")

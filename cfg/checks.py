@@ -1,0 +1,97 @@
+"""How the flags fit together: what each of them alone may be says cfg/config.py."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from cfg.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from cfg.config import Config, ModelConfig
+
+# Where ~ may stand.
+PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer", "hellaswag_data")
+
+
+def check_model(c: ModelConfig) -> None:
+    """Raises UserError, beginning with the flag, for sizes that do not go together. None of them is left to derive."""
+    for name in ("n_kv_head", "n_positions", "mlp_hidden"):
+        if not getattr(c, name):
+            raise UserError(f"--{name}=0 is no size of a model that was trained")
+    pair = 2 if c.positions == "rotary" else 1  # rotary positions turn pairs
+    unit = c.n_head * pair
+    if c.head_dim % pair:
+        raise UserError(f"--head_dim={c.head_dim} must be even, as --positions=rotary turns pairs")
+    if c.n_embd % unit and not c.head_dim:
+        multiple = f"--n_head={c.n_head}" + (" times two, as --positions=rotary turns pairs" if unit > c.n_head else "")
+        raise UserError(f"--n_embd={c.n_embd} must be a multiple of {multiple}; nearest: {_multiples(c.n_embd, unit)}")
+    if c.n_head % c.n_kv_head:
+        divisors = [d for d in range(1, c.n_head + 1) if c.n_head % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - c.n_kv_head))
+        raise UserError(f"--n_kv_head={c.n_kv_head} must divide --n_head={c.n_head}; nearest: {nearest}")
+    rope_stretch(c.rope_scaling)
+    if c.rope_scaling and c.positions != "rotary":
+        raise UserError(f"--rope_scaling={shown(c.rope_scaling)} is for --positions=rotary")
+
+
+def rope_stretch(text: str) -> tuple[str, list[float]]:
+    """The kind and the numbers of --rope_scaling; ("", []) without one. Raises UserError if it is neither kind's."""
+    counts = {"linear": 1, "llama3": 4}
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = [float(n) for n in rest.split(",")] if text else []
+    except ValueError:
+        numbers = []
+    if text and (len(numbers) != counts.get(kind) or not all(0 < n < float("inf") for n in numbers)):
+        raise UserError(f"--rope_scaling={shown(text)}: give linear:FACTOR or llama3:FACTOR,LOW,HIGH,POSITIONS")
+    if kind == "llama3" and not numbers[1] < numbers[2]:
+        raise UserError(f"--rope_scaling={shown(text)}: LOW must be below HIGH")
+    return kind, numbers
+
+
+def check_run(c: Config, world_size: int) -> None:
+    if c.sequence_length > c.n_positions:
+        way_out = "raise --n_positions" + (" or use --positions=rotary" if c.positions == "learned" else "")
+        if c.positions == "learned" and c.init_from != "scratch":
+            way_out = "that is all that the model of --init_from has; lower it"
+        raise UserError(f"--sequence_length={c.sequence_length} exceeds --n_positions={c.n_positions}; {way_out}")
+    if c.doc_mask and c.tokenizer == "none":
+        raise UserError("--doc_mask=1 must know the end-of-text token; name the shards' --tokenizer instead of none")
+    if c.resize_embeddings and c.init_from == "scratch":
+        raise UserError("--resize_embeddings=1 is for the embeddings of a model that --init_from names")
+    if c.hellaswag_every and c.tokenizer == "none":
+        raise UserError("--hellaswag_every must encode text; name the shards' --tokenizer instead of none")
+    if c.replicas > 1 and c.zero_stage < 2:
+        raise UserError(f"--replicas={c.replicas} is for --zero_stage=2 or 3; below, every rank is a replica anyway")
+    if world_size % c.replicas:
+        raise UserError(f"--replicas={c.replicas} must divide the number of ranks, {world_size}")
+    if c.cpu_offload and c.zero_stage < 2:
+        raise UserError("--cpu_offload=1 is for --zero_stage=2 or 3 (on one GPU too)")
+    micro = c.batch_size * c.sequence_length * world_size
+    if c.total_batch_size % micro:
+        raise UserError(
+            f"--total_batch_size={c.total_batch_size} must be a multiple of batch_size × sequence_length × ranks"
+            f" = {c.batch_size} × {c.sequence_length} × {world_size} = {micro};"
+            f" nearest: {_multiples(c.total_batch_size, micro)}"
+        )
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, on Linux
+
+
+def check_paths(c: Config) -> None:
+    """Raises UserError for a name that no file can have, which else comes to light here and there."""
+    for flag in (*PATH_FLAGS, "init_from"):
+        path = getattr(c, flag)
+        if "\0" in path:
+            raise UserError(f"--{flag}={shown(path)}: no file has a NUL character in its name")
+        path = os.path.expanduser(path)
+        parts = [len(os.fsencode(part)) for part in path.split(os.sep)]
+        if not flag.startswith("input_") and (max(parts) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH):
+            raise UserError(f"--{flag}={shown(path)}: longer than the name of a file can be")
+
+
+def _multiples(value: int, of: int) -> str:
+    below, above = value // of * of, -(-value // of) * of
+    return f"{below} or {above}" if below else str(above)
