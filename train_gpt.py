@@ -89,6 +89,7 @@ class Run:
     scale: LossScale
     guard: StepGuard
     saver: checkpoint.Saver
+    origin: str = "auto"  # what to go back to without a checkpoint of its own: where it began from, if anywhere
 
     @property
     def model(self) -> GPT:
@@ -234,10 +235,13 @@ def open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> hellas
     return hellaswag.questions(ranks.on_main(read), *how)
 
 
-def resume(run: Run) -> dict[str, Any]:
-    """Loads the checkpoint to go on from and returns its state; that of an untrained model if there is none."""
+def resume(run: Run, choice: str) -> dict[str, Any]:
+    """Loads the checkpoint to go on from and returns its state; that of an untrained model if there is none.
+
+    `choice` is as in --resume.
+    """
     config, output_dir = run.config, Path(run.config.output_dir)
-    path = run.ranks.on_main(lambda: checkpoint.choose(output_dir, config.resume))
+    path = run.ranks.on_main(lambda: checkpoint.choose(output_dir, choice))
     if path is None:
         return {"step": 0, "wandb_id": None, "record": {"elapsed_s": 0.0}}
 
@@ -256,6 +260,7 @@ def resume(run: Run) -> dict[str, Any]:
     run.guard.load_state_dict(state.get("guard", {}))
     if path.resolve().parent.parent != output_dir.resolve():
         state["wandb_id"] = None  # a branch of another run is a run of its own
+        run.origin = str(path)
     if run.ranks.is_main:
         print(f"resuming from {path}" + (f" with {', '.join(changes)}" if changes else ""))
     return state
@@ -267,9 +272,10 @@ def roll_back(run: Run, metrics: Metrics, record: dict[str, Any], why: str) -> i
     Raises DivergedError if there is none, or if that has been done --max_rollbacks times.
     """
     config, step, before = run.config, record["step"], run.guard.state_dict()
-    metrics.log(record)  # which goes back cuts off again, but keeps in logs/
+    watch.at(f"going back from step {step}", config.start_timeout_minutes)
+    metrics.log(record)  # which going back cuts off again, but keeps in logs/
     run.saver.wait()
-    state = resume(run)
+    state = resume(run, run.origin)
     run.guard.load_state_dict(before)
     run.guard.go_back(step, state["step"], state.get("guard", {}))
     advice = "lower --learning_rate" + (", or raise --skip_spikes" if config.skip_spikes else "")
@@ -429,7 +435,7 @@ def train(config: Config) -> int:
     """What comes before and after the loop. Returns the exit code."""
     run = setup(config)
     ranks, output_dir = run.ranks, Path(run.config.output_dir)
-    state = resume(run)
+    state = resume(run, config.resume)
     ranks.on_main(lambda: checkpoint.prepare_dir(output_dir, to_yaml(config)))
     if name := differing_replica(run.parallel, ranks):
         raise RuntimeError(f"{name} is not the same on all ranks that should hold the same part of it")
@@ -470,6 +476,7 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
     clock = time.perf_counter() - state["record"]["elapsed_s"]
     while step < config.num_iterations and not stopping:
         step += 1
+        watch.at(f"step {step}")
         before = time.perf_counter()
         # Not without waiting on MPS, where the source may be freed before it is copied (pytorch#189690).
         batch = batches.get(step + run.guard.passed_over).to(device, non_blocking=device.type == "cuda").long()
@@ -477,7 +484,7 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
         loss, grad_norm, refusal, (failed, *votes) = train_step(run, step, batch, [failed, *stop.votes()])
         if step == start + 1:  # compilers and disks are warm
             watch.usual_minutes = config.step_timeout_minutes
-            set_timeout(config.step_timeout_minutes + watch.MARGIN / 60, run.parallel.groups)
+            set_timeout(config.step_timeout_minutes, run.parallel.groups)
         now = time.perf_counter()
         tok_per_s = config.total_batch_size / (now - before)
         record = {
@@ -493,6 +500,7 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
             **({"skipped": refusal} if refusal else {}),
         }
         if failed:
+            watch.at("the end", config.start_timeout_minutes)
             run.saver.wait()  # these raise what went wrong, on all ranks in the same step
             metrics.flush()
         stopping = any(votes)

@@ -186,16 +186,18 @@ def _is_state(state: Any) -> bool:
     record, scaler, guard = state["record"], state["scaler"], state.get("guard", {"norms": []})
     if not isinstance(guard, dict) or not isinstance(guard.get("norms"), list):
         return False
-    record_numbers = {key: value for key, value in record.items() if key not in UNKNOWN or value is not None}
-    if not isinstance(record_numbers.pop("skipped", ""), str):
+    if not isinstance(record.get("skipped", ""), str):  # why the step was not taken
         return False
-    numbers = [*record_numbers.values(), *scaler.values()]
-    numbers += [*guard["norms"], *(value for key, value in guard.items() if key != "norms")]
+    if not all(type(count) is int for name, count in guard.items() if name != "norms"):
+        return False
+    numbers = [v for k, v in record.items() if k != "skipped" and (k not in UNKNOWN or v is not None)]
+    numbers += [*scaler.values(), *guard["norms"]]
     return (
         state["step"] >= 1
         and record.get("step") == state["step"]
         and record.keys() >= RECORD
         and all(type(n) is float or (type(n) is int and abs(n) < 2**63) for n in numbers)
+        and all(type(n) is int and -1 <= n < 2**40 for name, n in guard.items() if name != "norms")
         and 0 <= record["elapsed_s"] < 2**63
         and (not scaler or {"value", "good_steps"} <= scaler.keys() and all(map(math.isfinite, scaler.values())))
         and isinstance(state.get("tokenizer", {"name": "none"}), dict)

@@ -39,6 +39,7 @@ from model.gpt import GPT, init_weights
 from model.weights import find_checkpoint, problem_with, read_state
 from train import checkpoint
 from train.distributed import Ranks
+from train.divergence import StepGuard
 from train.metrics import Metrics, read_records
 from train.optimizer import make_optimizer
 
@@ -242,7 +243,7 @@ def test_what_bears_a_shards_name_and_is_no_file(tmp_path, kind):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 RECORD = {"step": 1, "tokens": 16, "loss": 4.0, "lr": 1e-3, "grad_norm": 1.0, "tok_per_s": 1e3, "mfu": None}
-RECORD |= {"elapsed_s": 1.0, "memory_bytes": 1}
+RECORD |= {"elapsed_s": 1.0, "memory_bytes": 1, "skipped": "norm 9, a spike above 3"}
 SHAPE = ["--n_layer=1", "--n_head=1", "--n_embd=4", f"--vocab_size={VOCAB}", "--sequence_length=8"]
 
 
@@ -256,6 +257,7 @@ def saved(tmp_path_factory):
     shards = [{"name": "x.bin", "tokens": 400, "ends": "00"}]
     data = {"seed": 1337, "sequence_length": 8, "total_batch_size": 32, "shuffle": True, "shards": shards}
     state = {"record": RECORD, "data": data, "scaler": {}, "wandb_id": None, "tokenizer": {"name": "none"}}
+    state |= {"guard": StepGuard(config).state_dict() | {"norms": [1.0, 2.0]}}
     optimizer = make_optimizer(model, config, 1)[0]
     checkpoint.Saver(config, Ranks(0, 0, 1, torch.device("cpu"))).save(1, model, optimizer, state)
     return folder
@@ -278,6 +280,9 @@ def resumed(config):
         check_same_tokenizer(state.get("tokenizer", {"name": "none"}), {"name": "none"})
         assert all(isinstance(line, str) for line in checkpoint.check_same_model(path, config))
         LossScale(True).load_state_dict(state["scaler"])
+        steps = StepGuard(config)
+        steps.load_state_dict(state.get("guard", {}))
+        steps.refusal(1.0, 1.0, False)
         assert state["record"]["elapsed_s"] >= 0 and state["step"] >= 0
 
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,8 +50,8 @@ from model.weights import (
     step_of,
     tensor_shapes,
 )
-from train.distributed import Ranks
-from train.optimizer import make_states, named_states
+from train.distributed import Ranks, patience
+from train.optimizer import forget_states, make_states, named_states
 
 T = TypeVar("T")
 SAVING, DELETING = ".saving_", ".deleting_"
@@ -88,7 +87,7 @@ class Saver:
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.folder = config, Path(config.output_dir) / "checkpoints"
         # A group of its own, as the loop goes on talking while this one writes.
-        timeout = timedelta(minutes=config.start_timeout_minutes)
+        timeout = patience(config.start_timeout_minutes)
         group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.ranks = replace(ranks, host=group)
         self._thread: ThreadPoolExecutor | None = None
@@ -322,7 +321,7 @@ def choose(output_dir: Path, resume: str, report: Any = print) -> Path | None:
     try:
         found = find_checkpoint(Path(resume), report)
     except UserError as e:
-        raise UserError(f"--resume: {e}") from e
+        raise type(e)(f"--resume: {e}") from e
     if found is None:
         raise UserError(f"--resume={resume}: holds no checkpoint")
     return found
@@ -351,5 +350,7 @@ def load(path: Path, model: GPT, optimizer: Optimizer) -> None:
     if not (path / "optimizer").is_dir():
         raise UserError(f"{path} holds a model without its optimizer; resume from the checkpoint it was made of")
     load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
-    if tensor_shapes(path, "optimizer"):  # none: the optimizer had not stepped yet
+    if tensor_shapes(path, "optimizer"):
         load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)
+    else:  # the optimizer had not stepped yet
+        forget_states(optimizer)

@@ -18,6 +18,7 @@ from cfg.launcher import launched_world_size
 from model.device import choose_device
 
 T = TypeVar("T")
+MARGIN = 30.0  # seconds by which process groups time out later than train/watch.py, which can say who is to blame
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def init_ranks(
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(logs / "nccl_trace_rank_"))
-    timeout = timedelta(minutes=start_timeout_minutes)
+    timeout = patience(start_timeout_minutes)
     store = _meet(timeout) if world_size > 1 else dist.HashStore()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",  # gloo too, for what is offloaded to the host
@@ -144,13 +145,18 @@ def _meet(timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"restart_{restarts}" if one_machine else "run", store)
 
 
+def patience(minutes: float) -> timedelta:
+    """How long a process group waits where a rank has so many minutes."""
+    return timedelta(minutes=minutes, seconds=MARGIN)
+
+
 def set_timeout(minutes: float, groups: list[dist.ProcessGroup]) -> None:
-    """From now on a rank that is waited for longer than this in one of `groups` ends the run.
+    """From now on a rank that is waited for longer than this (and MARGIN) in one of `groups` ends the run.
 
     At start, compilation and uneven disks make some ranks wait long for others; in training that means a hang.
     """
     for group in groups:
-        _set_pg_timeout(timedelta(minutes=minutes), group)
+        _set_pg_timeout(patience(minutes), group)
 
 
 def close_ranks() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cfg.config import Config
 from train.parallel import local
 
-COUNTS = "skipped", "in_a_row", "passed_over", "origin", "rollbacks"
+COUNTS = "skipped", "in_a_row", "passed_over", "origin", "rollbacks", "taken"
 WINDOW = 128  # recent norms, and half of them before the guard speaks: as in OLMo-core's SkipStepOptimizer
 
 
@@ -33,6 +33,7 @@ class StepGuard:
         self.passed_over = 0  # steps by which the data is ahead of the step, after going back
         self.origin = -1  # the checkpoint that training last went back to, and how often
         self.rollbacks = 0
+        self.taken = 0  # steps taken since then
 
     def limit(self) -> float:
         """The norm above which a step is a spike."""
@@ -52,6 +53,7 @@ class StepGuard:
             why = f"norm {norm:.4g}, a spike above {limit:.4g}"
         if not why:
             self.norms.append(norm)
+            self.taken += 1
             self.in_a_row = 0
         else:
             self.skipped += 1
@@ -63,9 +65,12 @@ class StepGuard:
         return 0 < self.patience <= self.in_a_row
 
     def go_back(self, step: int, origin: int, then: dict[str, Any]) -> None:
-        """From `step` to the checkpoint of step `origin`, whose state was `then`: past the data in between."""
-        self.rollbacks = self.rollbacks + 1 if origin == self.origin else 1
-        self.origin = origin
+        """From `step` to the checkpoint of step `origin`, whose state was `then`: past the data in between.
+
+        A checkpoint written while no step was taken since the last return is the same as that one.
+        """
+        self.rollbacks = self.rollbacks + 1 if origin == self.origin or not self.taken else 1
+        self.origin, self.taken = origin, 0
         self.passed_over += step - origin
         self.in_a_row = 0
         self.norms = deque(then.get("norms", []), WINDOW)

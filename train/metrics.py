@@ -93,8 +93,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_of_a_step(record: dict[str, Any]) -> bool:
-    """Whether it has the step and the loss, and nothing in it is more than a number, but for why it was skipped."""
-    plain = all(type(v) in (int, float) or v is None for k, v in record.items() if k != "skipped")
+    """Whether it has the step and the loss, and nothing in it is more than a number, or the word why it was skipped."""
+    plain = all(type(v) in (int, float) or v is None or (k == "skipped" and type(v) is str) for k, v in record.items())
     return plain and type(record.get("step")) is int and "loss" in record
 
 

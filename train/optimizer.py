@@ -79,6 +79,11 @@ def make_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     return named_states(optimizer, model)
 
 
+def forget_states(optimizer: Optimizer) -> None:
+    """Makes the optimizer one that has not stepped yet."""
+    _own(optimizer).state.clear()
+
+
 def _own(optimizer: Optimizer) -> Optimizer:
     """The optimizer of this rank's partition in stage 1, otherwise the optimizer itself."""
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer

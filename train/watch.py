@@ -14,27 +14,32 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from train.distributed import Ranks
+from train.distributed import MARGIN, Ranks
 from train.rank_log import note, note_stacks
 
 ROOT = Path(__file__).resolve().parents[1]
 PERIOD = 1.0  # seconds between two signs of life
 SILENCE = 6 * PERIOD  # without one for so long a rank is taken to be stopped or gone
 OVERDUE = -1  # instead of the number of a sign of life: a rank that has itself found that it waits too long
-MARGIN = 30.0  # seconds by which process groups time out later than the watch
+
+
+class _Task(NamedTuple):
+    what: str
+    seconds: float  # that it may take
+
 
 usual_minutes = float("inf")  # that what is begun without a time of its own may take
-_what, _seconds, _begun = "the start", float("inf"), 0
+_task = _Task("the start", float("inf"))  # a new one at each progress
 
 
 def at(what: str, minutes: float | None = None) -> None:
     """Progress: this rank now begins `what`, which must not take longer than `minutes`."""
-    global _what, _seconds, _begun
-    _what, _seconds, _begun = what, 60 * (usual_minutes if minutes is None else minutes), _begun + 1
+    global _task
+    _task = _Task(what, 60 * (usual_minutes if minutes is None else minutes))
 
 
 def start(ranks: Ranks) -> None:
@@ -44,19 +49,19 @@ def start(ranks: Ranks) -> None:
 
 
 def _watch(ranks: Ranks, store: dist.Store) -> None:
-    begun, waited, sign, before = _begun, 0.0, 0, time.monotonic()
+    task, waited, sign, before = _task, 0.0, 0, time.monotonic()
     with suppress(Exception):  # the store goes when torchrun does
-        while waited <= _seconds:
+        while waited <= task.seconds:
             time.sleep(PERIOD)
             # A job that was suspended as a whole does not find itself overdue when it goes on.
             now = time.monotonic()
             waited, before = waited + min(now - before, 2 * PERIOD), now
-            if begun != _begun:
-                begun, waited = _begun, 0.0
+            if task is not _task:
+                task, waited = _task, 0.0
             sign += 1
-            store.set(str(ranks.rank), json.dumps([sign, _what, _place()]))
-    if waited > _seconds:
-        _end(ranks, store)
+            store.set(str(ranks.rank), json.dumps([sign, task.what, _place()]))
+    if waited > task.seconds:
+        _end(ranks, store, task)
 
 
 def _place() -> str:
@@ -70,13 +75,13 @@ def _place() -> str:
     return "its start or end"
 
 
-def _end(ranks: Ranks, store: dist.Store) -> None:
+def _end(ranks: Ranks, store: dist.Store, task: _Task) -> None:
     """Says who is to blame, and ends this process."""
     note_stacks()
-    store.set(str(ranks.rank), json.dumps([OVERDUE, _what, _place()]))
+    store.set(str(ranks.rank), json.dumps([OVERDUE, task.what, _place()]))
     seen: list[dict[int, Any]] = []
     # In a thread, as the store does not answer if the rank that keeps it is the one that was stopped.
-    asking = threading.Thread(target=_ask_twice, args=(ranks, store, seen), daemon=True)
+    asking = threading.Thread(target=_ask_twice, args=(ranks, store, task, seen), daemon=True)
     asking.start()
     asking.join(3 * SILENCE)
     speaker, blame = ranks.rank, "torchrun's store does not answer: whoever keeps it is stopped or gone"
@@ -85,8 +90,8 @@ def _end(ranks: Ranks, store: dist.Store) -> None:
         blame = _blame(silent, seen[1])
         speaker = min(set(seen[1]) - set(silent))
     line = (
-        f"error: no progress for {_seconds / 60:g} minutes in {_what}: {blame}; logs/rank_*.log has what each rank was"
-        f" doing; if it needs longer, see --step_timeout_minutes and --start_timeout_minutes"
+        f"error: no progress for {task.seconds / 60:g} minutes in {task.what}: {blame}; logs/rank_*.log has what each"
+        f" rank was doing; if it needs longer, see --step_timeout_minutes and --start_timeout_minutes"
     )
     note(line)
     if ranks.rank == speaker:
@@ -98,12 +103,14 @@ def _end(ranks: Ranks, store: dist.Store) -> None:
     os._exit(1)
 
 
-def _ask_twice(ranks: Ranks, store: dist.Store, seen: list[dict[int, Any]]) -> None:
+def _ask_twice(ranks: Ranks, store: dist.Store, task: _Task, seen: list[dict[int, Any]]) -> None:
     """What each rank has last said, now and after a while in which all who live have said something new."""
     for pause in (0.0, SILENCE):
         time.sleep(pause)
         every = [str(rank) for rank in range(ranks.world_size)]
-        seen.append({int(r): json.loads(store.get(r)) if store.check([r]) else [0, _what, "its start"] for r in every})
+        seen.append(
+            {int(r): json.loads(store.get(r)) if store.check([r]) else [0, task.what, "its start"] for r in every}
+        )
 
 
 def _blame(silent: list[int], told: dict[int, Any]) -> str:

@@ -91,9 +91,13 @@ def test_what_going_back_does_not_help_ends(train, injected, tmp_path):
     assert find_checkpoint(run).name == "step_00000005"
     train(run)  # without the fault it goes on
     assert find_checkpoint(run).name == "step_00000020"
+    # Nor do checkpoints help whose weights are those of step 6, written while no step is taken.
+    flags = ["--max_rollbacks=2", "--rollback_after=3", "--save_every_niter=2", "--resume=never"]
+    err = train(tmp_path / "often", *flags, FAIL="!gradient@7-99", code=3).stderr
+    assert "in step 13, and going back to step 12 (2 times, --max_rollbacks) did not help" in err
     err = train(tmp_path / "new", FAIL="!gradient@1-99", code=3).stderr
     assert "not finite in step 5, and no checkpoint yet to go back to; lower --learning_rate" in err
-    injected(9 + 5, "the steps since the checkpoint")
+    injected(9 + 7 + 5, "the steps since the checkpoint")
 
 
 @pytest.mark.fault("a spike beyond --skip_spikes", "the step is not taken; the norms it is judged by survive a resume")

@@ -51,6 +51,15 @@ def test_a_stopped_rank(trainer, metrics, wait_for, assert_same_run, undisturbed
     injected(1, "the steps since the checkpoint")
 
 
+@pytest.mark.slow  # torchrun waits half a minute before it kills
+@pytest.mark.fault("SIGSTOP of one rank while it saves", "within --start_timeout_minutes all end, with the rank named")
+def test_a_rank_that_is_stopped_in_a_save(trainer, injected, tmp_path):
+    flags = ["--start_timeout_minutes=0.2", "--num_iterations=10", "--val_loss_every=0"]
+    done = trainer.run(tmp_path / "run", *flags, ranks=2, code=1, fault="save flush@1=STOP")
+    assert "error: no progress for 0.2 minutes in the save of step 5: rank 1 does not answer" in done.stderr
+    injected(1, "the steps since the checkpoint")
+
+
 @pytest.mark.fault("one rank hangs but lives", "all end, with its place in the code and the step named")
 def test_a_rank_that_is_stuck(trainer, injected, tmp_path):
     run = tmp_path / "run"

@@ -84,8 +84,22 @@ def test_going_back_again_and_again():
     assert (steps.passed_over, steps.rollbacks, list(steps.norms)) == (6, 1, [1.0])
     steps.go_back(12, 10, {})  # the data of steps 11 to 16 is behind it, and now that of 17 and 18
     assert (steps.passed_over, steps.rollbacks) == (8, 2)
+    judge(steps, [1.0] * 8)
     steps.go_back(25, 20, {})
     assert (steps.passed_over, steps.rollbacks, steps.origin) == (13, 1, 20)
+
+
+def test_checkpoints_written_while_no_step_is_taken_count_as_one():
+    steps = guard("--rollback_after=3")
+    judge(steps, [1.0] * 6)
+    for n, step in enumerate(range(9, 99, 2), start=1):  # a checkpoint of every second step
+        judge(steps, [math.nan] * 3)
+        assert steps.gives_up()
+        steps.go_back(step, step - 1, {"norms": [1.0]})
+        assert steps.rollbacks == n
+    judge(steps, [1.0])
+    steps.go_back(120, 110, {"norms": [1.0]})
+    assert steps.rollbacks == 1
 
 
 def test_a_checkpoint_from_before_the_guard():

@@ -64,6 +64,17 @@ def test_a_resume_drops_later_and_torn_lines_and_keeps_a_copy(tmp_path):
     assert [r["step"] for r in read_records(tmp_path / "logs" / "metrics_superseded.jsonl")] == [4, 5]
 
 
+def test_a_step_that_was_not_taken_stays_logged(tmp_path):
+    metrics = start(tmp_path)
+    for k in range(1, 5):
+        metrics.log(record(k, **({"skipped": "norm 9, a spike above 3"} if k == 3 else {})))
+    metrics.close()
+    start(tmp_path, 3).close()
+    assert [r.get("skipped") for r in read_records(tmp_path / "metrics.jsonl")] == [None] * 2 + [
+        "norm 9, a spike above 3"
+    ]
+
+
 def test_a_line_cut_just_before_its_end_stays_a_line_of_its_own(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(to_json(record(1)) + to_json(record(2)).rstrip("\n"))
     resumed = start(tmp_path, 2)
