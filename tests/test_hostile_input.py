@@ -564,7 +564,7 @@ def test_flags(place, monkeypatch, hub, injected):
     @example(["--n_embd", "\ud800"])
     @example(["--" + "x" * 100_000])
     def holds(argv):
-        with refused_in_one_line("--", "unknown argument", "-"):
+        with refused_in_one_line("--", "unknown argument", "-", "/"):  # the flag, or the file that it names
             config = load_config(argv, world_size=1)
             assert isinstance(config, Config) and 1 <= config.n_head <= 2**16
         assert all(map(sane_hub_name, hub)), hub

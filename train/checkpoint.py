@@ -46,6 +46,7 @@ from model.weights import (
     load_tensors,
     problem_with,
     read_manifest,
+    read_state,
     seal,
     step_of,
     tensor_shapes,
@@ -152,7 +153,8 @@ class Saver:
 
     def _write(self, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], extra: Any) -> None:
         temporary = self.folder / f"{SAVING}{step:08d}"
-        if not self._together(step, lambda: self.ranks.is_main and _make_room(self.folder, step, parts))[0]:
+        guard = state.get("guard")
+        if not self._together(step, lambda: self.ranks.is_main and _make_room(self.folder, step, parts, guard))[0]:
             return
         self._together(step, lambda: self._write_tensors(temporary, parts))
         facts = self._together(step, lambda: self._describe(temporary, parts))
@@ -250,11 +252,14 @@ def _reason(error: BaseException, ranks: Ranks) -> str:
     return why + (f" on rank {rank}" if ranks.world_size > 1 else "")
 
 
-def _make_room(folder: Path, step: int, kinds: Any) -> bool:
-    """An empty hidden directory for the checkpoint of `step`; False if that checkpoint is already there."""
+def _make_room(folder: Path, step: int, kinds: Any, guard: Any) -> bool:
+    """An empty hidden directory for the checkpoint of `step`; False if that checkpoint is already there.
+
+    One that could not be read when training went back, but can be now, is of other data: its `guard` tells.
+    """
     final, temporary = folder / f"step_{step:08d}", folder / f"{SAVING}{step:08d}"
     if final.exists():
-        if problem_with(final) is None:
+        if problem_with(final) is None and read_state(final).get("guard") == guard:
             return False
         _move_aside(final)
     fault_point("save make room", temporary)
@@ -350,7 +355,6 @@ def load(path: Path, model: GPT, optimizer: Optimizer) -> None:
     if not (path / "optimizer").is_dir():
         raise UserError(f"{path} holds a model without its optimizer; resume from the checkpoint it was made of")
     load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
-    if tensor_shapes(path, "optimizer"):
+    forget_states(optimizer)  # first, as there may be no room for both
+    if tensor_shapes(path, "optimizer"):  # none: the optimizer had not stepped yet
         load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)
-    else:  # the optimizer had not stepped yet
-        forget_states(optimizer)

@@ -34,9 +34,12 @@ def last_line(output_dir, rank):
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank(trainer, metrics, wait_for, assert_same_run, undisturbed, injected, tmp_path, rank):
     run = tmp_path / "run"
-    process = trainer.start(run, *FLAGS, ranks=2, restarts=1)
-    assert wait_for(lambda: len(metrics(run)) >= 7, process)
-    os.kill(worker(run, rank), signal.SIGSTOP)
+    flags = [*FLAGS, "--num_iterations=60", "--save_every_niter=20"]  # a save may take longer
+    process = trainer.start(run, *flags, ranks=2, restarts=1)
+    assert wait_for(lambda: len(metrics(run)) >= 1, process)
+    pid = worker(run, rank)
+    assert wait_for(lambda: len(metrics(run)) >= 22, process)
+    os.kill(pid, signal.SIGSTOP)
     begun = time.monotonic()
     other = 1 - rank
     assert wait_for(lambda: "error: no progress" in (run / f"logs/rank_{other}.log").read_text(), process, timeout=30)
@@ -45,9 +48,9 @@ def test_a_stopped_rank(trainer, metrics, wait_for, assert_same_run, undisturbed
     assert process.returncode == 0, err
     line = next(line for line in err.splitlines() if "no progress" in line)
     assert re.match(rf"error: no progress for 0.05 minutes in [\w ]+: rank {rank} does not answer, last seen in", line)
-    assert int(re.search(r"step (\d+)|validation", line)[1] or 99) >= 7
+    assert int(re.search(r"step (\d+)|validation", line)[1] or 99) >= 22
     assert out.count("resuming from") == 1
-    assert_same_run(run, undisturbed(2, *FLAGS))
+    assert_same_run(run, undisturbed(2, *flags))
     injected(1, "the steps since the checkpoint")
 
 

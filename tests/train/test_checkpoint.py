@@ -139,6 +139,16 @@ def test_a_whole_checkpoint_is_not_written_again(tmp_path):
     ).stat().st_mtime_ns == before
 
 
+def test_a_checkpoint_of_other_data_is_moved_aside(tmp_path):
+    config, model, optimizer = setup(tmp_path)
+    for passed_over in (0, 6, 6):
+        state = state_of(1) | {"guard": {"norms": [1 / 3], "passed_over": passed_over}}
+        checkpoint.Saver(config, RANKS).save(1, model, optimizer, state)
+    folder = tmp_path / "checkpoints"
+    assert read_state(folder / "step_00000001")["guard"]["passed_over"] == 6
+    assert [p.name for p in folder.glob("damaged*")] == ["damaged_step_00000001.1"]
+
+
 def test_pruning_keeps_the_last_and_every_mth(tmp_path):
     config, model, optimizer = setup(tmp_path, "--keep_last=2", "--keep_every=4")
     step(model, optimizer)
