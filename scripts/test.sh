@@ -9,5 +9,5 @@ if [ "${1:-}" = --slow ]; then slow=(); shift; fi
 ruff check .
 ruff format --check .
 mypy
-# By file, so that what a file sets up is set up once.
-python -m pytest -n 2 --dist loadfile "${slow[@]}" "$@"
+# By file, so that what a file sets up is set up once; in their order, as by number of tests the longest would be last.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${slow[@]}" "$@"

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 # Time is short here: a start of the launcher and its workers takes some 7 s of one core, of the workers alone 5.
 SHORT = {
     0: [("launcher", "start-up"), ("worker", "save"), ("all", "prune")],
-    3: [("all", "start-up"), ("worker", "evaluation"), ("launcher", "save")],
+    3: [("all", "start-up"), ("worker", "evaluation"), ("launcher", "save"), ("worker", "prune")],
 }
 
 
@@ -27,7 +27,7 @@ def storm(stage, folder, *flags, moments=None):
 
 
 @pytest.mark.fault("SIGKILL of a worker, all, or the launcher", "bit-equal; no orphans; at most the steps since a save")
-@pytest.mark.parametrize("stage", SHORT)
+@pytest.mark.parametrize("stage", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_killed_at_start_up_and_in_save_prune_and_evaluation(injected, tmp_path, stage):
     kills, most = storm(stage, tmp_path, "--n_embd=32", "--val_max_steps=10", moments=SHORT[stage])
     assert [(kill.target, kill.asked) for kill in kills] == SHORT[stage]

@@ -22,7 +22,7 @@ STRATEGIES = {
     "stage3": ["--zero_stage=3"],
     "hsdp": ["--zero_stage=3", "--replicas=2"],
 }
-EACH = [name if name == "stage0" else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
+EACH = [pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]  # a storm: tests/e2e/test_kill_storm.py
 
 
 class Launcher:

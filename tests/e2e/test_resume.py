@@ -18,7 +18,9 @@ def steps_logged(output_dir):
 @pytest.mark.parametrize(
     "ranks,number",
     [
-        *((1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM), (2, signal.SIGINT)),
+        (1, signal.SIGUSR1),
+        (2, signal.SIGTERM),
+        *(pytest.param(n, signal.SIGINT, marks=pytest.mark.slow) for n in (1, 2)),
         pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
@@ -62,6 +64,7 @@ def test_a_stop_without_validation_data_still_logs_its_step(trainer, metrics, tm
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
 
 
+@pytest.mark.slow
 def test_killed_without_torchrun(trainer, assert_same_run, wait_for, kill_all, undisturbed, tmp_path):
     """SIGKILL twice in the middle of a save, which one process makes by itself, and in training; more: kill_storm."""
     output_dir = tmp_path / "run"
@@ -114,7 +117,9 @@ def finished(ten_steps, tmp_path):
     "the newest checkpoint has a shard cut short, a flipped byte, a lost shard or half a manifest",
     "it is passed over with a line, kept aside, and the one before is used; bit-equal",
 )
-@pytest.mark.parametrize("damage", ["cut", "flip", "lose", "manifest"])
+@pytest.mark.parametrize(
+    "damage", ["flip", *(pytest.param(d, marks=pytest.mark.slow) for d in ("cut", "lose", "manifest"))]
+)
 def test_a_damaged_checkpoint_is_passed_over(trainer, trace, finished, injected, damage):
     newest = finished / "checkpoints" / "step_00000010"
     reference = trace(finished)
