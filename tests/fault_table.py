@@ -53,7 +53,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         for test, row in ROWS.items():
             cells = row["fault"], row["promise"], f"`{test}`", str(row["times"]), "; ".join(row["lost"])
             rows[test] = f"| {' | '.join(cells)} |"
-        PAGE.write_text(TABLE.sub(lambda _: HEAD + "".join(f"{line}\n" for line in rows.values()), page))
+        lines = (f"{rows[test]}\n" for test in sorted(rows))
+        PAGE.write_text(TABLE.sub(lambda _: HEAD + "".join(lines), page))
 
 
 def test_of(row: str) -> str:
