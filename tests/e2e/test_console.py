@@ -11,15 +11,19 @@ FAILING = str(Path(__file__).with_name("failing_training.py"))
 LONG = ["--num_iterations=100000", "--save_every_niter=0", "--val_loss_every=0", "--log_every=1"]
 
 
-def ignore_hangups():
+def as_nohup_does():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def as_without():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started these tests
 
 
 @pytest.mark.fault("nobody reads the console any longer", "ends well, with a checkpoint; under nohup it goes on")
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_console_that_goes_away(trainer, metrics, wait_for, injected, tmp_path, nohup):
     run = tmp_path / "run"
-    process = trainer.start(run, *LONG, preexec_fn=ignore_hangups if nohup else None)
+    process = trainer.start(run, *LONG, preexec_fn=as_nohup_does if nohup else as_without)
     assert wait_for(lambda: len(metrics(run)) >= 5, process)
     process.stdout.close()
     if nohup:
