@@ -49,7 +49,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("fault_table") and not hasattr(session.config, "workerinput"):
         page = PAGE.read_text()
-        rows = {test_of(line): line for line in TABLE.search(page)[1].splitlines()}
+        rows = {named_in(line): line for line in TABLE.search(page)[1].splitlines()}
         for test, row in ROWS.items():
             cells = row["fault"], row["promise"], f"`{test}`", str(row["times"]), "; ".join(row["lost"])
             rows[test] = f"| {' | '.join(cells)} |"
@@ -57,5 +57,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         PAGE.write_text(TABLE.sub(lambda _: HEAD + "".join(lines), page))
 
 
-def test_of(row: str) -> str:
+def named_in(row: str) -> str:
     return row.split("|")[3].strip(" `")

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from tests.fault_table import PAGE, TABLE, test_of
+from tests.fault_table import PAGE, TABLE, named_in
 
 TESTS = Path(__file__).resolve().parent
 
@@ -26,4 +26,4 @@ def injecting():
 
 
 def test_every_fault_has_its_row():
-    assert {test_of(row) for row in TABLE.search(PAGE.read_text())[1].splitlines()} == set(injecting())
+    assert {named_in(row) for row in TABLE.search(PAGE.read_text())[1].splitlines()} == set(injecting())
