@@ -318,10 +318,10 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     mean_loss, norm = total / config.total_batch_size, math.sqrt(squared_norm) / run.scale.value
     # Both numbers are the same on all ranks, so all take the same branch.
     refusal = run.guard.refusal(mean_loss, norm, overflow_expected=run.scale.value > 1)
+    set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
     if not refusal:
         clipped = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
         scale_gradients(gradients, clipped / run.scale.value)
-        set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
         run.optimizer.step()
     run.scale.update(math.isfinite(mean_loss) and math.isfinite(norm))
     run.optimizer.zero_grad(set_to_none=True)
@@ -491,7 +491,7 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
             "step": step,
             "tokens": step * config.total_batch_size,
             "loss": loss,
-            "lr": learning_rate(step, config.num_iterations, config),
+            "lr": run.optimizer.param_groups[0]["lr"],  # the rate that the optimizer used
             "grad_norm": grad_norm,
             "tok_per_s": tok_per_s,
             "mfu": tok_per_s * flops_per_token / (peak * ranks.world_size) if peak else None,

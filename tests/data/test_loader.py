@@ -16,6 +16,7 @@ from cfg.errors import UserError
 from data import loader as loader_module
 from data.loader import Loader, Prefetcher, TokenStream, check_same_data, permute, sample_numbers
 from data.shards import open_shard, write_shard
+from tests.reference import permuted
 
 VOCAB = 60_000
 # What the order is today; see the two tests that compare it.
@@ -100,23 +101,6 @@ def test_the_samples_of_a_run_never_change_silently(folder):
     assert sample_ids(data, 1)[:5] + sample_ids(data, 3)[8:12] == GOLDEN_SAMPLES
 
 
-def permuted_as_first_released(i, n, key):
-    """The formula of the order, in Python's integers and one number at a time."""
-    digest = hashlib.shake_128(key.encode()).digest(48)
-    keys = [int.from_bytes(digest[8 * r : 8 * r + 8], "little") for r in range(6)]
-    half = max(1, -(-(n - 1).bit_length() // 2))
-    while True:
-        left, right = i >> half, i % 2**half
-        for k in keys:
-            x = (right + k) % 2**64
-            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-            x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-            left, right = right, left ^ (x ^ x >> 31) % 2**half
-        i = left << half | right
-        if i < n:
-            return i
-
-
 @few
 @given(
     windows=st.integers(1, 300),
@@ -135,7 +119,7 @@ def test_one_glob_gives_the_samples_it_always_gave(folder, windows, batch, step,
         expected = []
         for k in range((step - 1) * batch, step * batch):
             epoch, place = divmod(k, windows)
-            expected.append((epoch, permuted_as_first_released(place, windows, f"{seed}:{epoch}")))
+            expected.append((epoch, permuted(place, windows, f"{seed}:{epoch}")))
         assert sample_ids(data, step) == expected
         assert data.batch(step).tolist() == [window(8 * place) for _, place in expected]
     loader_module._permuted_block.cache_clear()

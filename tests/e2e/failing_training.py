@@ -2,11 +2,13 @@
 
 WHAT is "loss" (not a number), "gradient" (infinite), "spike" (a gradient a thousand times as large), "weights" (one
 is not a number after the step), "stuck" (the rank hangs, but lives) or "oom" (no memory for the step, and saves take a
-second longer). It happens in the steps whose data is that of steps FIRST to LAST of an undisturbed run; with "!" in
-front, in these steps whatever their data. PASS_OVER=FROM+COUNT: no failure, but from step FROM on the data is COUNT
-steps ahead.
+second longer). It happens in every step that receives the batch of one of the steps FIRST to LAST of an undisturbed
+run; with "!" in front, in the steps FIRST to LAST whatever their batch. PASS_OVER=FROM+COUNT: no failure, but from step
+FROM on each step is given the batch of the step COUNT later. BATCHES=FILE: each step of rank 0 appends a JSON line with
+the batch that it trains on.
 """
 
+import json
 import os
 import re
 import sys
@@ -31,6 +33,7 @@ first, last = map(int, numbers)
 start, ahead = map(int, os.environ.get("PASS_OVER", "0+0").split("+"))
 is_last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 now = False
+bad_batches = []
 train_step, norm_squared = train_gpt.train_step, train_gpt.norm_squared
 
 
@@ -42,9 +45,21 @@ def gradients_or_worse(gradients, *rest):
     return norm_squared(gradients, *rest)
 
 
-def step_or_worse(run, step, *rest):
+def batch_of(run, step):
+    """Returns this rank's part of the batch of a step of an undisturbed run."""
+    return run.train_data.batch(step, run.ranks.rank, run.ranks.world_size).long()
+
+
+def step_or_worse(run, step, batch, *rest):
     global now
-    now = is_last and first <= (step if always else step + run.guard.passed_over) <= last
+    if start and step >= start:
+        batch = batch_of(run, step + ahead)
+    if what != "nothing" and not always and not bad_batches:
+        bad_batches.extend(batch_of(run, bad_step) for bad_step in range(first, last + 1))
+    now = is_last and (first <= step <= last if always else any(torch.equal(batch, bad) for bad in bad_batches))
+    if run.ranks.is_main and "BATCHES" in os.environ:
+        with open(os.environ["BATCHES"], "a") as f:
+            f.write(json.dumps({"step": step, "batch": batch.tolist()}) + "\n")
     while now and what == "stuck":
         time.sleep(0.1)
     if now and what == "oom":
@@ -52,13 +67,11 @@ def step_or_worse(run, step, *rest):
     hook = run.model.register_forward_hook(lambda *call: (call[-1][0] * (torch.nan if now else 1), call[-1][1]))
     if what != "loss":
         hook.remove()
-    result = train_step(run, step, *rest)
+    result = train_step(run, step, batch, *rest)
     hook.remove()
     if now and what == "weights":
         with torch.no_grad():
             local(next(run.model.parameters())).view(-1)[:1] = torch.nan
-    if step + 1 == start:
-        run.guard.passed_over = ahead
     return result
 
 

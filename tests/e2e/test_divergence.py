@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.loader import Loader
+from data.shards import open_shard
 from model.weights import find_checkpoint, load_tensors, tensor_shapes
 
 FAILING = str(Path(__file__).with_name("failing_training.py"))
@@ -21,7 +23,7 @@ WHERE = [("loss", 0), slow("gradient", 3), slow("gradient", 0), slow("loss", 1),
 
 @pytest.fixture(scope="module")
 def train(trainer):
-    """Runs failing_training.py like the real command. FAIL and PASS_OVER say what goes wrong."""
+    """Runs failing_training.py like the real command. FAIL, PASS_OVER and BATCHES are for it."""
 
     def run(output_dir, *flags, ranks=1, code=0, **env):
         return trainer.run(output_dir, *flags, ranks=ranks, code=code, script=FAILING, env=env)
@@ -58,7 +60,7 @@ GOING_BACK = ["--num_iterations=24", "--save_every_niter=10", "--dropout=0.1"]
 
 @pytest.fixture(scope="module")
 def without_the_bad_data(train, trace, parameters_of, tmp_path_factory):
-    """From step 11 on the data of six steps is left out: what a run must come to that went back from step 16 to 10."""
+    """A run that is given the batches of steps 17 to 30 in steps 11 to 24, as after going back from step 16 to 10."""
     run = tmp_path_factory.mktemp("reference") / "run"
     train(run, *GOING_BACK, PASS_OVER="11+6")
     return trace(run), parameters_of(run / "checkpoints/step_00000024")
@@ -68,13 +70,19 @@ def without_the_bad_data(train, trace, parameters_of, tmp_path_factory):
     "not finite 5 times in a row", "back to the last good checkpoint and past that data, also if it is killed there"
 )
 @pytest.mark.parametrize("resumed", [False, True])
-def test_bad_data_is_passed_over(train, assert_same_run, without_the_bad_data, injected, tmp_path, resumed):
+def test_bad_data_is_passed_over(train, shards, assert_same_run, without_the_bad_data, injected, tmp_path, resumed):
     run = tmp_path / "run"
     if resumed:  # it ends in the middle of the row, without a checkpoint of it, and again after it has gone back
         train(run, *GOING_BACK, FAIL="loss@12-16", RAWGPT_FAULT="metrics#14=KILL", code=-9)
         train(run, *GOING_BACK, FAIL="loss@12-16", RAWGPT_FAULT="metrics#13=KILL", code=-9)
-    done = train(run, *GOING_BACK, FAIL="loss@12-16")
+    done = train(run, *GOING_BACK, FAIL="loss@12-16", BATCHES=str(tmp_path / "batches.jsonl"))
     assert "loss or gradient not finite in step 16: back to step 10" in done.stdout
+    received = [json.loads(line) for line in (tmp_path / "batches.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in received] == [*range(11 if resumed else 1, 17), *range(11, 25)]
+    paths = sorted(shards.glob("*_train_*.bin"))
+    data = Loader([open_shard(path, 251) for path in paths], 32, 8, 1337, True, "input_train_bin")
+    for r in received[-14:]:  # the batches of steps 11 to 16 never come again
+        assert r["batch"] == data.batch(r["step"] + 6).tolist()
     assert_same_run(run, without_the_bad_data)
     again = (run / "logs/metrics_superseded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in again if "skipped" in line][-5:] == [12, 13, 14, 15, 16]

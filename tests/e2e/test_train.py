@@ -55,11 +55,10 @@ def test_a_second_run_finds_nothing_to_do(one_rank, trainer):
     assert (output_dir / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("ranks,batch_size", [(1, 8), (2, 4), (2, 1), (4, 2)])
-def test_ranks_and_accumulation_change_nothing(one_rank, trainer, trace, parameters_of, tmp_path, ranks, batch_size):
-    """20 steps at the same total batch: losses, norms, validation and final parameters to 1e-5 in fp32."""
+def test_four_ranks_change_nothing(one_rank, trainer, trace, parameters_of, tmp_path):
+    """20 steps: losses, norms, validation and final parameters to 1e-5 in fp32. One and two: test_reference.py."""
     output_dir = tmp_path / "run"
-    trainer.run(output_dir, f"--batch_size={batch_size}", ranks=ranks)
+    trainer.run(output_dir, "--batch_size=2", ranks=4)
     for ours, reference in zip(trace(output_dir), trace(one_rank[0]), strict=True):
         assert ours == pytest.approx(reference, abs=1e-5)
     ours, reference = parameters_of(output_dir), parameters_of(one_rank[0])

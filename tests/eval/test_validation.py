@@ -1,0 +1,67 @@
+"""Validation loss and bits per byte: exact sums over the targets of the chosen windows, and over nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import Loader
+from data.shards import open_shard, write_shard
+from eval.validation import fixed_windows, summarize, windows_loss
+from model.loss import IGNORE_INDEX
+
+VOCAB, T = 50, 8
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, 10 * T + 1)
+BYTES = np.arange(VOCAB) ** 2 % 17  # unequal lengths, some 0, as of an end-of-text token
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory):
+    path = tmp_path_factory.mktemp("validation") / "x_val_000000.bin"
+    write_shard(path, TOKENS, VOCAB)
+    return Loader([open_shard(path, VOCAB)], T, 1, 1, False, "input_val_bin")
+
+
+def losses_of(idx, targets, positions=None):
+    """Stands for a model: the loss of a target is the product of the token before it and itself, in whole numbers."""
+    valid = targets != IGNORE_INDEX
+    return (idx * targets)[valid].sum().float(), valid.sum()
+
+
+def measured(loader, windows, batch_size, rounds):
+    work = windows_loss(losses_of, loader, windows, batch_size, rounds, torch.device("cpu"), BYTES)
+    passes = 0
+    while True:
+        try:
+            next(work)
+            passes += 1
+        except StopIteration as end:
+            assert passes == rounds
+            return end.value
+
+
+@pytest.mark.parametrize("batch_size, rounds", [(3, 2), (4, 2), (1, 5), (8, 3)])  # up to 19 rows of padding
+def test_losses_tokens_and_bytes_are_those_of_the_targets(loader, batch_size, rounds):
+    windows = [0, 2, 3, 7, 9]
+    rows = [TOKENS[w * T : w * T + T + 1] for w in windows]
+    expected = [
+        sum(int((row[:-1] * row[1:]).sum()) for row in rows),
+        len(windows) * T,
+        sum(int(BYTES[row[1:]].sum()) for row in rows),
+    ]
+    assert measured(loader, windows, batch_size, rounds) == expected
+
+
+def test_a_rank_without_windows_adds_nothing(loader):
+    assert measured(loader, [], 2, 3) == [0, 0, 0]
+
+
+def test_the_windows_are_spread_over_all_there_are():
+    assert fixed_windows(10, 4) == [0, 2, 5, 7]
+    assert fixed_windows(3, 20) == [0, 1, 2]
+
+
+def test_the_summary_is_a_mean_in_nats_and_bits_per_byte():
+    assert summarize(20.0, 8, 5) == {"val_loss": 2.5, "val_bpb": pytest.approx(20 / math.log(2) / 5)}
+    assert summarize(20.0, 8, 0)["val_bpb"] is None
