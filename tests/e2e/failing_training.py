@@ -1,11 +1,11 @@
 """`FAIL=WHAT@FIRST-LAST python failing_training.py --flags`: train_gpt.py where the last rank's numbers go wrong.
 
-WHAT is "loss" (not a number), "gradient" (infinite), "spike" (a gradient a thousand times as large), "weights" (one
-is not a number after the step), "stuck" (the rank hangs, but lives) or "oom" (no memory for the step, and saves take a
-second longer). It happens in every step that receives the batch of one of the steps FIRST to LAST of an undisturbed
-run; with "!" in front, in the steps FIRST to LAST whatever their batch. PASS_OVER=FROM+COUNT: no failure, but from step
-FROM on each step is given the batch of the step COUNT later. BATCHES=FILE: each step of rank 0 appends a JSON line with
-the batch that it trains on.
+WHAT is "loss" (not a number), "gradient" (infinite), "spike" (a gradient a thousand times as large), "weights" or
+"moments" (one of the model's or the optimizer's is not a number after the step), "stuck" (the rank hangs, but lives) or
+"oom" (no memory for the step, and saves take a second longer). It happens in every step that receives the batch of one
+of the steps FIRST to LAST of an undisturbed run; with "!" in front, in the steps FIRST to LAST whatever their batch.
+PASS_OVER=FROM+COUNT: no failure, but from step FROM on each step is given the batch of the step COUNT later.
+BATCHES=FILE: each step of rank 0 appends a JSON line with the batch that it trains on.
 """
 
 import json
@@ -26,6 +26,7 @@ import torch
 
 import train_gpt
 from train import checkpoint
+from train.optimizer import named_states
 from train.parallel import local
 
 always, what, *numbers = re.fullmatch(r"(!?)(\w+)@(\d+)-(\d+)", os.environ.get("FAIL", "nothing@0-0")).groups()
@@ -69,9 +70,10 @@ def step_or_worse(run, step, batch, *rest):
         hook.remove()
     result = train_step(run, step, batch, *rest)
     hook.remove()
-    if now and what == "weights":
+    if now and what in ("weights", "moments"):
+        moments = (t for name, t in named_states(run.optimizer, run.model).items() if name.endswith("/exp_avg"))
         with torch.no_grad():
-            local(next(run.model.parameters())).view(-1)[:1] = torch.nan
+            local(next(run.model.parameters() if what == "weights" else moments)).view(-1)[:1] = torch.nan
     return result
 
 

@@ -89,6 +89,17 @@ def test_bad_data_is_passed_over(train, shards, assert_same_run, without_the_bad
     injected(5, "6 steps and their data")
 
 
+@pytest.mark.fault("the gradient overflows in float16", "the loss scale halves; scale and count survive a kill")
+def test_the_loss_scale_falls_and_survives_a_resume(train, injected, tmp_path):
+    run, flags = tmp_path / "run", ["--dtype=float16", "--num_iterations=10", "--val_loss_every=0"]
+    train(run, *flags, FAIL="gradient@3-3", RAWGPT_FAULT="metrics#7=KILL", code=-9)
+    train(run, *flags)
+    for step, good_steps in ((5, 2), (10, 7)):
+        state = json.loads((run / f"checkpoints/step_{step:08d}/state.json").read_text())
+        assert state["scaler"] == {"value": 2.0**15, "good_steps": good_steps}
+    injected(1, "1 step")
+
+
 @pytest.mark.fault("not finite whatever the data", "exit code 3 after --max_rollbacks; the last checkpoint stays good")
 def test_what_going_back_does_not_help_ends(train, injected, tmp_path):
     run = tmp_path / "run"
@@ -122,11 +133,16 @@ def test_a_spike_is_not_taken(train, metrics, injected, tmp_path, resumed):
     injected(1, "1 step")
 
 
-@pytest.mark.fault("a weight on one rank becomes NaN", "never saved; back to the last good checkpoint, past that data")
-@pytest.mark.parametrize("stage", [3, slow(0), slow(1), slow(2)])
-def test_poisoned_weights_are_never_saved(train, metrics, injected, tmp_path, stage):
+@pytest.mark.fault(
+    "a weight or a moment on one rank becomes NaN", "never saved; back to the last good checkpoint, past that data"
+)
+@pytest.mark.parametrize(
+    "what, ranks, stage",
+    [("weights", 2, 3), ("moments", 1, 0), slow("weights", 2, 0), slow("weights", 2, 1), slow("weights", 2, 2)],
+)
+def test_poisoned_weights_are_never_saved(train, metrics, injected, tmp_path, what, ranks, stage):
     run = tmp_path / "run"
-    done = train(run, f"--zero_stage={stage}", "--keep_last=9", ranks=2, FAIL="weights@10-10")
+    done = train(run, f"--zero_stage={stage}", "--keep_last=9", ranks=ranks, FAIL=f"{what}@10-10")
     assert "weights not finite in step 10: back to step 5" in done.stdout
     for checkpoint in sorted((run / "checkpoints").glob("step_*")):
         assert all(value.isfinite().all() for value in tensors(checkpoint).values()), checkpoint

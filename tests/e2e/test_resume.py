@@ -181,6 +181,8 @@ def test_a_longer_run_goes_on(trainer, metrics, finished):
     done = trainer.run(finished, "--num_iterations=12", "--learning_rate=5e-4")
     assert "learning_rate: 0.001 → 0.0005" in done.stdout
     assert [r["step"] for r in metrics(finished)] == list(range(1, 13))
+    seconds = [r["elapsed_s"] for r in metrics(finished)]
+    assert seconds == sorted(seconds)  # the clock goes on from the checkpoint
 
 
 def test_a_shorter_run_says_that_it_is_done(trainer, finished):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model import loss as loss_module
-from model.loss import IGNORE_INDEX, linear_cross_entropy
+from model.loss import IGNORE_INDEX, linear_cross_entropy, token_losses
 
 VOCAB, PADDED, WIDTH, ROWS = 301, 320, 24, 37
 
@@ -42,12 +42,32 @@ def test_value_and_gradients_equal_the_plain_version(softcap, ignored, chunk_row
         assert (a - b).abs().max() < 1e-5
 
 
-def test_without_gradients_the_value_is_the_same():
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_without_gradients_the_value_is_the_same(softcap):
     hidden, weight, targets = inputs(ignored=3)
     with torch.no_grad():
-        without = linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_rows=8)[0]
-    assert without.item() == pytest.approx(linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_rows=8)[0].item())
+        without = linear_cross_entropy(hidden, weight, targets, VOCAB, softcap, chunk_rows=8)[0]
+    assert without.item() == pytest.approx(plain(hidden, weight, targets, softcap).item())
     assert not without.requires_grad
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_each_token_has_its_loss_and_whether_it_is_the_likeliest(softcap):
+    hidden, weight, targets = (t.detach() for t in inputs(ignored=3))
+    logits = (hidden @ weight.t())[:, :VOCAB]
+    targets[5:15] = logits[5:15].argmax(-1)
+    losses, likeliest = token_losses(hidden, weight, targets, VOCAB, softcap, chunk_rows=8)
+    logits = (hidden @ weight.t())[:, :VOCAB]
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
+    assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    assert likeliest.tolist() == (logits.argmax(-1) == targets).tolist()
+
+
+def test_of_equally_likely_tokens_the_first_is_the_likeliest():
+    hidden, weight = torch.ones(2, WIDTH), torch.zeros(PADDED, WIDTH)
+    weight[[7, 9]] = 1.0
+    assert token_losses(hidden, weight, torch.tensor([7, 9]), VOCAB)[1].tolist() == [True, False]
 
 
 def test_padding_rows_get_no_gradient_and_no_probability():
