@@ -69,7 +69,7 @@ def without_the_bad_data(train, trace, parameters_of, tmp_path_factory):
 @pytest.mark.fault(
     "not finite 5 times in a row", "back to the last good checkpoint and past that data, also if it is killed there"
 )
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("resumed", [False, slow(True)])
 def test_bad_data_is_passed_over(train, shards, assert_same_run, without_the_bad_data, injected, tmp_path, resumed):
     run = tmp_path / "run"
     if resumed:  # it ends in the middle of the row, without a checkpoint of it, and again after it has gone back

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Does a test notice each mistake in tests/mutation/mutations.txt? Takes hours; `--help` lists the flags.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/env.sh tests/requirements.txt
+python tests/mutation/check.py "$@"
