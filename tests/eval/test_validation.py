@@ -53,6 +53,22 @@ def test_losses_tokens_and_bytes_are_those_of_the_targets(loader, batch_size, ro
     assert measured(loader, windows, batch_size, rounds) == expected
 
 
+def test_documents_are_kept_apart_if_their_first_token_is_known(loader):
+    seen = []
+
+    def model(idx, targets, positions=None):
+        seen.append((idx, positions))
+        return losses_of(idx, targets)
+
+    for end_of_text in (None, int(TOKENS[3])):
+        list(windows_loss(model, loader, [0, 5], 2, 1, torch.device("cpu"), None, end_of_text))
+    (_, without), (idx, positions) = seen
+    assert without is None
+    for row, found in zip(idx.tolist(), positions.tolist(), strict=True):
+        starts = [max((i for i in range(at + 1) if row[i] == TOKENS[3]), default=0) for at in range(T)]
+        assert found == [at - start for at, start in enumerate(starts)]
+
+
 def test_a_rank_without_windows_adds_nothing(loader):
     assert measured(loader, [], 2, 3) == [0, 0, 0]
 

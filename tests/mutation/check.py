@@ -2,10 +2,11 @@
 
     bash scripts/mutation_check.sh --jobs=2 --output=mutations.jsonl
 
-Applies one mistake at a time to a copy of the repository and runs the tests there until one fails: first the test file
-that bears the name of the changed file and the comparison with the reference trainer, then the tests of the directory
-(those of train_gpt.py are tests/e2e), then the whole default suite, as far as --depth says. The golden traces are left
-out: any changed number fails them, and the question is whether a test knows the right number.
+Applies one mistake at a time to a copy of the repository and runs the tests there until one fails: first the test that
+the list names, or the test file that bears the name of the changed file; then the tests of the directory (those of
+train_gpt.py are tests/e2e) and the comparison with the reference trainer; then the whole default suite, as far as
+--depth says. The golden traces are left out: any changed number fails them, and the question is whether a test knows
+the right number. Tests that compile are left out because they are slow.
 
 Tools like mutmut and cosmic-ray do not fit: they generate thousands of mutants and mutate in-process, while these
 tests run the real command in child processes under torchrun. At a minute per mutant that takes days.
@@ -94,8 +95,8 @@ def end_processes(worker: Path) -> None:
                     found = True
 
 
-def test_files(tree: Path, tests: list[str]) -> list[str]:
-    """The files of tests in order, each once. By name, as pytest would sort those of one directory."""
+def files_of(tests: list[str], tree: Path) -> list[str]:
+    """Returns the test files in order, each once: pytest would sort those of one directory by name."""
     if "::" in tests[0]:
         return tests
     found = [path for test in tests for path in [tree / test, *sorted((tree / test).rglob("test_*.py"))]]
@@ -104,8 +105,8 @@ def test_files(tree: Path, tests: list[str]) -> list[str]:
 
 
 def run_tests(worker: Path, tests: list[str], limit: float | None) -> tuple[int | None, str]:
-    """Exit code of pytest, None after `limit` seconds, and the first test that failed."""
-    files = test_files(worker / "tree", tests)
+    """Returns pytest's exit code, None after `limit` seconds, and the first test that failed."""
+    files = files_of(tests, worker / "tree")
     command = [sys.executable, "-m", "pytest", *OPTIONS, f"--basetemp={worker / 'pytest'}", *files]
     # Python tells stale bytecode by the time and size of its source, which a mutation may leave as they are.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(worker / "tmp")}
@@ -158,7 +159,7 @@ def describe(result: dict) -> str:
 
 
 def check(chosen: list[Mutation], args: argparse.Namespace, base: Path) -> int:
-    """Examines the mutations without a result, and sums up. Returns the exit code."""
+    """Examines the mutations that have no result yet and prints a summary. Returns the exit code."""
     results = read_results(args.output, args.depth)
     todo = [m for m in chosen if (m.file, m.mistake) not in results]
     workers = [make_worker(base / str(i)) for i in range(min(args.jobs, len(todo)))]
