@@ -491,7 +491,7 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
             "step": step,
             "tokens": step * config.total_batch_size,
             "loss": loss,
-            "lr": run.optimizer.param_groups[0]["lr"],  # the rate that the optimizer used
+            "lr": run.optimizer.param_groups[0]["lr"],  # as the optimizer has it; a skipped step does not use it
             "grad_norm": grad_norm,
             "tok_per_s": tok_per_s,
             "mfu": tok_per_s * flops_per_token / (peak * ranks.world_size) if peak else None,

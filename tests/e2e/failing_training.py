@@ -1,7 +1,7 @@
 """`FAIL=WHAT@FIRST-LAST python failing_training.py --flags`: train_gpt.py where the last rank's numbers go wrong.
 
 WHAT is "loss" (not a number), "gradient" (infinite), "spike" (a gradient a thousand times as large), "weights" or
-"moments" (one of the model's or the optimizer's is not a number after the step), "stuck" (the rank hangs, but lives) or
+"moments" (a weight, or an Adam moment, becomes NaN after the step), "stuck" (the rank hangs, but lives) or
 "oom" (no memory for the step, and saves take a second longer). It happens in every step that receives the batch of one
 of the steps FIRST to LAST of an undisturbed run; with "!" in front, in the steps FIRST to LAST whatever their batch.
 PASS_OVER=FROM+COUNT: no failure, but from step FROM on each step is given the batch of the step COUNT later.

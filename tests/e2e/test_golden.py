@@ -2,7 +2,7 @@
 
 Each file in tests/golden/ holds the numbers of one run, and the processor and torch version that it was made with.
 Kernels choose their instructions by processor, which changes the last bits of a sum. So the comparison is exact only
-on the same processor and torch version. Elsewhere numbers must agree within TOLERANCE, and text (samples, hashes,
+on the same processor and torch version. Elsewhere numbers must agree within a tolerance, and text (samples, hashes,
 reasons) is not compared. RAWGPT_REWRITE_GOLDEN=1 rewrites the files.
 """
 
@@ -21,7 +21,8 @@ from data.shards import write_shard
 from model.weights import load_tensors, tensor_shapes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TOLERANCE = 1e-6  # relative to max(1, |x|)
+TOLERANCE = 1e-6  # of losses and gradient norms, relative to max(1, |x|)
+TENSOR_TOLERANCE = 1e-4  # of the norms of weights and moments, relative: a moment may be as small as 1e-7
 SETTINGS = {  # ranks, stage, file; stage 1 is bit-equal to stage 0
     "one_process": (1, 0, "one_process.json"),
     "two_ranks_stage_0": (2, 0, "two_ranks.json"),
@@ -97,10 +98,14 @@ def flat(content, where=""):
     return {k: v for key, inner in content.items() for k, v in flat(inner, f"{where}, {key}" if where else key).items()}
 
 
-def is_same(found, expected, exact):
+def is_same(where, found, expected, exact):
     if exact or type(found) is not type(expected) or isinstance(found, int):
         return found == expected
-    return isinstance(found, str) or abs(found - expected) <= TOLERANCE * max(1, abs(expected))
+    if isinstance(found, str):
+        return True
+    if "norms" in where:
+        return abs(found - expected) <= TENSOR_TOLERANCE * abs(expected)
+    return abs(found - expected) <= TOLERANCE * max(1, abs(expected))
 
 
 def first_difference(found, golden):
@@ -109,8 +114,9 @@ def first_difference(found, golden):
     ours, theirs = ({k: v for k, v in flat(x).items() if not k.startswith("made_with")} for x in (found, golden))
     for where in theirs | ours:
         a, b = ours.get(where, "missing"), theirs.get(where, "missing")
-        if where not in ours or where not in theirs or not is_same(a, b, exact):
-            return f"{where}: {a} instead of {b} ({'exact' if exact else f'within {TOLERANCE}'})"
+        if where not in ours or where not in theirs or not is_same(where, a, b, exact):
+            how = "exactly" if exact else "within the tolerance"
+            return f"{where}: {a} instead of {b} ({how}; the file was made with {golden['made_with']})"
     return ""
 
 
@@ -125,7 +131,7 @@ def check_events(found, printed):
     skipped = [r for r in [*superseded.values(), *records.values()] if "skipped" in r]
     assert [r["step"] for r in skipped] == ODD_STEPS
     assert all(superseded[f"step {step}"] == records[f"step {step}"] for step in range(back_to[0] + 1, KILLED_AT))
-    # Far from the limit on both sides, so that other rounding decides alike.
+    # Far from the limit on both sides, so that rounding on another processor does not change what is skipped.
     limit = max(float(r["skipped"].split()[-1]) for r in skipped)
     assert min(r["grad_norm"] for r in skipped) > 5 * limit
     assert max(r["grad_norm"] for r in records.values() if r["step"] > 64) < limit / 5
@@ -140,11 +146,12 @@ def test_the_run_gives_the_recorded_numbers(trainer, data_flags, tmp_path, setti
     command = tmp_path / "run", *FLAGS, *data_flags, f"--zero_stage={stage}"
     trainer.run(*command, ranks=ranks, fault=f"metrics#{KILLED_AT}=KILL", code=-9 if ranks == 1 else 1)
     printed = trainer.run(*command, ranks=ranks).stdout
-    found, path = numbers_of(tmp_path / "run"), GOLDEN / file
+    found, path, rewriting = numbers_of(tmp_path / "run"), GOLDEN / file, os.environ.get("RAWGPT_REWRITE_GOLDEN") == "1"
     check_events(found, printed)
-    if not torch.backends.mkl.is_available():
+    if not (rewriting or torch.backends.mkl.is_available()):
         pytest.skip("without MKL dropout draws other masks")
-    if os.environ.get("RAWGPT_REWRITE_GOLDEN") == "1" and stage != 1:
+    if rewriting and stage != 1:
         path.write_text(json.dumps(found, indent=1) + "\n")
+    assert path.is_file(), f"{path} is missing; RAWGPT_REWRITE_GOLDEN=1 writes it"
     difference = first_difference(found, json.loads(path.read_text()))
     assert not difference, f"{setting}: {difference}"

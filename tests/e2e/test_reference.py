@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
+from cfg.config import Config
 from data.shards import write_shard
 from tests import reference
 
@@ -15,7 +15,7 @@ GPT2 |= {"tie_embeddings": True, "rope_base": 10000.0, "norm_eps": 1e-5}
 LLAMA = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "mlp_hidden": 96, "bias": False, "n_kv_head": 2}
 LLAMA |= {"tie_embeddings": False, "rope_base": 500.0, "norm_eps": 1e-3}
 SIZE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 251, "sequence_length": 32, "batch_size": 2}
-# None of these is the default, and each matters: the second test holds that.
+# Not the defaults, except for dropout. The last test checks that the flags in DEFAULTS matter.
 TRAINING = {
     "num_iterations": 10,
     "total_batch_size": 512,
@@ -34,26 +34,16 @@ TRAINING = {
     "val_loss_every": 4,
     "val_max_steps": 2,
 }
-DEFAULTS = {
-    "total_batch_size": 256,  # micro-batch × length × ranks
-    "learning_rate": 6e-4,
-    "schedule": "cosine",
-    "warmup_iters": 0,
-    "learning_rate_decay_frac": 0.1,
-    "cooldown_frac": 0.2,
-    "weight_decay": 0.1,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "adam_eps": 1e-8,
-    "grad_clip": 1.0,
-    "seed": 1337,
-}
+CHECKED = ("learning_rate", "schedule", "warmup_iters", "learning_rate_decay_frac", "cooldown_frac", "weight_decay")
+CHECKED += ("beta1", "beta2", "adam_eps", "grad_clip", "seed", "val_max_steps")
+DEFAULTS = {name: Config.model_fields[name].default for name in CHECKED}
+DEFAULTS["total_batch_size"] = SIZE["batch_size"] * SIZE["sequence_length"]  # on one rank
 LIMIT = 1e-5
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two training shards and one for validation, of tokens that follow one another in a noisy way."""
+    """Two training shards and one for validation: a noisy count that adds 1 to 3 each time, and sometimes 40 on top."""
     folder = tmp_path_factory.mktemp("reference")
     random = np.random.default_rng(0)
     tokens = (np.cumsum(random.integers(1, 4, 9000)) + 40 * random.integers(0, 2, 9000)) % SIZE["vocab_size"]
@@ -70,7 +60,6 @@ def expected(data):
     def of(ranks=1, **flags):
         key = ranks, *sorted(flags.items())
         if key not in found:
-            torch.set_num_threads(1)
             patterns = f"{data}/*_train_*.bin", f"{data}/*_val_*.bin"
             found[key] = reference.train(SimpleNamespace(**flags), *patterns, ranks)
         return found[key]
@@ -97,9 +86,11 @@ def assert_equal(ours, theirs, limit=LIMIT):
     assert [r["step"] for r in records] == [r["step"] for r in expected_records]
     for record, wanted in zip(records, expected_records, strict=True):
         assert {k: record[k] for k in wanted} == pytest.approx(wanted, abs=limit, rel=0), f"step {wanted['step']}"
+        assert record["lr"] == pytest.approx(wanted["lr"], rel=1e-12)
         assert ("val_loss" in record) == ("val_loss" in wanted)
     assert weights.keys() == expected_weights.keys()
     for name, wanted in expected_weights.items():
+        assert weights[name].shape == wanted.shape
         assert (weights[name].double() - wanted).abs().max() <= limit, name
 
 
@@ -130,7 +121,7 @@ def test_float16_gives_the_norms_of_the_reference_within_its_rounding(run, expec
     records, _ = run(tmp_path / "run", ranks, **flags, **half)
     for record, wanted in zip(records, expected(ranks, **flags)[0], strict=True):
         assert record["loss"] == pytest.approx(wanted["loss"], rel=2**-11)
-        limit = 2**-11 if record["step"] <= 3 else 2**-8  # the updates before it were rounded too
+        limit = 2**-11 if record["step"] <= 3 else 2**-8  # the rounding of earlier updates adds up
         assert record["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=limit), record["step"]
     state = json.loads((tmp_path / "run/checkpoints/step_00000010/state.json").read_text())
     assert state["scaler"] == {"value": 2.0**16, "good_steps": 10}

@@ -57,7 +57,6 @@ def test_each_token_has_its_loss_and_whether_it_is_the_likeliest(softcap):
     logits = (hidden @ weight.t())[:, :VOCAB]
     targets[5:15] = logits[5:15].argmax(-1)
     losses, likeliest = token_losses(hidden, weight, targets, VOCAB, softcap, chunk_rows=8)
-    logits = (hidden @ weight.t())[:, :VOCAB]
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
     assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)

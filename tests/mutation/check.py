@@ -1,12 +1,13 @@
 """Mutation check: does a test notice each of the mistakes in tests/mutation/mutations.txt?
 
-    bash scripts/mutation_check.sh --jobs=2 --output=mutations.jsonl
+    bash scripts/mutation_check.sh --jobs=2 --output=/tmp/mutations.jsonl
 
 Applies one mistake at a time to a copy of the repository and runs the tests there until one fails: first the test that
 the list names, or the test file that bears the name of the changed file; then the tests of the directory (those of
-train_gpt.py are tests/e2e) and the comparison with the reference trainer; then the whole default suite, as far as
---depth says. The golden traces are left out: any changed number fails them, and the question is whether a test knows
-the right number. Tests that compile are left out because they are slow.
+train_gpt.py are tests/e2e) and the comparison with the reference trainer; then the whole default suite. --depth says
+where to stop. A test that fails without the mistake too does not count. The golden traces are left out: any changed
+number fails them, and the question is whether a test knows the right number. Tests with "compiled" in their name are
+left out because they are slow.
 
 Tools like mutmut and cosmic-ray do not fit: they generate thousands of mutants and mutate in-process, while these
 tests run the real command in child processes under torchrun. At a minute per mutant that takes days.
@@ -46,19 +47,32 @@ class Mutation(NamedTuple):
     mistake: str
     old: str
     new: str
-    test: str = ""  # that should notice it
+    test: str  # to run first; "" if the list names none
+
+
+ENTRY = re.compile(r"(\S+): (.+)\n- ?(.+)\n\+ ?(.*)(?:\n@ (\S+))?")
 
 
 def read_mutations(path: Path = LIST) -> list[Mutation]:
-    entries = (entry.splitlines() for entry in path.read_text().split("\n\n")[2:])
-    return [Mutation(*head.split(": ", 1), *(line[2:] for line in lines)) for head, *lines in entries]
+    """Reads the list. Raises ValueError if an entry is not of its form."""
+    found = []
+    for entry in path.read_text().rstrip("\n").split("\n\n")[2:]:
+        if not (parts := ENTRY.fullmatch(entry)):
+            raise ValueError(f"{path.name}: not an entry: {entry.splitlines()[:1]}")
+        found.append(Mutation(*parts.groups("")))
+    return found
 
 
 def find_problem(mutation: Mutation) -> str:
     """Returns why a mutation cannot be applied, "" if it can."""
     path = ROOT / mutation.file
     count = path.read_text().count(mutation.old) if path.is_file() else 0
-    return "" if count == 1 else f"{mutation.file}: {mutation.old!r} occurs {count} times instead of once"
+    if count != 1:
+        return f"{mutation.file}: {mutation.old!r} occurs {count} times instead of once"
+    file, _, name = mutation.test.partition("::")
+    if file and not ((ROOT / file).is_file() and f"def {name.partition('[')[0]}" in (ROOT / file).read_text()):
+        return f"{mutation.file}: {mutation.mistake}: there is no test {mutation.test}"
+    return ""
 
 
 def stages_of(mutation: Mutation, depth: str) -> list[list[str]]:
@@ -83,7 +97,7 @@ def make_worker(folder: Path) -> Path:
 
 
 def end_processes(worker: Path) -> None:
-    """Kills what the tests in `worker` have started, also in sessions of their own: TMPDIR gives them away."""
+    """Kills what the tests in `worker` have started, in other sessions too: TMPDIR in their environment marks them."""
     mark = f"TMPDIR={worker / 'tmp'}".encode()
     found = True
     while found:
@@ -138,6 +152,8 @@ def examine(mutation: Mutation, worker: Path, stages: list[list[str]], limit: fl
                 break
     finally:
         path.write_bytes(original)
+    if caught and run_tests(worker, [by], limit)[0] != 0:
+        caught, by = False, f"error: {by} fails without the mistake too"
     seconds = round(time.monotonic() - begun, 1)
     return {"file": mutation.file, "mistake": mutation.mistake, "caught": caught, "by": by, "seconds": seconds}
 
@@ -154,7 +170,7 @@ def read_results(path: Path | None, depth: str) -> dict[tuple[str, str], dict]:
 
 
 def describe(result: dict) -> str:
-    kind = "caught" if result["caught"] else "error" if result["by"] else "SURVIVED"  # an error is also the timeout
+    kind = "caught" if result["caught"] else "error" if result["by"] else "SURVIVED"  # a timeout is an error
     return f"{kind:8} {result['file']}: {result['mistake']} ({result['seconds']:.0f} s) {result['by']}".rstrip()
 
 
@@ -205,12 +221,20 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mistakes at a time, each in a separate copy")
     parser.add_argument("--depth", choices=DEPTHS, default="directory", help="how far to go with a survivor")
     parser.add_argument("--list", action="store_true", help="show the mistakes and stop")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="results as JSON lines; those in it are kept")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="results as JSON lines; those in it are not repeated"
+    )
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run of pytest (default: 3600)")
     args = parser.parse_args()
-    mutations = read_mutations()
-    if problem := next(filter(None, map(find_problem, mutations)), ""):
+    try:
+        mutations = read_mutations()
+        problem = next(filter(None, map(find_problem, mutations)), "" if mutations else f"{LIST.name} has no entries")
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
         parser.exit(2, f"error: {problem}\n")
+    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+        parser.error(f"--output={args.output}: is a folder, or in a folder that does not exist")
     chosen = [m for m in mutations if args.only in m.file or args.only in m.mistake]
     if not chosen or args.jobs < 1 or args.timeout <= 0:
         parser.error("--only matches no mistake" if not chosen else "--jobs and --timeout must be positive")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfg import faults
-from cfg.config import load_config
+from cfg.config import ModelConfig, load_config
 from cfg.errors import StorageError, UserError
 from cfg.files import file_sha256
 from model import weights
@@ -80,6 +80,29 @@ def test_the_state_of_a_step_that_was_not_taken_can_be_read(tmp_path):
     state["record"] |= {"skipped": "loss or gradient not finite", "loss": math.nan}
     checkpoint.Saver(config, RANKS).save(3, model, optimizer, state)
     assert read_state(list_checkpoints(tmp_path)[0])["record"]["skipped"] == "loss or gradient not finite"
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic")
+@pytest.mark.parametrize("flag", ModelConfig.model_fields)
+def test_a_checkpoint_of_another_model_is_refused_by_the_flag(two, flag):
+    config = setup(two)[0]
+    other = config.model_copy(update={flag: "another"})
+    if flag in ("dropout", "flash", "zero_init"):  # these leave the weights as they are
+        assert checkpoint.check_same_model(find_checkpoint(two), other) == [
+            f"{flag}: {getattr(config, flag)} → another"
+        ]
+    else:
+        with pytest.raises(UserError, match=f"of another model: --{flag}=another"):
+            checkpoint.check_same_model(find_checkpoint(two), other)
+
+
+def test_the_checkpoints_of_a_run_win_over_the_one_it_began_from(tmp_path):
+    for folder in ("first", "branch"):
+        config, model, optimizer = setup(tmp_path / folder)
+        save(config, 1, model, optimizer)
+    [first], [branch] = (list_checkpoints(tmp_path / folder) for folder in ("first", "branch"))
+    assert checkpoint.choose(tmp_path / "branch", str(first)) == branch
+    assert checkpoint.choose(tmp_path / "new", str(first)) == first
 
 
 def test_optimizer_state_is_keyed_by_parameter_name():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -44,6 +45,13 @@ def test_a_spike_is_told_from_what_is_usual():
     assert steps.limit() == pytest.approx(mean + 6 * deviation, abs=0.01)
     assert judge(steps, [steps.limit() * 1.01, steps.limit() * 0.99])[0].startswith("norm 1.6")
     assert not any(judge(steps, [0.0] * 3))  # only upwards
+
+
+@pytest.mark.parametrize("sigmas", [2, 10])
+def test_the_limit_is_as_many_deviations_above_the_mean_as_asked_for(sigmas):
+    steps = guard(f"--skip_spikes={sigmas}")
+    judge(steps, usual())
+    assert steps.limit() == pytest.approx(np.mean(usual()) + sigmas * np.std(usual()))
 
 
 def test_neither_nan_nor_spikes_make_the_next_one_look_usual():

@@ -21,6 +21,9 @@ def test_an_overflow_halves_it_and_calm_doubles_it():
     assert scale.value == START / 2
     scale.update(True)
     assert scale.value == START
+    for finite in [True] * (GROWTH_INTERVAL - 1) + [False] + [True] * (GROWTH_INTERVAL - 1):
+        scale.update(finite)
+    assert scale.value == START / 2  # an overflow restarts the count
     for _ in range(100):
         scale.update(False)
     assert scale.value == 1  # and not zero

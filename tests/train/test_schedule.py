@@ -26,6 +26,12 @@ def test_the_last_step_is_at_the_floor(schedule):
     assert rates(f"--schedule={schedule}", "--learning_rate_decay_frac=0")[-1] == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_the_floor_is_a_fraction_of_the_peak(schedule):
+    r = rates(f"--schedule={schedule}", "--learning_rate=0.5", "--learning_rate_decay_frac=0.1")
+    assert r[0] == pytest.approx(0.5, rel=0.02) and r[-1] == pytest.approx(0.05)
+
+
 def test_cosine_is_half_way_down_in_the_middle():
     r = rates("--warmup_iters=20", "--learning_rate_decay_frac=0.2")
     assert r[59] == pytest.approx(0.6)  # half of the 80 steps after warm-up
