@@ -1,4 +1,4 @@
-"""The real command gives the numbers of an independent trainer, tests/reference.py, with every flag of training."""
+"""The real command gives the numbers of an independent trainer, tests/reference.py, for every flag of the update."""
 
 import json
 from types import SimpleNamespace
@@ -104,6 +104,8 @@ CASES = [
     ("llama", 2, 0, {"batch_size": 8}),
     ("llama", 2, 2, {"schedule": "cosine"}),
     ("llama", 2, 3, {"dropout": 0.1, "flash": False, "activation_checkpointing": "block"}),
+    pytest.param("gpt2", 1, 3, {}, marks=pytest.mark.slow),
+    pytest.param("llama", 1, 0, {}, marks=pytest.mark.slow),
 ]
 
 
