@@ -55,6 +55,7 @@ def test_a_second_run_finds_nothing_to_do(one_rank, trainer):
     assert (output_dir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow  # tests/train/on_ranks.py compares four ranks step by step
 def test_four_ranks_change_nothing(one_rank, trainer, trace, parameters_of, tmp_path):
     """20 steps: losses, norms, validation and final parameters to 1e-5 in fp32. One and two: test_reference.py."""
     output_dir = tmp_path / "run"
@@ -91,7 +92,8 @@ def test_the_quickstarts_run_learns_shakespeare_by_heart(tmp_path):
     assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n")
 
 
-@pytest.mark.parametrize("family", ["llama", "modern"])
+# Compiled runs: tests/e2e/test_strategies.py; compiled models of each family: tests/model/test_gpt.py.
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "modern"])
 def test_the_other_families_train_in_bfloat16_and_compiled(trainer, metrics, tmp_path, family):
     switches = {
         "llama": "--positions=rotary --norm=rmsnorm --mlp=swiglu --bias=0 --tie_embeddings=0 --n_kv_head=1",

@@ -129,8 +129,8 @@ def check_imported_weights(ranks, folder):
 
 def check_numbers(ranks, folder):
     """Norms, parameters and moments after three steps: stage 1 as stage 0 bit for bit, the others to rounding."""
-    variants = [("gpt2", ["--sync_every_microbatch=1"]), ("gpt2", ["--activation_checkpointing=selective"])]
-    for family, more in [("gpt2", []), ("llama", []), *variants]:
+    variants = {"gpt2": ["--sync_every_microbatch=1"], "llama": ["--activation_checkpointing=selective"]}
+    for family, more in variants.items():  # without them: check_load
         reference = Setting(ranks, *FAMILIES[family])
         norms = [reference.step(k) for k in range(3)]
         for name, flags in settings(ranks.world_size).items():

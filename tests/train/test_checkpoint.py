@@ -74,6 +74,16 @@ def test_round_trip_is_exact_and_training_goes_on_alike(tmp_path):
     assert [step(model, optimizer, k) for k in range(3, 6)] == [step(other, other_optimizer, k) for k in range(3, 6)]
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_checkpoint_with_more_or_fewer_layers_is_refused(tmp_path, layers):
+    config, model, optimizer = setup(tmp_path, "--n_layer=2")
+    step(model, optimizer)
+    save(config, 1, model, optimizer)
+    _, other, other_optimizer = setup(tmp_path, f"--n_layer={layers}")
+    with pytest.raises(UserError, match=r"h\.[12]\.\S+ is only in one of the two"):
+        checkpoint.load(list_checkpoints(tmp_path)[0], other, other_optimizer)
+
+
 def test_the_state_of_a_step_that_was_not_taken_can_be_read(tmp_path):
     config, model, optimizer = setup(tmp_path)
     state = state_of(3) | {"guard": StepGuard(config).state_dict()}
@@ -348,6 +358,15 @@ def test_damage_to_any_file_is_found(two, injected):
             path.write_bytes(whole)
     assert find_checkpoint(two) == newest
     injected(done + flip_all(newest / MANIFEST))
+
+
+@pytest.mark.parametrize("folder, found", [("model", True), ("optimizer", False)])
+def test_evaluation_hashes_the_model_and_only_looks_for_the_optimizer(two, folder, found):
+    file = next(list_checkpoints(two)[0].glob(f"{folder}/*"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert bool(problem_with(list_checkpoints(two)[0], skip="optimizer")) == found
 
 
 def loaded(content):

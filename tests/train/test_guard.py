@@ -62,8 +62,8 @@ def test_a_second_ctrl_c_interrupts_at_once():
 
 
 def test_the_clock_votes_for_itself():
-    assert StopRequest(1e-9, time.monotonic() - 1).votes() == [0.0, 1.0]
-    assert StopRequest(100, time.monotonic()).votes() == [0.0, 0.0]
+    assert StopRequest(1, time.monotonic() - 61).votes() == [0.0, 1.0]
+    assert StopRequest(1, time.monotonic() - 40).votes() == [0.0, 0.0]  # minutes
 
 
 def test_a_directory_is_locked_while_its_process_lives(tmp_path):
