@@ -53,6 +53,7 @@ from train import checkpoint, guard, watch
 from train.aside import aside
 from train.distributed import Ranks, close_ranks, init_ranks, set_timeout
 from train.divergence import StepGuard, all_finite
+from train.memory import choose_batch_size
 from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot, plot_losses, read_records
 from train.optimizer import make_optimizer, named_states, set_learning_rate
 from train.parallel import (
@@ -112,6 +113,8 @@ def setup(config: Config) -> Run:
     output_dir = Path(config.output_dir)
     ranks = init_ranks(config.device, config.start_timeout_minutes, config.zero_stage >= 2, output_dir / "logs")
     device = ranks.device
+    if not config.batch_size:
+        config = choose_batch_size(config, ranks)
     if config.tensorcores and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if config.deterministic:
@@ -321,7 +324,8 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
     if not refusal:
         clipped = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
-        scale_gradients(gradients, clipped / run.scale.value)
+        if clipped != run.scale.value:
+            scale_gradients(gradients, clipped / run.scale.value)
         run.optimizer.step()
     run.scale.update(math.isfinite(mean_loss) and math.isfinite(norm))
     run.optimizer.zero_grad(set_to_none=True)
@@ -434,7 +438,7 @@ def due(config: Config, every: int, step: int) -> bool:
 def train(config: Config) -> int:
     """What comes before and after the loop. Returns the exit code."""
     run = setup(config)
-    ranks, output_dir = run.ranks, Path(run.config.output_dir)
+    config, ranks, output_dir = run.config, run.ranks, Path(config.output_dir)
     state = resume(run, config.resume)
     ranks.on_main(lambda: checkpoint.prepare_dir(output_dir, to_yaml(config)))
     if name := differing_replica(run.parallel, ranks):

@@ -68,11 +68,18 @@ def check_run(c: Config, world_size: int) -> None:
         raise UserError(f"--replicas={c.replicas} must divide the number of ranks, {world_size}")
     if c.cpu_offload and c.zero_stage < 2:
         raise UserError("--cpu_offload=1 is for --zero_stage=2 or 3 (on one GPU too)")
-    micro = c.batch_size * c.sequence_length * world_size
+    if c.compile == "model" and c.zero_stage >= 2:
+        raise UserError(f"--compile=model: a model sharded by --zero_stage={c.zero_stage} compiles per block; use 1")
+    if c.residual_dtype == "bfloat16" and c.dtype != "bfloat16":
+        raise UserError(f"--residual_dtype=bfloat16 is for --dtype=bfloat16, not {c.dtype}")
+    if not c.total_batch_size:  # as --batch_size=0 leaves it, too
+        raise UserError("--batch_size=0: it divides --total_batch_size into micro-steps; give that number of tokens")
+    rows = c.batch_size or 1
+    micro = rows * c.sequence_length * world_size
     if c.total_batch_size % micro:
         raise UserError(
             f"--total_batch_size={c.total_batch_size} must be a multiple of batch_size × sequence_length × ranks"
-            f" = {c.batch_size} × {c.sequence_length} × {world_size} = {micro};"
+            f" = {rows} × {c.sequence_length} × {world_size} = {micro};"
             f" nearest: {_multiples(c.total_batch_size, micro)}"
         )
 

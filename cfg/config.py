@@ -43,6 +43,8 @@ class Flags(BaseModel):
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind in (int, float):
             raise PydanticCustomError("truth", "input should be a number, not true or false")
+        if info.field_name == "compile" and str(value).lower() not in ("0", "1", "true", "false", "model"):
+            raise PydanticCustomError("compile", "input should be 0, 1 or model")
         return value
 
     @field_validator("*")
@@ -137,7 +139,12 @@ class BatchConfig(Flags):
 
     num_iterations: int = Field(1000, ge=1, description="optimizer steps in the whole run")
     sequence_length: int = Field(1024, ge=1, description="tokens per sequence")
-    batch_size: int = Field(4, ge=1, description="sequences per rank per micro-step")
+    batch_size: int = Field(
+        4,
+        ge=0,
+        description="sequences per rank per micro-step; 0: the largest power of two, at most 64, that fits the GPU and"
+        " divides total_batch_size (on a CPU at most 4)",
+    )
     total_batch_size: int = Field(
         0, ge=0, description="tokens per optimizer step over all ranks; 0: batch_size*sequence_length*ranks"
     )
@@ -190,7 +197,12 @@ class ComputeConfig(Flags):
     )
     tensorcores: bool = Field(False, description="TF32 for float32 matrix products on CUDA")
     deterministic: bool = Field(False, description="only kernels that repeat bit for bit; costs some speed on CUDA")
-    compile: bool = Field(False, description="torch.compile each block and the loss")
+    residual_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the residual stream in training; bfloat16 is faster and less precise"
+    )
+    compile: bool | Literal["model"] = Field(
+        False, description="torch.compile the loss and each block; model: and the whole forward pass (stages 0 and 1)"
+    )
 
 
 class ParallelConfig(Flags):
@@ -284,9 +296,11 @@ GROUPS: tuple[type[Flags], ...] = Config.__bases__  # as --help and docs/flags.m
 
 
 def type_name(field: FieldInfo) -> str:
+    if isinstance(field.default, bool):
+        return "0|1|model" if get_args(field.annotation) else "0|1"
     if get_origin(field.annotation) is Literal:
         return "|".join(str(choice) for choice in get_args(field.annotation))
-    return {bool: "0|1", str: "TEXT", int: "INT", float: "FLOAT"}[field.annotation]  # type: ignore[index]
+    return {str: "TEXT", int: "INT", float: "FLOAT"}[field.annotation]  # type: ignore[index]
 
 
 def shown_default(field: FieldInfo) -> str:
@@ -312,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
         section = parser.add_argument_group((group.__doc__ or "").strip())
         for name, field in group.model_fields.items():
             options: dict[str, Any] = {"metavar": type_name(field), "help": _help_line(field)}
-            if field.annotation is bool:
+            if isinstance(field.default, bool):
                 options |= {"nargs": "?", "const": "1"}
             section.add_argument(f"--{name}", **options)
     return parser

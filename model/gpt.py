@@ -96,6 +96,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.residual_dtype = torch.float32
         self.flex = False  # documents are kept apart by FlexAttention: only where the blocks are compiled
         padded = -(-config.vocab_size // config.vocab_pad) * config.vocab_pad
         self.wte = nn.Embedding(padded, config.n_embd)
@@ -159,12 +160,12 @@ class GPT(nn.Module):
         """
         end = start + idx.size(1)
         places = torch.arange(start, end, device=idx.device) if positions is None else positions
-        x = self.wte(idx).float()  # the residual stream is fp32 even where FSDP gathers weights in 16 bits
+        x = self.wte(idx).to(self.residual_dtype)  # by default fp32, even where FSDP gathers weights in 16 bits
         rotary = None
         if self.wpe is not None:
             if check and end > self.wpe.num_embeddings:
                 raise ValueError(f"{end} tokens, but the position table has {self.wpe.num_embeddings} rows")
-            x = x + self.wpe(places)
+            x = x + self.wpe(places).to(x.dtype)
         else:
             cos, sin = rotary_table(places, self.config)
             rotary = (cos, sin) if positions is None else (cos[:, None], sin[:, None])  # (B, 1, T, D/2), for all heads

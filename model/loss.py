@@ -10,6 +10,8 @@ idea of fusing the head with its loss: Liger Kernel, Hsu et al. 2024; Wijmans et
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# Logits of one chunk, in elements. 2^23 fp32 numbers are 32 MB; on CUDA larger chunks keep the
-# matrix units busy.
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+# The most logits in one chunk. 2^23 fp32 numbers are 32 MB. On CUDA large chunks keep the matrix units busy and
+# read and write the weight's gradient less often; 2^30 logits take 4.3 GB in bfloat16 when compiled, 13 GB eagerly.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**30}
+BYTES_PER_CHUNK_ELEMENT = 64  # of device memory: a chunk takes 6 to 28 bytes per logit, so at most 40 % of it
+MOST_CAP = 40.0  # exp(-2 * 40) is still a normal fp32 number
 
 
 def linear_cross_entropy(
@@ -51,8 +55,23 @@ def linear_cross_entropy(
 
 
 def rows_of_a_chunk(weight: Tensor) -> int:
-    """A power of two, which divides the usual batches, so that all chunks have one shape to compile."""
-    return 2 ** max(0, (CHUNK_ELEMENTS.get(weight.device.type, 2**26) // weight.size(0)).bit_length() - 1)
+    """Returns the number of rows in a chunk of logits for this head on its device."""
+    return chunk_rows_for(weight.size(0), weight.device.type, memory_of(weight.device))
+
+
+def chunk_rows_for(vocabulary: int, device_type: str, memory: float = math.inf) -> int:
+    """Returns the rows of a chunk: a power of two, which divides the usual batches, so that chunks have one shape.
+
+    `memory` is that of the device in bytes: small cards get smaller chunks.
+    """
+    elements = min(CHUNK_ELEMENTS.get(device_type, 2**26), memory / BYTES_PER_CHUNK_ELEMENT)
+    return 2 ** max(0, (int(elements) // vocabulary).bit_length() - 1)
+
+
+@lru_cache(maxsize=8)
+def memory_of(device: torch.device) -> float:
+    """Returns the bytes of a CUDA device; infinity for other devices, whose chunks do not depend on it."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
@@ -123,13 +142,59 @@ def chunk_loss_and_grad(logits: Tensor, targets: Tensor, vocab_size: int, softca
     return loss, grad.to(logits.dtype)
 
 
+def fused_chunk_loss_and_grad(
+    logits: Tensor, targets: Tensor, vocab_size: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Computes the same as `chunk_loss_and_grad`, in a form that torch.compile fuses without fp32 intermediates.
+
+    Inductor stores what a scatter writes into, here the fp32 gradient of all logits: 14 bytes of memory traffic per
+    bfloat16 logit. A comparison with the column number fuses into the pass that writes the gradient: 6 bytes.
+    """
+    column = torch.arange(logits.size(1), device=logits.device)
+    valid = targets != IGNORE_INDEX
+    index = targets.where(valid, 0)[:, None]
+    z, target = logits.float(), logits.gather(1, index).float()
+    if softcap:
+        z, target = softcap * torch.tanh(z / softcap), softcap * torch.tanh(target / softcap)
+    masked = z.masked_fill(column >= vocab_size, float("-inf"))
+    # Subtracting the maximum keeps exp from overflowing. The cap is a bound on it that needs no pass over the logits.
+    top = softcap if 0 < softcap <= MOST_CAP else masked.amax(-1, keepdim=True)
+    log_sum = (masked - top).exp().sum(-1, keepdim=True).log()
+    loss = (log_sum - (target - top)).squeeze(1).where(valid, 0.0).sum()
+    grad = (masked - top - log_sum).exp() - (column == index).float()
+    if softcap:
+        grad = grad * (1 - (z / softcap).square())
+    return loss, grad.to(logits.dtype)
+
+
 _compiled_chunk: Any = None
 
 
 def compile_loss() -> None:
     """Lets torch.compile fuse the element-wise part of each chunk, from now on."""
     global _compiled_chunk
-    _compiled_chunk = _compiled_chunk or torch.compile(chunk_loss_and_grad, dynamic=False)
+    _compiled_chunk = _compiled_chunk or torch.compile(fused_chunk_loss_and_grad, dynamic=False)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a @ b to the fp32 `total` in place, for 16-bit operands too."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and accumulates_in_fp32(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
+@lru_cache(maxsize=8)
+def accumulates_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether 16-bit matrices can be multiplied straight into an fp32 sum: with cuBLAS from torch 2.11 on."""
+    total, a = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -149,10 +214,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = (t != IGNORE_INDEX)[:, None]
             torch.mm(grad_logits, w, out=grad_x)
             grad_x *= valid
-            if w.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad_logits.t(), x * valid)
-            else:
-                grad_weight += grad_logits.t() @ (x * valid)
+            add_product(grad_weight, grad_logits.t(), x * valid)
+            del grad_logits  # else it would live on beside the next chunk's logits
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

@@ -32,8 +32,6 @@ GPU_MEMORY_GB = {
     "RTX 3070 Ti": 8, "RTX 3070": 8, "RTX 3060 Ti": 8, "RTX 3060": 12,
 }  # fmt: skip
 OLD_GPUS = ("V100", "T4")  # without bfloat16 and flash attention
-# Not for tensors: the CUDA context with its libraries and NCCL's buffers, and gaps between blocks of memory.
-CONTEXT_BYTES, FRAGMENTATION = 1.5e9, 0.05
 ENOUGH_TOKENS = 4096  # in a micro-step, below which a GPU's matrix units are not kept busy
 
 
@@ -80,7 +78,16 @@ from typing import Any
 import torch
 
 from model.gpt import GPT
-from train.memory import PARTS, Memory, micro_steps, planned_bytes
+from train.memory import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    PARTS,
+    Memory,
+    fitting_batch_size,
+    micro_steps,
+    planned_bytes,
+    usable_bytes,
+)
 from train.metrics import peak_flops
 
 CHOICES = ("zero_stage", "replicas", "activation_checkpointing", "cpu_offload", "sync_every_microbatch", "batch_size")
@@ -98,9 +105,9 @@ class Setting:
     largest: int
 
 
-def usable_bytes(args: argparse.Namespace) -> float:
-    capacity = 1e9 * (args.memory_gb or GPU_MEMORY_GB[args.gpu])
-    return (1 - FRAGMENTATION) * capacity - CONTEXT_BYTES
+def capacity(args: argparse.Namespace) -> float:
+    """Returns the bytes of memory of one GPU."""
+    return 1e9 * (args.memory_gb or GPU_MEMORY_GB[args.gpu])
 
 
 def strategies(args: argparse.Namespace, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -130,11 +137,12 @@ def explore(config: Config, given: dict[str, Any], args: argparse.Namespace) -> 
 
 
 def measure(config: Config, given: dict[str, Any], args: argparse.Namespace) -> Setting:
-    usable, memory = usable_bytes(args), planned_bytes(config, args.gpus)
+    most = capacity(args)
+    usable, memory = usable_bytes(most), planned_bytes(config, args.gpus, most)
     rows = config.total_batch_size // (config.sequence_length * args.gpus)  # of a rank in a step: the most there can be
     sizes = [config.batch_size] if "batch_size" in given else [b for b in range(rows, 0, -1) if rows % b == 0]
     candidates = (config.model_copy(update={"batch_size": b}) for b in sizes)
-    largest = next((c.batch_size for c in candidates if planned_bytes(c, args.gpus).peak <= usable), 0)
+    largest = next((c.batch_size for c in candidates if planned_bytes(c, args.gpus, most).peak <= usable), 0)
     return Setting(config, memory, memory.peak <= usable, largest)
 
 
@@ -161,7 +169,7 @@ def recommend(found: list[list[Setting]], args: argparse.Namespace) -> Setting |
         config = setting.config.model_copy(update={"batch_size": setting.largest})
         if micro_steps(config, args.gpus) == 1 and config.sync_every_microbatch:
             continue  # the same as without
-        settings.append(Setting(config, planned_bytes(config, args.gpus), True, setting.largest))
+        settings.append(Setting(config, planned_bytes(config, args.gpus, capacity(args)), True, setting.largest))
     return min(settings, key=lambda s: preference(s, args), default=None)
 
 
@@ -200,9 +208,9 @@ def expectation(config: Config, args: argparse.Namespace) -> str:
     hours = seconds * config.num_iterations / 3600
     tokens = config.num_iterations * config.total_batch_size
     cost = f", {hours * args.gpus * args.price:,.0f} for {args.price:g} a GPU hour" if args.price else ""
-    capacity, usable = args.memory_gb or GPU_MEMORY_GB[args.gpu], usable_bytes(args) / 1e9
+    size, usable = capacity(args) / 1e9, usable_bytes(capacity(args)) / 1e9
     return (
-        f"{model.num_params():,} parameters on {args.gpus} × {args.gpu}, {capacity:g} GB each, {usable:.1f} of them"
+        f"{model.num_params():,} parameters on {args.gpus} × {args.gpu}, {size:g} GB each, {usable:.1f} of them"
         f" to use (less {FRAGMENTATION:.0%} for gaps, {CONTEXT_BYTES / 1e9:g} for the CUDA context and NCCL)\n"
         f"{config.total_batch_size:,} tokens and {flops:.3g} FLOPs a step; {config.num_iterations:,} steps,"
         f" {tokens / 1e9:.1f} billion tokens\n"
@@ -303,6 +311,9 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
         changes["dtype"] = "float16"
     config = base.model_copy(update=changes)
     given = {name: getattr(config, name) for name in CHOICES if name in one_by_one(flags)}
+    if not config.batch_size:
+        given.pop("batch_size", None)
+        config = config.model_copy(update={"batch_size": fitting_batch_size(config, args.gpus, capacity(args))})
     found = explore(config, given, args)
     settings = table([shown(ways) for ways in found], args.gpus, args.markdown)
     if args.markdown:
@@ -316,7 +327,7 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
         least = min((s for ways in found for s in ways), key=lambda s: s.memory.peak)
         ways = ways_out(config, given, args)
         raise UserError(
-            f"nothing fits {args.gpus} × {args.gpu} with {usable_bytes(args) / 1e9:.1f} GB to use;"
+            f"nothing fits {args.gpus} × {args.gpu} with {usable_bytes(capacity(args)) / 1e9:.1f} GB to use;"
             f" the least is {least.memory.peak / 1e9:.1f} GB. What would: {'; '.join(ways) or 'a smaller model'}"
         )
     print(recommendation(best, base, flags, args))

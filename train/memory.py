@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import inf, prod
 
 import torch
 
 from cfg.config import Config, ModelConfig
 from model.gpt import GPT
-from model.loss import CHUNK_ELEMENTS
+from model.loss import chunk_rows_for
+from train.distributed import Ranks
 
+# Not for tensors: the CUDA context with its libraries and NCCL's buffers, and gaps between blocks of memory.
+CONTEXT_BYTES, FRAGMENTATION = 1.5e9, 0.05
+MOST_ROWS, MOST_ROWS_ON_CPU = 64, 4  # of --batch_size=0
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 Parts = dict[str, int]  # bytes of each of PARTS that there is
 
@@ -96,23 +100,28 @@ def element_size(config: Config) -> int:
     return 4 if config.dtype == "float32" else 2
 
 
+def stream_size(config: Config) -> int:
+    """Bytes of an element of the residual stream."""
+    return 2 if config.residual_dtype == "bfloat16" else 4
+
+
 def block_activations(config: Config, recompute: str) -> int:
     """Bytes that one block keeps of one token until its backward pass; `recompute` as --activation_checkpointing.
 
-    The residual stream (4 bytes) that enters a block and its middle are kept by the norms; the rest is in the compute
-    dtype: each matrix product keeps its input, attention keeps q, k, v, its output, and fp32 log-sums. torch.compile
-    keeps the output of attention's projection in place of the middle of the stream, and of SwiGLU not the silu. What
-    it keeps was read off its partitioner.
+    The residual stream (4 bytes, or 2 with --residual_dtype=bfloat16) that enters a block and its middle are kept by
+    the norms; the rest is in the compute dtype: each matrix product keeps its input, attention keeps q, k, v, its
+    output, and fp32 log-sums. torch.compile keeps the output of attention's projection in place of the middle of the
+    stream, and of SwiGLU not the silu. What it keeps was read off its partitioner.
     """
-    c, e = config, element_size(config)
+    c, e, stream = config, element_size(config), stream_size(config)
     C, q, kv = c.n_embd, c.n_head * c.head_size, c.n_kv_head * c.head_size
     qkv, wide = q + 2 * kv, c.mlp_hidden
     fc = 2 * wide if c.mlp == "swiglu" else wide
     if recompute == "block":
-        return 4 * C
+        return stream * C
     if recompute == "selective":  # the outputs of qkv, attention, its projection, both halves of the MLP
         last = 0 if c.compile else e * C
-        return 4 * C + e * (qkv + q + C + fc) + 4 * c.n_head + last
+        return stream * C + e * (qkv + q + C + fc) + 4 * c.n_head + last
     attention = e * (C + q + qkv) + 4 * c.n_head
     if c.positions == "rotary" or c.qk_norm:
         attention += e * (q + kv)  # q and k anew; v stays a view of qkv
@@ -120,24 +129,22 @@ def block_activations(config: Config, recompute: str) -> int:
         attention += e * q  # the output once more, heads side by side
     if c.qk_norm and not c.compile and e < 4:
         attention += 4 * (q + kv)
-    middle = e * C if c.compile else 4 * C
+    middle = e * C if c.compile else stream * C
     mlp = e * (C + fc + wide)
     if c.mlp == "swiglu" and not c.compile:
         mlp += e * wide
-    return 4 * C + attention + middle + mlp + (2 * C if c.dropout else 0)  # dropout keeps a byte per element
+    return stream * C + attention + middle + mlp + (2 * C if c.dropout else 0)  # dropout keeps a byte per element
 
 
-def loss_bytes(config: Config) -> int:
+def loss_bytes(config: Config, capacity: float) -> int:
     """Bytes of the chunked loss beside hidden states: the two gradients and the logits of a chunk (model/loss.py)."""
     e, head = element_size(config), prod(shapes(model_config(config))["wte.weight"])
     vocabulary, tokens = head // config.n_embd, config.batch_size * config.sequence_length
-    rows = 2 ** max(0, (CHUNK_ELEMENTS["cuda"] // vocabulary).bit_length() - 1)
-    chunks, rows = -(-tokens // rows), min(tokens, rows)
-    # Logits, their fp32 copy, log-softmax, its gradient cast back; capped, five in fp32 as the cap is differentiated.
-    per_logit = e + 20 if config.logit_softcap else 8 if e == 4 else 2 * e + 8
-    per_logit += e if chunks > 1 else 0  # the gradient of the chunk before still lives
-    chunk = max(rows * vocabulary * per_logit, e * head if e < 4 else 0)  # or a chunk's share of the head's gradient
-    return e * tokens * config.n_embd + 4 * head + chunk
+    rows = min(tokens, chunk_rows_for(vocabulary, "cuda", capacity))
+    # Logits, their fp32 copy, log-softmax, its gradient cast back; capped, five in fp32.
+    eager = e + 20 if config.logit_softcap else 8 if e == 4 else 2 * e + 8
+    per_logit = 2 * e if config.compile else eager  # compiled, logits and their gradient
+    return e * tokens * config.n_embd + 4 * head + rows * vocabulary * per_logit
 
 
 def micro_steps(config: Config, world_size: int) -> int:
@@ -148,14 +155,14 @@ def backward_bytes(config: Config) -> int:
     """What a block's backward pass holds beside what was kept: gradients of the stream and within the MLP."""
     e, tokens = element_size(config), config.batch_size * config.sequence_length
     within = (2 if config.mlp == "swiglu" else 1) * e * config.mlp_hidden
-    return tokens * (4 * config.n_embd + within)
+    return tokens * (stream_size(config) * config.n_embd + within)
 
 
 def loss_activations(config: Config) -> int:
     """All blocks' activations, and about the loss the last norm's input, its output, and that in the compute dtype."""
     e, tokens = element_size(config), config.batch_size * config.sequence_length
     kept = config.n_layer * block_activations(config, config.activation_checkpointing)
-    return tokens * (kept + config.n_embd * (8 + (e if e < 4 else 0)))
+    return tokens * (kept + config.n_embd * (stream_size(config) + 4 + (e if e < 4 else 0)))
 
 
 def backward_activations(config: Config, blocks: int) -> int:
@@ -165,7 +172,7 @@ def backward_activations(config: Config, blocks: int) -> int:
     return tokens * (blocks * kept + max(0, whole - kept)) + backward_bytes(config)
 
 
-def sharded_moments(config: Config, world_size: int) -> dict[str, Parts]:
+def sharded_moments(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
     """Stages 2 and 3: what is alive in the last micro-step at the times when most can be.
 
     FSDP2 gathers a block into a flat buffer and copies it out; the buffer lives until the next block is gathered.
@@ -186,7 +193,7 @@ def sharded_moments(config: Config, world_size: int) -> dict[str, Parts]:
         "loss": {
             "gradients": before,
             "activations": loss_activations(c),
-            "logits": loss_bytes(c),
+            "logits": loss_bytes(c, capacity),
             "buffers": gathered + (0 if keeps and several else e * n.block),
         },
         "backward of the last block": {
@@ -214,7 +221,7 @@ def sharded_moments(config: Config, world_size: int) -> dict[str, Parts]:
     return {name: states | parts for name, parts in moments.items()}
 
 
-def replicated_moments(config: Config, world_size: int) -> dict[str, Parts]:
+def replicated_moments(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
     """Stages 0 and 1, and one process: as `sharded_moments`.
 
     DDP's gradients are its buckets, which live as long as the run. Autocast keeps the cast weights of each block
@@ -233,7 +240,7 @@ def replicated_moments(config: Config, world_size: int) -> dict[str, Parts]:
         "loss": {
             "gradients": before,
             "activations": loss_activations(c),
-            "logits": loss_bytes(c),
+            "logits": loss_bytes(c, capacity),
             "buffers": cast * (n.head + (0 if c.compile and recomputes else L * n.products)),
         },
         "backward of the last block": {
@@ -252,21 +259,60 @@ def replicated_moments(config: Config, world_size: int) -> dict[str, Parts]:
     return {name: states | parts for name, parts in moments.items()}
 
 
-def moments(config: Config, world_size: int) -> dict[str, Parts]:
+def moments(config: Config, world_size: int, capacity: float = inf) -> dict[str, Parts]:
     """What is alive on the fullest rank at the times of a step when most can be; bytes by part."""
-    return (sharded_moments if config.zero_stage >= 2 else replicated_moments)(config, world_size)
+    return (sharded_moments if config.zero_stage >= 2 else replicated_moments)(config, world_size, capacity)
 
 
-def planned_bytes(config: Config, world_size: int) -> Memory:
+def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Memory:
     """The memory of a training step on the fullest of `world_size` ranks: what torch.cuda.max_memory_allocated counts.
 
     The CUDA context and the gaps between blocks of memory come on top. `config` must be resolved for this world size.
+    `capacity` is the memory of a GPU in bytes, on which the size of the loss's chunks depends.
     """
-    at = moments(config, world_size)
+    at = moments(config, world_size, capacity)
     moment = max(at, key=lambda name: sum(at[name].values()))
     parts = {part: max(alive.get(part, 0) for alive in at.values()) for part in PARTS}
     host = 16 * count(config, world_size // config.replicas).own if config.cpu_offload else 0
     return Memory(parts, sum(at[moment].values()), moment, host)
+
+
+def usable_bytes(capacity: float) -> float:
+    """Returns the bytes of a GPU's memory that are left for tensors."""
+    return (1 - FRAGMENTATION) * capacity - CONTEXT_BYTES
+
+
+def fitting_batch_size(config: Config, world_size: int, capacity: float | None) -> int:
+    """Returns the sequences of a micro-step that --batch_size=0 stands for.
+
+    This is the largest power of two that divides the rank's sequences in a step, is at most 64, and by the plan fits
+    a GPU with `capacity` bytes. None is a device without a memory of its own: at most 4. Returns 1 if nothing fits.
+    """
+    rows = config.total_batch_size // (config.sequence_length * world_size)
+    size = MOST_ROWS if capacity else MOST_ROWS_ON_CPU
+    while size > 1:
+        settled = config.model_copy(update={"batch_size": size})
+        fits = not capacity or planned_bytes(settled, world_size, capacity).peak <= usable_bytes(capacity)
+        if rows % size == 0 and fits:
+            break
+        size //= 2
+    return size
+
+
+def choose_batch_size(config: Config, ranks: Ranks) -> Config:
+    """Replaces --batch_size=0 by what fits the GPU with the least free memory, the same size on all ranks."""
+    device = ranks.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    least = min((n for n in ranks.gather(free) if n is not None), default=None)
+    size = fitting_batch_size(config, ranks.world_size, least)
+    config = config.model_copy(update={"batch_size": size})
+    if ranks.is_main:
+        memory = ""
+        if least:
+            peak = planned_bytes(config, ranks.world_size, least).peak
+            memory = f", {peak / 1e9:.1f} GB planned of {least / 1e9:.1f} GB free"
+        print(f"--batch_size=0: {size} sequences a micro-step{memory}")
+    return config
 
 
 def deviation(config: Config, world_size: int, measured: int) -> float:

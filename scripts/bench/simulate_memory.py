@@ -55,7 +55,7 @@ from torch import Tensor
 from model.gpt import GPT
 from model.loss import CHUNK_ELEMENTS
 from train.distributed import Ranks
-from train.memory import micro_steps, moments, planned_bytes
+from train.memory import MOST_ROWS_ON_CPU, micro_steps, moments, planned_bytes
 from train.optimizer import make_optimizer
 from train.parallel import Parallel, shard, sync_gradients
 
@@ -119,6 +119,7 @@ def simulate(config: Config, world_size: int) -> dict[str, int]:
             model = GPT(config)
         for block in model.h:
             block.recompute = config.activation_checkpointing
+        model.residual_dtype = getattr(torch, config.residual_dtype)
         # Sharded outside the fake mode, in which a mesh cannot be made; sharded parameters remember meta tensors.
         mesh = shard(model, config, Ranks(0, 0, world_size, CPU)) if config.zero_stage >= 2 else None
         with private_torch().FakeTensorMode(allow_non_fake_inputs=True):
@@ -155,7 +156,13 @@ def two_steps(parallel: Parallel, config: Config, world_size: int) -> dict[str, 
 
 def compare(flags: list[str], world_size: int, steps: int) -> list[tuple[str, int, int]]:
     """(what, simulated, planned) bytes on the fullest of `world_size` ranks; a step is `steps` micro-steps."""
-    config = load_config([*flags, "--compile=0", "--total_batch_size=0"], world_size)
+    flags = [*flags, "--compile=0", "--total_batch_size=0"]
+    try:
+        config = load_config(flags, world_size)
+    except UserError as error:
+        if not str(error).startswith("--batch_size=0"):
+            raise
+        config = load_config([*flags, f"--batch_size={MOST_ROWS_ON_CPU}"], world_size)  # there is no GPU to fill
     config = config.model_copy(update={"total_batch_size": config.total_batch_size * steps})
     found, plan = simulate(config, world_size), planned_bytes(config, world_size)
     resident = moments(config, world_size)["optimizer"]

@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 NUMBERS = [name for name, field in Config.model_fields.items() if field.annotation in (int, float)]
-BOOLEANS = [name for name, field in Config.model_fields.items() if field.annotation is bool]
-CHOICES = [name for name, field in Config.model_fields.items() if get_args(field.annotation)]
+BOOLEANS = [name for name, field in Config.model_fields.items() if isinstance(field.default, bool)]
+CHOICES = [name for name, field in Config.model_fields.items() if get_args(field.annotation) and name not in BOOLEANS]
 # Zero stands for "derive it" or "off" in the others.
-NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length batch_size
+NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length
     learning_rate cooldown_frac adam_eps replicas val_max_steps sample_tokens keep_last log_every
     wandb_log_iters"""
 CONTRACT = """input_train_bin input_val_bin output_dir num_iterations sequence_length batch_size total_batch_size
@@ -61,6 +61,26 @@ def train(*flags):
 def test_booleans_take_numbers_and_words(text, value):
     assert load(f"--compile={text}").compile is value
     assert load("--compile", text).compile is value
+
+
+def test_compile_takes_model_too(tmp_path):
+    config = load("--compile=model")
+    assert config.compile == "model"
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load(f"--cfg={tmp_path / 'again.yaml'}").compile == "model"
+    assert refusal("--compile=modl") == "--compile=modl: input should be 0, 1 or model"
+    assert "--compile=model" in refusal("--compile=model", "--zero_stage=3")
+
+
+def test_a_bfloat16_residual_stream_is_for_bfloat16():
+    assert "--dtype=bfloat16" in refusal("--residual_dtype=bfloat16")
+    assert load("--residual_dtype=bfloat16", "--dtype=bfloat16").residual_dtype == "bfloat16"
+
+
+def test_a_batch_size_to_be_chosen_wants_the_size_of_the_whole_batch():
+    assert "--total_batch_size" in refusal("--batch_size=0")
+    assert load("--batch_size=0", "--total_batch_size=4096").batch_size == 0
+    assert "1 × 1024 × 1 = 1024" in refusal("--batch_size=0", "--total_batch_size=1000")
 
 
 @pytest.mark.parametrize("name", [n for n in BOOLEANS if n != "resize_embeddings"])  # which wants --init_from
@@ -132,7 +152,7 @@ def test_negative_values_after_a_space_name_their_flag():
 
 
 def test_every_mistake_is_named_at_once():
-    message = refusal("--batch_size=0", "--learning_rate=nan")
+    message = refusal("--batch_size=-1", "--learning_rate=nan")
     assert "--batch_size" in message and "--learning_rate" in message
 
 

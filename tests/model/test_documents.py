@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from cfg.config import load_config
 from model.gpt import GPT, init_weights
-from train.parallel import compile_blocks
+from train.parallel import compile_model
 
 VOCAB, END = 301, 300
 LENGTHS = ((20, 1, 43), (33, 30, 1), (64,))  # of the documents of each row, their end-of-text token counted
@@ -110,7 +110,7 @@ def test_one_document_a_row_is_no_mask(family):
 def test_compiled_gives_the_same_numbers_as_eager(family):
     model = make(*family, "--compile=1")
     eager_loss, eager = loss_and_gradients(model, *packed())
-    compile_blocks(model, model.config, torch.device("cpu"))
+    compile_model(model, model.config, torch.device("cpu"))
     compiled_loss, compiled = loss_and_gradients(model, *packed())
     assert not model.flex  # which is for CUDA
     assert abs(compiled_loss - eager_loss) < 1e-5

@@ -1,15 +1,17 @@
 """The decoder: switches, initial values, sizes, and what it refuses."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cfg.config import ModelConfig, load_config
+from eval.generate import Sampling, generate
 from model.gpt import ATTENTION, GPT, PRODUCTS, init_weights, initial_value, keep_products, keep_products_only
 from model.layers import apply_rotary, rotary_table
-from train.parallel import compile_blocks
+from train.parallel import compile_model
 
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--sequence_length=48", "--vocab_size=301"]
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
@@ -49,19 +51,100 @@ def test_flash_and_plain_attention_give_the_same_numbers(family):
     assert largest_difference(grads_a, grads_b) < 1e-5
 
 
-@FAMILIES
-def test_compiled_gives_the_same_numbers_as_eager(family):
-    model = make(*family, "--compile=1")
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "family, how, recompute",
+    [
+        ([], "1", "none"),
+        (LLAMA, "1", "none"),
+        (MODERN, "1", "none"),
+        ([], "model", "selective"),
+        slow(LLAMA, "model", "block"),
+        slow(MODERN, "model", "none"),
+    ],
+    ids=["gpt2", "llama", "modern", "gpt2-model", "llama-model", "modern-model"],
+)
+def test_compiled_gives_the_same_numbers_as_eager(family, how, recompute):
+    model = make(*family)
     eager_loss, eager = loss_and_gradients(model)
-    compile_blocks(model, model_config(family), torch.device("cpu"))
+    compile_with(model, family, how, recompute)
     assert [n for n, _ in model.named_parameters()] == list(eager)  # no _orig_mod. in a name
     compiled_loss, compiled = loss_and_gradients(model)
     assert abs(compiled_loss - eager_loss) < 1e-5
     assert largest_difference(compiled, eager) < 1e-5
 
 
-def model_config(family):
-    return load_config([*SMALL, *family, "--compile=1"], world_size=1)
+def compile_with(model, family, how, recompute="none"):
+    torch._dynamo.reset()
+    for block in model.h:
+        block.recompute = recompute
+    compile_model(model, load_config([*SMALL, *family, f"--compile={how}"], world_size=1), torch.device("cpu"))
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """torch.compile traces as ever, and runs what it traced as it is."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("model.loss._compiled_chunk", None)
+
+
+@pytest.mark.parametrize(
+    "family, given, recompute",
+    [
+        ([], "nothing", "selective"),
+        (LLAMA, "documents", "block"),
+        (MODERN, "window", "none"),
+        ([], "documents", "none"),
+    ],
+)
+def test_the_whole_forward_pass_is_one_graph(without_inductor, family, given, recompute):
+    """fullgraph=True raises where there would be a break."""
+    family = [*family, "--sliding_window=7"] if given == "window" else family
+    model, (idx, targets) = make(*family), batch()
+    positions = torch.arange(48).remainder(13).expand_as(idx) if given == "documents" else None
+    expected = model(idx, targets, positions=positions)[0].item()
+    compile_with(model, family, "model", recompute)
+    loss, _ = model(idx, targets, positions=positions)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_and_samples_of_any_length_compile_once(without_inductor):
+    """The forward pass of training, that without gradients, and nothing for the lengths of texts."""
+    model, (idx, targets) = make(), batch()
+    compile_with(model, [], "model")
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        model(idx, targets)[0].backward()
+        with torch.no_grad():
+            model(idx, targets)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # and the chunk of the loss
+    with torch.compiler.set_stance("force_eager"):
+        for _ in generate(model.eval(), [[1], [2, 3, 4]], 5, Sampling(temperature=0)):
+            pass
+        with torch.no_grad():
+            for length in range(2, 9):
+                model(idx[:, :length], targets[:, :length], each=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@FAMILIES
+def test_the_residual_stream_has_its_dtype_in_every_block(family, dtype):
+    model = make(*family)
+    model.residual_dtype, seen = dtype, []
+    for block in model.h:
+        block.register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, count = model(*batch())
+    (loss / count).backward()
+    assert seen == [dtype] * 2 * len(model.h)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        assert (loss / count).item() == pytest.approx((make(*family)(*batch())[0] / count).item(), rel=1e-2)
 
 
 @FAMILIES

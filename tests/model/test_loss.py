@@ -1,11 +1,28 @@
 """The chunked loss against the plain one: value, gradients, ignored targets, memory."""
 
+import math
+import re
+
 import pytest
 import torch
+import torch._inductor.config
+import torch._inductor.ir
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 
+from cfg.config import load_config
 from model import loss as loss_module
-from model.loss import IGNORE_INDEX, linear_cross_entropy, token_losses
+from model.gpt import GPT, init_weights
+from model.loss import (
+    IGNORE_INDEX,
+    MOST_CAP,
+    accumulates_in_fp32,
+    chunk_loss_and_grad,
+    chunk_rows_for,
+    fused_chunk_loss_and_grad,
+    linear_cross_entropy,
+    token_losses,
+)
 
 VOCAB, PADDED, WIDTH, ROWS = 301, 320, 24, 37
 
@@ -121,3 +138,94 @@ def test_the_gradients_are_handed_out_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call the loss again"):
         loss.backward()
+
+
+# The form that is compiled
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0, MOST_CAP, 2 * MOST_CAP])
+@pytest.mark.parametrize("ignored", [0, 9, ROWS])
+@pytest.mark.parametrize("scale", [1, 30])  # with logits that reach the cap
+def test_the_form_to_compile_gives_the_numbers_of_the_eager_one(softcap, ignored, scale):
+    hidden, weight, targets = (t.detach() for t in inputs(ignored))
+    logits = scale * hidden @ weight.t()
+    expected, gradient = chunk_loss_and_grad(logits, targets, VOCAB, softcap)
+    loss, fused = fused_chunk_loss_and_grad(logits, targets, VOCAB, softcap)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (fused - gradient).abs().max() / ROWS < 2e-7
+    assert not fused[:, VOCAB:].any()
+
+
+def test_a_cap_far_above_all_logits_does_not_underflow():
+    """exp(logit - cap) is 0 in fp32 for a cap of 1000; the maximum of the logits is subtracted instead."""
+    logits, targets = torch.zeros(2, PADDED), torch.tensor([0, 1])
+    loss, gradient = fused_chunk_loss_and_grad(logits, targets, VOCAB, 1000.0)
+    assert loss.item() == pytest.approx(2 * torch.tensor(float(VOCAB)).log().item()) and gradient.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def compiled_chunk():
+    torch._dynamo.reset()
+    return torch.compile(fused_chunk_loss_and_grad, dynamic=False)
+
+
+SHAPE = "--n_layer=1 --n_head=2 --n_embd=32 --vocab_size=301 --sequence_length=16 --batch_size=3 --dtype=float32"
+
+
+@pytest.mark.parametrize("flags", ["", "--tie_embeddings=0 --logit_softcap=5"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_learns_the_same_from_the_chunked_and_from_the_plain_loss(flags, compiled, compiled_chunk, monkeypatch):
+    """Tied and untied head, padded vocabulary, softcap, ignored targets; several chunks, the last one shorter."""
+    monkeypatch.setattr(loss_module, "_compiled_chunk", compiled_chunk if compiled else None)
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 32 * PADDED)
+    config = load_config([*SHAPE.split(), *flags.split()], world_size=1)
+    model = GPT(config)
+    init_weights(model, 0)
+    tokens = torch.randint(config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(1))
+    idx, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[:, ::5] = IGNORE_INDEX
+    found = []
+    for chunked in (True, False):
+        model.zero_grad()
+        if chunked:
+            total, count = model(idx, targets)
+        else:
+            logits = model(idx).flatten(0, 1)  # without padding, capped
+            total, count = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORE_INDEX), count
+        (total / count).backward()
+        found.append([(total / count).detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        assert (ours - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0, 2 * MOST_CAP])
+def test_compiled_no_fp32_tensor_as_large_as_the_logits_exists(softcap, monkeypatch):
+    """In Inductor's code; a scatter makes it store the fp32 gradient, which is why the compiled form has none.
+
+    On CPUs alone Inductor stores a tanh that is used twice, so the test lets it decide as it does on GPUs.
+    """
+    monkeypatch.setattr("torch._inductor.ir.is_cpu", lambda node: False)
+    logits = torch.randn(64, 1024).bfloat16()
+    targets = torch.randint(1000, (64,))
+    expected, gradient = chunk_loss_and_grad(logits, targets, 1000, softcap)
+    largest = {}
+    for chunk in (fused_chunk_loss_and_grad, chunk_loss_and_grad):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(force_disable_caches=True):
+            compiled = torch.compile(chunk, dynamic=False)
+            (loss, found), code = run_and_get_code(compiled, logits, targets, 1000, softcap)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert found.dtype == torch.bfloat16 and torch.allclose(found, gradient, rtol=1e-2, atol=1e-6)
+        buffers = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\), .*?, torch\.float32\)", "".join(code))
+        largest[chunk] = max(math.prod(int(n) for n in sizes.split(",") if n.strip()) for sizes in buffers)
+    assert largest[fused_chunk_loss_and_grad] <= logits.size(0) < logits.numel() <= largest[chunk_loss_and_grad]
+
+
+@pytest.mark.parametrize("gigabytes, rows", [(141, 16384), (80, 16384), (24, 4096), (15.8, 4096)])
+def test_a_chunk_takes_a_small_part_of_the_memory(gigabytes, rows):
+    assert chunk_rows_for(50304, "cuda", gigabytes * 1e9) == rows
+    assert rows * 50304 * 24 < 0.4 * gigabytes * 1e9  # bytes per logit, eager with a softcap
+
+
+def test_a_device_that_cannot_multiply_into_an_fp32_sum_is_noticed():
+    assert not accumulates_in_fp32(torch.device("cpu"), torch.bfloat16)

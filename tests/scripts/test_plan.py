@@ -66,7 +66,7 @@ def test_what_it_recommends_is_a_command_that_fits(answer, command_line):
     args, flags = plan.parse(shlex.split(command_line))
     launch, config, ranks = recommended(out)
     assert ranks == args.gpus and ("torchrun" in launch) == (ranks > 1)
-    assert planned_bytes(config, ranks).peak <= plan.usable_bytes(args)
+    assert planned_bytes(config, ranks, plan.capacity(args)).peak <= plan.usable_bytes(plan.capacity(args))
     for name, value in plan.one_by_one(flags).items():  # what was asked for is in it
         assert str(getattr(config, name)) == value
     if args.tokens:
@@ -106,9 +106,10 @@ def test_the_largest_micro_batch_is_the_largest(answer):
     for setting in (s for ways in plan.explore(base, {"zero_stage": 3}, args) for s in ways if s.largest):
         rows = base.total_batch_size // (base.sequence_length * 16)
         for size in (b for b in range(1, rows + 1) if rows % b == 0):
-            peak = planned_bytes(setting.config.model_copy(update={"batch_size": size}), 16).peak
+            config = setting.config.model_copy(update={"batch_size": size})
+            peak = planned_bytes(config, 16, plan.capacity(args)).peak
             if size >= setting.largest:
-                assert (peak <= plan.usable_bytes(args)) == (size == setting.largest)
+                assert (peak <= plan.usable_bytes(plan.capacity(args))) == (size == setting.largest)
                 checked += 1
     assert checked > 20
 

@@ -13,7 +13,19 @@ from cfg.errors import UserError
 from model.gpt import GPT, Block
 from model.layers import rotary_table
 from scripts.bench.simulate_memory import compare, parse
-from train.memory import PARTS, block_activations, deviation, largest_partition, moments, planned_bytes
+from train import memory
+from train.distributed import Ranks
+from train.memory import (
+    PARTS,
+    block_activations,
+    choose_batch_size,
+    deviation,
+    fitting_batch_size,
+    largest_partition,
+    moments,
+    planned_bytes,
+    usable_bytes,
+)
 
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
 MODERN = ["--positions=rotary", "--norm=rmsnorm", "--mlp=relu2", "--bias=0", "--qk_norm=1", "--logit_softcap=15"]
@@ -33,6 +45,7 @@ SIMULATED = [
     ("modern", 8, 2, "--zero_stage=2 --activation_checkpointing=block --sync_every_microbatch=1"),
     ("llama", 8, 2, "--zero_stage=3 --activation_checkpointing=selective"),
     ("llama", 64, 1, "--zero_stage=3 --replicas=8 --dtype=float32"),
+    ("gpt2", 8, 1, "--zero_stage=3 --residual_dtype=bfloat16"),
     ("gpt2", 8, 1, "--zero_stage=3 --vocab_size=500 --activation_checkpointing=block"),  # the loss is not the peak
 ]
 
@@ -69,10 +82,12 @@ def test_the_plan_of_the_8b_model_on_up_to_1024_ranks(ranks, flags, stage, recom
 
 
 @pytest.mark.parametrize("recompute", ["none", "block", "selective"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "bfloat16 residual"])
 def test_a_compiled_block_keeps_what_the_plan_says(family, recompute):
     """The compiler's own partition of forward and backward, run by plain kernels."""
-    c = config("--compile=1", family=family)
+    residual = "bfloat16" if family == "bfloat16 residual" else "float32"
+    family = "gpt2" if family == "bfloat16 residual" else family
+    c = config("--compile=1", f"--residual_dtype={residual}", family=family)
     torch._dynamo.reset()
     block = Block(c)
     block.recompute = recompute
@@ -85,7 +100,8 @@ def test_a_compiled_block_keeps_what_the_plan_says(family, recompute):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    x = torch.randn(c.batch_size, c.sequence_length, c.n_embd, requires_grad=True)
+    stream = getattr(torch, residual)
+    x = torch.randn(c.batch_size, c.sequence_length, c.n_embd, dtype=stream, requires_grad=True)
     rotary = rotary_table(torch.arange(c.sequence_length, device=x.device), c) if family != "gpt2" else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
         out = forward(x, rotary)
@@ -150,3 +166,44 @@ def test_parts_peak_and_host_fit_together():
         offloaded = plan(8, "--cpu_offload=1")
         assert offloaded.peak < plan(8).peak and offloaded.parts["parameters"] == offloaded.parts["optimizer"] == 0
         assert offloaded.host == 4 * plan(8).parts["parameters"] and plan(8).host == 0
+
+
+# --batch_size=0
+
+
+@pytest.mark.parametrize(
+    "preset, gigabytes, size",
+    [("gpt2-124m", 80, 64), ("modern-124m", 80, 64), ("gpt2-124m", 24, None), ("gpt2-124m", 15.8, None)],
+)
+def test_the_largest_micro_batch_that_fits_is_chosen(preset, gigabytes, size):
+    """15.8 GB is what a T4 has. Twice the chosen size is more than 64, or does not fit."""
+    c, capacity = load_config([f"--cfg={preset}"], 1), gigabytes * 1e9
+    chosen = fitting_batch_size(c, 1, capacity)
+    peaks = [planned_bytes(c.model_copy(update={"batch_size": n}), 1, capacity).peak for n in (chosen, 2 * chosen)]
+    assert peaks[0] <= usable_bytes(capacity) and (chosen == 64 or usable_bytes(capacity) < peaks[1])
+    assert chosen == size if size else 1 < chosen < 64
+
+
+@pytest.mark.parametrize("total, ranks, size", [(48, 1, 16), (48, 3, 16), (48, 2, 8), (7, 1, 1), (512, 4, 64)])
+def test_the_micro_batch_divides_the_batch_of_a_rank(total, ranks, size):
+    flags = ["--n_layer=1", "--n_embd=64", "--n_head=2", "--batch_size=0", "--sequence_length=64"]
+    c = load_config([*flags, f"--total_batch_size={total * 64}"], ranks)
+    assert fitting_batch_size(c, ranks, 80e9) == size
+    assert fitting_batch_size(c, ranks, None) == min(4, size)  # on a CPU
+    assert fitting_batch_size(c, ranks, 1e6) == 1  # nothing fits
+
+
+def test_the_gpu_with_the_least_free_memory_decides_for_all_ranks(monkeypatch, capsys):
+    c = load_config(["--cfg=gpt2-124m"], 2)
+    free = {0: 80e9, 1: 15.8e9}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80e9))
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: list(free.values()))
+    chosen = [choose_batch_size(c, Ranks(i, i, 2, torch.device("cuda", i))) for i in (0, 1)]
+    assert chosen[0] == chosen[1] and chosen[0].batch_size == fitting_batch_size(c, 2, 15.8e9) < 64
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and f"--batch_size=0: {chosen[0].batch_size} sequences" in line and "15.8 GB" in line
+
+
+def test_small_cards_get_small_chunks_of_the_loss():
+    c = load_config(["--cfg=gpt2-124m", "--batch_size=16"], 1)
+    assert memory.loss_bytes(c, 16e9) < memory.loss_bytes(c, 80e9) == memory.loss_bytes(c, float("inf"))
