@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "data": {"cfg", "data"},
     "train": {"cfg", "model", "train"},
     "eval": {"cfg", "model", "data", "eval"},
-    "scripts": {"cfg", "model", "data", "train", "eval"},
+    "scripts": {"cfg", "model", "data", "train", "eval", "scripts", "train_gpt"},  # benchmarks time train_step
     "train_gpt": {"cfg", "model", "data", "train", "eval"},
 }
 HEAVY = {*"datasets wandb transformers matplotlib pyarrow tensorboard tiktoken tokenizers lm_eval".split()}

@@ -1,9 +1,9 @@
-"""Does this GPU compute the right numbers, and how fast? `bash scripts/bench/gpu_check.sh [--output FILE]`
+"""Does this GPU compute the right numbers? `bash scripts/bench/gpu_check.sh [--output FILE] [--minutes N]`
 
-Checks come first: the same thing computed in two ways, and how far the two may lie apart. Then GPT-2
-124M is timed through train_gpt.py, and beside a plain loop (scripts/bench/train.py). It ends within
-8 minutes. Everything goes into one JSON file, which is rewritten after each part; a part that fails
-is recorded and the rest goes on. Exit code 1 if any failed. It needs no data and no network.
+Each check computes something in two ways and says how far the two may lie apart. Cheap checks come first and those
+that compile last. Then evaluation, generation and a plain training loop are timed; scripts/bench/gpu_speed.py
+measures training itself. It ends within --minutes. Everything goes into one JSON file, which is rewritten after each
+part; a part that fails is recorded and the rest goes on. Exit code 1 if any failed. It needs no data and no network.
 
 `--device=cpu --quick` runs the checks alone, with tiny shapes and without a GPU. `--large` trains GPT-2 1558M
 instead, in stages 0 and 3 and offloaded, and holds its memory against the plan; it wants 40 GB and some more minutes.
@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -38,21 +37,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import train_gpt
 from cfg.config import Config, load_config
 from cfg.errors import CommandParser, UserError, run_command
-from cfg.files import write_atomically
 from data.documents import document_positions
 from data.shards import write_shard
 from eval.generate import Sampling, generate
 from eval.scoring import Request, gpt_forward, merge, score
 from eval.subject import drain, in_dtype
 from model.loss import IGNORE_INDEX
-from train.distributed import Ranks
+from scripts.bench.common import describe, make_run, save
+from train.distributed import Ranks, close_ranks, init_ranks
 from train.memory import deviation, planned_bytes
-from train.metrics import device_name, peak_memory, read_records
+from train.metrics import peak_memory, read_records
 from train.parallel import parallelize
 
-MINUTES = 8.0  # for everything; what does not fit any more fails
 PERIOD = 251  # the data counts modulo this, which is learned in a few steps
 FULL = "--n_layer=4 --n_head=8 --n_embd=512 --sequence_length=512 --batch_size=4"
 QUICK = "--n_layer=1 --n_head=4 --n_embd=64 --sequence_length=32 --batch_size=2 --vocab_size=8100"
@@ -76,8 +75,10 @@ class Bench:
     device: str
     quick: bool
     folder: Path
+    minutes: float  # for everything; what does not fit any more fails
     deadline: float
     commands: list[str] = field(default_factory=list)
+    ranks: Ranks | None = None  # of the runs in this process
 
     def shape(self) -> list[str]:
         return (QUICK if self.quick else FULL).split()
@@ -97,7 +98,7 @@ class Bench:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left, env=os.environ | env)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{script} cut short: the {MINUTES:g} minutes are over") from None
+            raise RuntimeError(f"{script} cut short: the {self.minutes:g} minutes are over") from None
         if done.returncode:
             raise RuntimeError(f"{script} exited with {done.returncode}: {done.stderr[-1000:].strip()}")
         return done.stdout
@@ -137,11 +138,16 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     return {name: tensor.cpu().double() for name, tensor in found.items()}
 
 
+BOTH = list(itertools.product(FAMILIES, LIMITS))  # every family in every dtype
+# For what compiles, each family and each dtype once, as one compilation takes longer than all eager checks.
+COMPILED = [("gpt2", "bfloat16"), ("llama", "float32")]
+
+
 def two_ways(
-    bench: Bench, dtypes: list[str], ours: str, theirs: str = "", full_logits: bool = False
+    bench: Bench, cases: list[tuple[str, str]], ours: str, theirs: str = "", full_logits: bool = False
 ) -> Iterator[Figure]:
-    """Compares loss and gradients of both families under the flags `ours` with those under the flags `theirs`."""
-    for family, dtype in itertools.product(FAMILIES, dtypes):
+    """Compares loss and gradients under the flags `ours` with those under `theirs`, for each (family, dtype)."""
+    for family, dtype in cases:
         flags = [*FAMILIES[family].split(), f"--dtype={dtype}"]
         one = gradients(bench.config(*flags, *ours.split()))
         other = gradients(bench.config(*flags, *(theirs or ours).split()), full_logits)
@@ -172,36 +178,42 @@ def check_memory(bench: Bench) -> Iterator[Figure]:
 
 
 def check_device(bench: Bench) -> Iterator[Figure]:
-    return two_ways(bench, ["float32"], f"--device={bench.device}", "--device=cpu")
+    cases = [(family, "float32") for family in FAMILIES]
+    return two_ways(bench, cases, f"--device={bench.device}", "--device=cpu")
 
 
 def check_flash(bench: Bench) -> Iterator[Figure]:
-    return two_ways(bench, ["float32", "bfloat16"], "--flash=1", "--flash=0")
+    return two_ways(bench, BOTH, "--flash=1", "--flash=0")
 
 
 def check_document_mask(bench: Bench) -> Iterator[Figure]:
-    return two_ways(bench, ["float32", "bfloat16"], "--doc_mask=1 --flash=1", "--doc_mask=1 --flash=0")
+    cases = [("llama", dtype) for dtype in LIMITS]  # the mask does not depend on the family
+    return two_ways(bench, cases, "--doc_mask=1 --flash=1", "--doc_mask=1 --flash=0")
 
 
 def check_loss(bench: Bench) -> Iterator[Figure]:
-    return two_ways(bench, ["float32", "bfloat16"], bench.many_rows(), full_logits=True)
+    return two_ways(bench, BOTH, bench.many_rows(), full_logits=True)
 
 
 def check_compile(bench: Bench) -> Iterator[Figure]:
     """The loss stays compiled in this process, so no other check may come after this one and mean the eager one."""
-    return two_ways(bench, ["float32"] if bench.quick else ["float32", "bfloat16"], "--compile=1", "--compile=0")
+    return two_ways(bench, COMPILED[1:] if bench.quick else COMPILED, "--compile=1", "--compile=0")
+
+
+def check_compile_model(bench: Bench) -> Iterator[Figure]:
+    return two_ways(bench, COMPILED[1:] if bench.quick else COMPILED, "--compile=model", "--compile=0")
 
 
 def check_flex(bench: Bench) -> Iterator[Figure]:
     """Compiled, documents are kept apart by FlexAttention on CUDA, and by the mask elsewhere."""
-    dtypes = ["float32"] if bench.quick else ["float32", "bfloat16"]
-    return two_ways(bench, dtypes, "--doc_mask=1 --compile=1", "--doc_mask=1 --flash=0")
+    cases = [("llama", "float32" if bench.quick else "bfloat16")]
+    return two_ways(bench, cases, "--doc_mask=1 --compile=1", "--doc_mask=1 --flash=0")
 
 
 def check_window(bench: Bench) -> Iterator[Figure]:
     """Compiled, a sliding window is FlexAttention's on CUDA, and a mask elsewhere."""
-    dtypes = ["float32"] if bench.quick else ["float32", "bfloat16"]
-    return two_ways(bench, dtypes, "--sliding_window=20 --compile=1", "--sliding_window=20 --flash=0")
+    cases = [("llama", "float32" if bench.quick else "bfloat16")]
+    return two_ways(bench, cases, "--sliding_window=20 --compile=1", "--sliding_window=20 --flash=0")
 
 
 def check_import(bench: Bench) -> Iterator[Figure]:
@@ -245,33 +257,52 @@ def check_resume(bench: Bench) -> Iterator[Figure]:
         yield f"{name}: undisturbed and resumed", difference, 2 * spread
 
 
-def check_strategies(bench: Bench) -> Iterator[Figure]:
-    """Ten steps in every setting that one device can show, beside a plain process: losses and gradient norms.
+def train_steps(bench: Bench, flags: list[str], steps: int) -> list[tuple[float, float]]:
+    """Returns loss and gradient norm of each of the first steps, taken in this process."""
+    config = bench.config(*flags)
+    bench.ranks = bench.ranks or init_ranks(bench.device, sharded=True)
+    run, rows, length = make_run(config, bench.ranks), config.batch_size, config.sequence_length + 1
+    found = []
+    for k in range(1, steps + 1):
+        start = torch.arange(rows)[:, None] * 31 + k * 17
+        batch = ((start + torch.arange(length)) % PERIOD).to(bench.device)
+        loss, norm, _, _ = train_gpt.train_step(run, k, batch, [])
+        found.append((loss, norm))
+    return found
+
+
+STRATEGIES = {
+    "stage 3": "--zero_stage=3",
+    "stage 2, offloaded": "--zero_stage=2 --cpu_offload=1 --activation_checkpointing=selective",
+    "recompute block": "--activation_checkpointing=block",
+    "recompute selective": "--activation_checkpointing=selective",
+}
+COMPILED_STRATEGIES = {"stage 3, compiled": "--zero_stage=3 --compile=1 --activation_checkpointing=block"}
+
+
+def check_strategies(bench: Bench, cases: dict[str, str]) -> Iterator[Figure]:
+    """Ten steps in settings that one device can show, beside a plain process: losses and gradient norms.
 
     In bfloat16 sharded weights are rounded once more, where they are gathered.
     """
-    flags = [*bench.shape(), "--num_iterations=10", "--save_every_niter=5", "--deterministic=1"]
-    cases = {
-        "stage 3": "--zero_stage=3 --async_save=1",
-        "stage 2, offloaded": "--zero_stage=2 --cpu_offload=1 --activation_checkpointing=selective",
-        "stage 3, compiled": "--zero_stage=3 --compile=1 --activation_checkpointing=block",
-        "recompute block": "--activation_checkpointing=block",
-        "recompute selective": "--activation_checkpointing=selective",
-    }
-    for dtype, limit in (("float32", 1e-4), ("bfloat16", 3e-2)):
-        plain = bench.train(f"plain {dtype}", *flags, f"--dtype={dtype}")
-        for name, more in list(cases.items())[: 2 if bench.quick else None]:
-            records = bench.train(f"{name} {dtype}", *flags, f"--dtype={dtype}", *more.split())
-            apart = [abs(a[k] / b[k] - 1) for a, b in zip(records, plain, strict=True) for k in ("loss", "grad_norm")]
-            yield f"{name} {dtype}", max(apart), limit
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    try:
+        for dtype, limit in (("float32", 1e-4), ("bfloat16", 3e-2)):
+            plain = train_steps(bench, [f"--dtype={dtype}"], 10)
+            for name, flags in list(cases.items())[: 2 if bench.quick else None]:
+                steps = train_steps(bench, [f"--dtype={dtype}", *flags.split()], 10)
+                apart = [abs(a / b - 1) for a, b in zip(itertools.chain(*steps), itertools.chain(*plain), strict=True)]
+                yield f"{name} {dtype}", max(apart), limit
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def check_half(bench: Bench) -> Iterator[Figure]:
     """Twenty steps in float16 with its loss scale; the CPU has bfloat16 instead."""
     dtype = "float16" if bench.device == "cuda" else "bfloat16"
-    flags = [*bench.shape(), "--num_iterations=20", "--learning_rate=3e-3", f"--dtype={dtype}"]
-    losses = [record["loss"] for record in bench.train("half", *flags)]
-    yield f"{dtype} last loss / first", losses[-1] / losses[0], 0.9
+    steps = train_steps(bench, ["--learning_rate=3e-3", f"--dtype={dtype}"], 20)
+    yield f"{dtype} last loss / first", steps[-1][0] / steps[0][0], 0.9
 
 
 def check_faults(bench: Bench) -> Iterator[Figure]:
@@ -343,39 +374,24 @@ def check_generation(bench: Bench) -> Iterator[Figure]:
 
 
 CHECKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
-    "memory: loss in chunks and over full logits": check_memory,
+    "memory: loss in chunks and over full logits": check_memory,  # first, as the peak of a process never falls
     "numbers: this device and the CPU": check_device,
     "numbers: flash attention and plain": check_flash,
     "numbers: document mask, flash attention and plain": check_document_mask,
     "numbers: loss in chunks and over full logits": check_loss,
-    "numbers: compiled and eager": check_compile,
-    "numbers: document mask, compiled and plain": check_flex,
-    "numbers: sliding window, compiled and plain": check_window,
+    "training: every strategy on one device": partial(check_strategies, cases=STRATEGIES),
+    "training: half precision learns": check_half,
     "evaluation: endings together and alone": check_scoring,
     "generation: with a cache and without": check_generation,
     "training: resumed and undisturbed": check_resume,
-    "training: every strategy on one device": check_strategies,
-    "training: half precision learns": check_half,
     "training: faults": check_faults,
     "training: exported and imported": check_import,
+    "numbers: compiled and eager": check_compile,
+    "numbers: compiled as a whole and eager": check_compile_model,
+    "numbers: document mask, compiled and plain": check_flex,
+    "numbers: sliding window, compiled and plain": check_window,
+    "training: compiled and sharded": partial(check_strategies, cases=COMPILED_STRATEGIES),
 }
-
-
-def measure_training(bench: Bench, batch_size: int, compiled: int) -> Iterator[Figure]:
-    """GPT-2 124M (the default shape), 1024 tokens a sequence: 10 steps to warm up, then the median of 30."""
-    flags = ["--sequence_length=1024", f"--batch_size={batch_size}", "--dtype=bfloat16", f"--compile={compiled}"]
-    flags += ["--tensorcores=1", "--flash=1", "--num_iterations=40", "--save_every_niter=0", "--log_every=10"]
-    try:
-        records = bench.train(f"speed-{batch_size}-{compiled}", *flags)[10:]
-    except RuntimeError as error:
-        if batch_size > 16 and "out of memory" in str(error):
-            yield "out of memory", 1.0, None
-            return
-        raise
-    yield "tok/s", statistics.median(r["tok_per_s"] for r in records), None
-    if records[0]["mfu"] is not None:
-        yield "MFU", statistics.median(r["mfu"] for r in records), None
-    yield "peak memory, GiB", records[-1]["memory_bytes"] / 2**30, None
 
 
 def measure_beside_plain_loop(bench: Bench) -> Iterator[Figure]:
@@ -436,10 +452,6 @@ def measure_generation(bench: Bench, flags: str) -> Iterator[Figure]:
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
-    "GPT-2 124M, compiled, batch 16": lambda bench: measure_training(bench, 16, 1),
-    "GPT-2 124M, compiled, batch 32": lambda bench: measure_training(bench, 32, 1),
-    "GPT-2 124M, compiled, batch 64": lambda bench: measure_training(bench, 64, 1),
-    "GPT-2 124M, eager, batch 16": lambda bench: measure_training(bench, 16, 0),
     "GPT-2 124M beside a plain loop, eager, batch 8": measure_beside_plain_loop,
     "GPT-2 124M with --doc_mask, compiled, batch 16, without optimizer": measure_documents,
     "HellaSwag on GPT-2 124M beside the usual loop, float32": partial(measure_hellaswag, dtype="float32"),
@@ -479,7 +491,7 @@ def attempt(bench: Bench, name: str, part: Callable[[Bench], Iterator[Figure]]) 
     result: dict[str, Any] = {"name": name, "passed": True, "figures": {}}
     try:
         if start > bench.deadline:
-            raise RuntimeError(f"left out: the {MINUTES:g} minutes are over")
+            raise RuntimeError(f"left out: the {bench.minutes:g} minutes are over")
         for what, value, limit in part(bench):
             number = value if math.isfinite(value) else None  # JSON has no other
             result["figures"][what] = {"measured": number, "at_most": limit}
@@ -497,31 +509,11 @@ def attempt(bench: Bench, name: str, part: Callable[[Bench], Iterator[Figure]]) 
     return result
 
 
-def describe(device: str) -> dict[str, Any]:
-    """What the numbers belong to."""
-    git = shutil.which("git")
-    head = subprocess.run([git, "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True) if git else None
-    return {
-        "hardware": device_name(torch.device(device)),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": head.stdout.strip() if head and head.returncode == 0 else None,
-        "command": shlex.join(sys.argv),
-    }
-
-
-def save(path: Path, report: dict[str, Any]) -> None:
-    try:
-        write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--output={path} cannot be written: {error.strerror}") from error
-
-
 def main() -> int:
     parser = CommandParser(prog="gpu_check.sh", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outdir/gpu_check.json"), help="default: %(default)s")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=8, help="for everything (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, and no throughput")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the parts with this in their name")
     parser.add_argument("--large", action="store_true", help="only GPT-2 1558M, its memory beside the plan (40 GB)")
@@ -531,6 +523,8 @@ def main() -> int:
     if args.device == "cpu" and (not args.quick or args.large):
         raise UserError("--device=cpu: the full shapes want a GPU; use --quick alone")
 
+    if not 0 < args.minutes < math.inf:
+        raise UserError(f"--minutes={args.minutes}: must be a number above 0")
     start = time.perf_counter()
     torch.set_float32_matmul_precision("highest")  # no TF32 in what is compared
     parts = [("checks", *item) for item in CHECKS.items()]
@@ -546,7 +540,7 @@ def main() -> int:
     save(args.output, report)
     print(f"{report['hardware']}, torch {report['torch']}, CUDA {report['cuda']}, commit {report['commit']}")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args.device, args.quick, Path(folder), start + 60 * MINUTES)
+        bench = Bench(args.device, args.quick, Path(folder), args.minutes, start + 60 * args.minutes)
         write_shard(Path(folder) / "count_train_000001.bin", np.arange(2_000_000) % PERIOD, 50257)
         for kind, name, part in parts:
             report[kind].append(attempt(bench, name, part))
@@ -556,6 +550,7 @@ def main() -> int:
     report["passed"] = not failed
     save(args.output, report)
     print(f"{'all passed' if not failed else 'FAILED: ' + '; '.join(failed)}, {report['seconds']} s; {args.output}")
+    close_ranks()
     return 1 if failed else 0
 
 

@@ -1,9 +1,10 @@
-"""Training speed and memory beside a plain loop: `python scripts/bench/train.py`.
+"""Training speed and memory beside a plain loop: `python scripts/bench/train.py [--nanogpt DIR]`.
 
 The reference is the usual small trainer, written here for the comparison: the same GPT-2 shape with
-scaled_dot_product_attention, full logits, F.cross_entropy, and torch's AdamW. Both sides run eager,
-in the same precision and on the same batch, in processes of their own that take turns, so that a
-noisy machine disturbs both alike. Prints one JSON line: the median of the rounds, and the ratios.
+scaled_dot_product_attention, full logits, F.cross_entropy, and torch's AdamW. With a copy of nanoGPT in
+DIR its model.py and its optimizer are measured too. All sides run eager, in the same precision and on
+the same batch, in processes of their own that take turns, so that a noisy machine disturbs all alike.
+Prints one JSON line: the median of the rounds, and our ratios to the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import statistics
 import subprocess
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from cfg.config import Config, load_config
 from cfg.errors import CommandParser, run_command
 from model.gpt import GPT, init_weights
+from scripts.bench.nanogpt import load_nanogpt
 from train.metrics import peak_memory
 from train.optimizer import make_optimizer
 
@@ -65,7 +67,7 @@ class Reference(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
 
-def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
+def one_side(side: str, config: Config, steps: int, nanogpt: Path | None) -> dict[str, Any]:
     """Trains `steps` steps on random tokens; tokens per second (median step) and peak memory of this process."""
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     torch.manual_seed(0)
@@ -73,11 +75,19 @@ def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
     batch = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
     x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     model: nn.Module
+    optimizer: torch.optim.Optimizer
     if side == "ours":
         model = GPT(config)
         init_weights(model, 0)
         model.to(device)
-        optimizer: torch.optim.Optimizer = make_optimizer(model, config, world_size=1)[0]
+        optimizer = make_optimizer(model, config, world_size=1)[0]
+    elif side == "nanogpt":
+        assert nanogpt is not None
+        theirs = load_nanogpt(nanogpt)
+        shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+        shape |= {"vocab_size": padded, "block_size": config.sequence_length}
+        model = theirs.GPT(theirs.GPTConfig(dropout=0.0, bias=True, **shape)).to(device)
+        optimizer = cast(Any, model).configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     else:
         model = Reference(padded, config.sequence_length, config.n_layer, config.n_head, config.n_embd).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
@@ -88,6 +98,8 @@ def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
             if side == "ours":
                 loss_sum, count = model(x, y)
                 loss = loss_sum / count
+            elif side == "nanogpt":
+                loss = model(x, y)[1]
             else:
                 loss = model(x, y)
         loss.backward()
@@ -101,24 +113,30 @@ def one_side(side: str, config: Config, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--side", choices=["ours", "reference"], help="run one side only, in this process")
+    parser.add_argument("--side", choices=["ours", "reference", "nanogpt"], help="run one side only, in this process")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a copy of nanoGPT, to measure its model.py too")
     args, flags = parser.parse_known_args()
     defaults = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--batch_size=8", "--sequence_length=512"]
     config = load_config(defaults + flags, world_size=1)
     if args.side:
-        print(json.dumps(one_side(args.side, config, args.steps)))
+        print(json.dumps(one_side(args.side, config, args.steps, args.nanogpt)))
         return
     results: dict[str, list[dict[str, float]]] = {"ours": [], "reference": []}
+    more: list[str] = []
+    if args.nanogpt:
+        load_nanogpt(args.nanogpt)  # a mistake in the path is found now
+        results["nanogpt"], more = [], [f"--nanogpt={args.nanogpt}"]
     for _ in range(args.rounds):
         for side, rows in results.items():
-            command = [sys.executable, __file__, f"--side={side}", f"--steps={args.steps}", *flags]
+            command = [sys.executable, __file__, f"--side={side}", f"--steps={args.steps}", *more, *flags]
             rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
             print(side, rows[-1], file=sys.stderr)
     median = {s: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for s, rows in results.items()}
-    ratio = {k: median["ours"][k] / median["reference"][k] for k in median["ours"]}
-    print(json.dumps({"torch": torch.__version__, "flags": defaults + flags, **median, "ratio": ratio}))
+    ratios = {s: {k: median["ours"][k] / median[s][k] for k in median[s]} for s in results if s != "ours"}
+    named = {"ratio" if s == "reference" else f"ratio to {s}": ratio for s, ratio in ratios.items()}
+    print(json.dumps({"torch": torch.__version__, "flags": defaults + flags, **median, **named}))
 
 
 if __name__ == "__main__":

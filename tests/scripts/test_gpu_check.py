@@ -16,7 +16,7 @@ def gpu_check(*flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("only, count", [("half", 1), pytest.param("", 15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("only, count", [("half", 1), pytest.param("", 17, marks=pytest.mark.slow)])
 def test_every_check_passes_on_the_cpu_with_tiny_shapes(tmp_path, only, count):
     output = tmp_path / "new" / "report.json"
     done = gpu_check("--device", "cpu", "--quick", f"--only={only}", "--output", output)
@@ -26,7 +26,8 @@ def test_every_check_passes_on_the_cpu_with_tiny_shapes(tmp_path, only, count):
     for check in report["checks"]:
         assert check["passed"] and check["figures"] and "error" not in check, check
         assert any(figure["at_most"] is not None for figure in check["figures"].values())
-    assert any("train_gpt.py" in command for check in report["checks"] for command in check["commands"])
+    if not only:
+        assert any("train_gpt.py" in command for check in report["checks"] for command in check["commands"])
     assert {"hardware", "torch", "cuda", "python", "commit", "command", "seconds"} <= report.keys()
 
 

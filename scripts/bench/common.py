@@ -1,0 +1,74 @@
+"""What the GPU benchmarks share: a training step in this process and the description of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+import train_gpt
+from cfg.config import Config
+from cfg.errors import UserError
+from cfg.files import write_atomically
+from model.gpt import InitialValue
+from train.distributed import Ranks
+from train.divergence import StepGuard
+from train.metrics import device_name
+from train.optimizer import make_optimizer
+from train.parallel import parallelize
+from train.scaling import LossScale
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_run(config: Config, ranks: Ranks, initial_value: InitialValue | None = None) -> train_gpt.Run:
+    """Builds what `train_gpt.train_step` needs, in this process: no data, no output directory, no checkpoints."""
+    parallel = parallelize(config, ranks, initial_value)
+    optimizer, _ = make_optimizer(parallel.model, config, ranks.world_size)
+    nothing = cast(Any, None)
+    data = {"train_data": nothing, "val_data": None, "tokenizer": None, "tokenizer_identity": {}, "end_of_text": None}
+    training = {"parallel": parallel, "optimizer": optimizer, "scale": LossScale(config.dtype == "float16")}
+    guard = StepGuard(config)
+    return train_gpt.Run(config, ranks, **data, hellaswag=None, **training, guard=guard, saver=nothing)
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Returns what a measurement depends on: hardware, versions, commit, command."""
+    cuda = device == "cuda"
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else ""
+    return {
+        "hardware": device_name(torch.device(device)),
+        "driver": driver.splitlines()[0] if driver else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        # A system cuDNN on this path takes the place of the one that torch brings.
+        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+        "python": platform.python_version(),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or None,
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _output(program: str, *arguments: str) -> str:
+    """Returns what a program prints; "" if it is missing or fails."""
+    if not shutil.which(program):
+        return ""
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def save(path: Path, report: dict[str, Any]) -> None:
+    """Writes the report as JSON. Raises UserError if --output cannot be written."""
+    try:
+        write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--output={path}: cannot be written: {error.strerror}") from error

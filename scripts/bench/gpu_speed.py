@@ -1,0 +1,441 @@
+"""Training speed on one GPU, taken apart, in minutes: `bash scripts/bench/gpu_speed.sh --output FILE`
+
+Everything runs in one process with one CUDA context, writes no checkpoint, and needs neither data nor network. Parts
+run in the order given by --only, or in the order in which they are listed, those that tell most first. Each figure is
+printed and saved at once, so a run that is cut short keeps what it had. A part that does not fit into what is left of
+--seconds is left out; a part that fails is recorded and the rest goes on. Exit code 1 if any part failed.
+
+`--nanogpt DIR` measures nanoGPT's own model.py, compiled, in the same run. `--device=cpu --tiny` rehearses every part
+without a GPU and without compiling. `python scripts/bench/gpu_table.py FILE` puts the figures into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # before all else: this folder holds a tokenize.py
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import train_gpt
+from cfg.config import Config, load_config
+from cfg.errors import CommandParser, UserError, run_command
+from model import loss as chunked_loss
+from scripts.bench.common import describe, make_run, save
+from scripts.bench.nanogpt import load_nanogpt
+from train.distributed import Ranks, close_ranks, init_ranks
+from train.memory import planned_bytes
+from train.metrics import device_name, peak_flops, peak_memory
+
+TINY = "--n_layer=2 --n_embd=64 --n_head=4 --vocab_size=500 --sequence_length=32 --batch_size=2 --compile=0"
+
+
+class Bench:
+    """The device, the time that is left, and the report, which is saved after each figure."""
+
+    def __init__(self, output: Path, seconds: float, device: str, tiny: bool, nanogpt: Path | None):
+        self.output, self.seconds, self.device, self.tiny, self.nanogpt = output, seconds, device, tiny, nanogpt
+        self.start, self.part = time.perf_counter(), ""
+        self.report: dict[str, Any] = {**describe(device), "tiny": tiny, "figures": {}, "profiles": {}, "failed": {}}
+        self.ranks: Ranks | None = None
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def save(self) -> None:
+        self.report["seconds"] = round(self.elapsed(), 1)
+        save(self.output, self.report)
+
+    def note(self, name: str, value: float | str) -> None:
+        """Prints and saves one figure of the part at hand."""
+        self.report["figures"].setdefault(self.part, {})[name] = value
+        self.save()
+        shown = value if isinstance(value, str) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+        print(f"{self.elapsed():6.1f} s  {self.part}: {name}: {shown}", flush=True)
+
+    def wait(self) -> None:
+        """Waits until the device has done all its work."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def join(self) -> Ranks:
+        """Returns the one rank of this process, in a process group, which stage 3 needs."""
+        self.ranks = self.ranks or init_ranks(self.device, sharded=True)
+        return self.ranks
+
+    def time_of(self, work: Callable[[], Any], repeats: int = 20) -> float:
+        """Returns the median seconds of a call, after three to warm up; between events of the device on CUDA."""
+        repeats = 2 if self.tiny else repeats
+        for _ in range(3):
+            work()
+        self.wait()
+        if self.device != "cuda":
+            marks = [time.perf_counter()]
+            for _ in range(repeats):
+                work()
+                marks.append(time.perf_counter())
+            return statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False))
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            work()
+            event.record()
+        self.wait()
+        return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
+
+
+# --- what the hardware can do ---
+
+
+def measure_ceilings(bench: Bench) -> None:
+    """Copy bandwidth, and matrix products of GPT-2 124M's shapes with 65,536 tokens in bfloat16."""
+    tokens = 64 if bench.tiny else 65536
+    x = torch.ones(2**10 if bench.tiny else 2**30, dtype=torch.bfloat16, device=bench.device)
+    y = torch.empty_like(x)
+    bench.note("copy, TB/s", 2 * x.numel() * x.element_size() / bench.time_of(partial(y.copy_, x)) / 1e12)
+    del x, y
+    shapes = {
+        "8192³": (8192, 8192, 8192),
+        "query, key, value": (tokens, 2304, 768),
+        "attention's projection": (tokens, 768, 768),
+        "MLP, first": (tokens, 3072, 768),
+        "MLP, second": (tokens, 768, 3072),
+        "head, 16,384 tokens": (16384, 50304, 768),
+        "MLP, weight gradient": (3072, 768, tokens),
+        "head, weight gradient, 2,048 tokens": (50304, 768, 2048),
+        "head, weight gradient, 16,384 tokens": (50304, 768, 16384),
+    }
+    for name, shape in shapes.items():
+        m, n, k = (min(size, 64) for size in shape) if bench.tiny else shape
+        a = torch.randn(m, k, device=bench.device, dtype=torch.bfloat16)
+        b = torch.randn(k, n, device=bench.device, dtype=torch.bfloat16)
+        seconds = bench.time_of(partial(torch.mm, a, b))
+        bench.note(f"product, {name}, TFLOP/s", 2 * m * n * k / seconds / 1e12)
+
+
+def measure_attention(bench: Bench) -> None:
+    """The backend that scaled_dot_product_attention chooses for 64 × 1,024 tokens, and the speed of the two fast ones.
+
+    FLOPs are those of a causal mask, half of all; the backward pass has 2.5 times as many as the forward pass.
+    """
+    batch, length = (2, 32) if bench.tiny else (64, 1024)
+    backends = [SDPBackend.FLASH_ATTENTION] + [SDPBackend.CUDNN_ATTENTION] * (bench.device == "cuda")
+    for heads, size in ((12, 64), (6, 128)):
+        shape = (batch, heads, length, size)
+        q, k, v = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        if bench.device == "cuda":
+            chosen = torch._fused_sdp_choice(q, k, v, None, 0.0, True)
+            bench.note(f"heads of {size}: chosen", SDPBackend(chosen).name)
+        attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+        for backend in backends:
+            with sdpa_kernel(backend):
+                out = attend()
+                backward = partial(torch.autograd.grad, out, (q, k, v), torch.randn_like(out), retain_graph=True)
+                flops = 2 * batch * heads * length**2 * size
+                forward_s, backward_s = bench.time_of(attend), bench.time_of(backward)
+            bench.note(f"heads of {size}: {backend.name}, forward, TFLOP/s", flops / forward_s / 1e12)
+            bench.note(f"heads of {size}: {backend.name}, backward, TFLOP/s", 2.5 * flops / backward_s / 1e12)
+
+
+# --- the loss ---
+
+
+@contextmanager
+def loss_variant(bench: Bench, scatter: bool, elements: int) -> Iterator[None]:
+    """Within it the compiled chunk is the one with or without a scatter, of at most so many logits."""
+    chunk: Any = chunked_loss.chunk_loss_and_grad if scatter else chunked_loss.fused_chunk_loss_and_grad
+    before, sizes = chunked_loss._compiled_chunk, chunked_loss.CHUNK_ELEMENTS.copy()
+    chunked_loss._compiled_chunk = chunk if bench.tiny else torch.compile(chunk, dynamic=False)
+    chunked_loss.CHUNK_ELEMENTS[bench.device] = 2**13 if bench.tiny else elements
+    try:
+        yield
+    finally:
+        chunked_loss._compiled_chunk = before
+        chunked_loss.CHUNK_ELEMENTS.update(sizes)
+
+
+def measure_loss(bench: Bench) -> None:
+    """Head and loss of 16,384 tokens, forward and backward, in every form, and how far the gradients lie apart."""
+    tokens, width, vocabulary = (64, 32, 512) if bench.tiny else (16384, 768, 50304)
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocabulary, width, device=bench.device) * 0.02).requires_grad_()
+    targets = torch.randint(vocabulary - 47, (tokens,), device=bench.device)
+
+    def forward_and_backward(softcap: float) -> None:
+        hidden.grad = weight.grad = None
+        with torch.autocast(bench.device, torch.bfloat16):
+            total, _ = chunked_loss.linear_cross_entropy(hidden, weight, targets, vocabulary - 47, softcap)
+        (total / tokens).backward()
+
+    for softcap in (0.0, 15.0):
+        first: list[Tensor] = []
+        for scatter, power in ((True, 27), (False, 27), (False, 28), (False, 30)):
+            name = f"{'with' if scatter else 'without'} scatter, chunks of 2^{power}" + f", softcap {softcap:g}" * (
+                softcap > 0
+            )
+            with loss_variant(bench, scatter, 2**power):
+                bench.note(f"{name}, ms", 1e3 * bench.time_of(partial(forward_and_backward, softcap)))
+            gradients = [g for g in (hidden.grad, weight.grad) if g is not None]
+            first = first or gradients
+            apart = [
+                ((g.float() - f.float()).norm() / f.float().norm()).item()
+                for g, f in zip(gradients, first, strict=True)
+            ]
+            bench.note(f"{name}, gradients beside the first", max(apart))
+
+
+# --- whole training steps ---
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Flags of a training run, the micro-steps of a step, and the form of the loss; `profile` its kernels too."""
+
+    flags: str
+    micro_steps: int
+    scatter: bool = False
+    chunk: int = 2**30
+    profile: bool = False
+
+
+def training_config(bench: Bench, setting: Setting) -> Config:
+    flags = [*setting.flags.split(), f"--device={bench.device}", "--tokenizer=none", "--input_val_bin="]
+    if bench.tiny:
+        flags += TINY.split() + (["--n_kv_head=2", "--mlp_hidden=96"] if "llama" in setting.flags else [])
+    c = load_config([*flags, "--total_batch_size=0"], world_size=1)
+    total = c.batch_size * c.sequence_length * (2 if bench.tiny else setting.micro_steps)
+    return c.model_copy(update={"total_batch_size": total})
+
+
+def measure_training(bench: Bench, setting: Setting) -> None:
+    """Tokens per second of `train_gpt.train_step`, its optimizer and its one wait for the device included."""
+    config = training_config(bench, setting)
+    if config.tensorcores:
+        torch.set_float32_matmul_precision("high")
+
+    def value(name: str, shape: torch.Size) -> Tensor:  # drawn on the device: on the host 2 billion take a minute
+        if len(shape) > 1:
+            return torch.randn(shape, device=bench.device) * 0.02
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+
+    with loss_variant(bench, setting.scatter, setting.chunk):
+        run = make_run(config, bench.join(), value)
+        rows = config.total_batch_size // config.sequence_length
+        batch = torch.randint(config.vocab_size, (rows, config.sequence_length + 1), device=bench.device)
+        step = partial(train_gpt.train_step, run, votes=[])
+        begin = time.perf_counter()
+        step(1, batch[: 2 * config.batch_size])  # two micro-steps: the second adds to gradients
+        bench.wait()
+        bench.note("first step with compiling, s", time.perf_counter() - begin)
+        step(2, batch)
+        bench.wait()
+        begin, steps = time.perf_counter(), 3
+        for k in range(steps):
+            step(3 + k, batch)
+        bench.wait()
+        note_speed(bench, config.total_batch_size * steps / (time.perf_counter() - begin))
+        flops = run.model.flops_per_token(config.sequence_length)
+        note_mfu(bench, flops)
+        planned = planned_bytes(config, 1, chunked_loss.memory_of(bench.join().device)).peak
+        bench.note("planned GiB", planned / 2**30)
+        if run.guard.skipped:
+            raise RuntimeError(f"{run.guard.skipped} steps were skipped, so their optimizer was not timed")
+        if setting.profile:
+            profile(bench, lambda: step(9, batch[: 2 * config.batch_size]))
+
+
+def note_speed(bench: Bench, tokens_per_second: float) -> None:
+    bench.note("tok/s", tokens_per_second)
+    bench.note("GiB", peak_memory(torch.device(bench.device)) / 2**30)
+
+
+def note_mfu(bench: Bench, flops_per_token: int) -> None:
+    """Notes the MFU of the speed noted before, if the peak of the device is known."""
+    if peak := peak_flops(device_name(torch.device(bench.device))):
+        bench.note("MFU", bench.report["figures"][bench.part]["tok/s"] * flops_per_token / peak)
+
+
+def profile(bench: Bench, step: Callable[[], Any]) -> None:
+    """Saves the kernels of two micro-steps and an optimizer step: name, calls, share of the device's time."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device == "cuda":
+        kinds = [torch.profiler.ProfilerActivity.CUDA, *kinds]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        step()
+        bench.wait()
+
+    def spent(event: Any) -> float:
+        return event.self_device_time_total if bench.device == "cuda" else event.self_cpu_time_total
+
+    events = sorted((e for e in profiler.key_averages() if spent(e)), key=spent, reverse=True)
+    total = sum(map(spent, events))
+    rows = [(event.key[:100], event.count, round(spent(event) / total, 4)) for event in events[:40]]
+    bench.report["profiles"][bench.part] = rows
+    bench.save()
+
+
+def measure_nanogpt(bench: Bench, batch_size: int, bias: bool, micro_steps: int) -> None:
+    """nanoGPT's model.py under torch.compile, with its optimizer, clipping and accumulation as in its train.py."""
+    if bench.nanogpt is None:
+        raise LeftOut("--nanogpt was not given")
+    nanogpt = load_nanogpt(bench.nanogpt)
+    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304}
+    if bench.tiny:
+        shape, batch_size, micro_steps = (
+            {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 500},
+            2,
+            2,
+        )
+    torch.set_float32_matmul_precision("high")
+    model = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, bias=bias, **shape)).to(bench.device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), bench.device)
+    compiled = model if bench.tiny else torch.compile(model)
+    x, y = torch.randint(shape["vocab_size"], (2, batch_size, shape["block_size"]), device=bench.device)
+
+    def step(n: int) -> None:
+        for _ in range(n):
+            with torch.autocast(bench.device, torch.bfloat16):
+                loss = compiled(x, y)[1] / n
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    begin = time.perf_counter()
+    step(2)
+    bench.wait()
+    bench.note("first step with compiling, s", time.perf_counter() - begin)
+    step(2)
+    bench.wait()
+    begin, steps = time.perf_counter(), 3
+    for _ in range(steps):
+        step(micro_steps)
+    bench.wait()
+    note_speed(bench, x.numel() * micro_steps * steps / (time.perf_counter() - begin))
+
+
+# --- parts ---
+
+
+class LeftOut(Exception):
+    """A part that is not run, with the reason."""
+
+
+Before = partial(Setting, scatter=True, chunk=2**27)  # the loss as it was
+GPT2 = "--cfg=gpt2-124m --batch_size=64"
+GPT2_16 = "--cfg=gpt2-124m --batch_size=16"
+ALL = "--compile=model --residual_dtype=bfloat16"
+XL = "--cfg=gpt2-1558m --batch_size=8 --zero_stage=0"
+LLAMA = "--cfg=llama3-8b --n_layer=8 --vocab_size=32000 --batch_size=2 --activation_checkpointing=none"
+
+TRAINING = {  # name: seconds that it takes with an empty compile cache (estimated), setting
+    "gpt2-124m": (45, Setting(GPT2, 8, profile=True)),
+    "gpt2-124m, all changes": (75, Setting(f"{GPT2} {ALL}", 8, profile=True)),
+    "gpt2-124m, before": (45, Before(GPT2_16, 32)),
+    "llama3-8b, 8 layers, stage 3": (60, Setting(LLAMA, 2)),
+    "modern-124m": (45, Setting("--cfg=modern-124m --batch_size=64", 8)),
+    "gpt2-1558m": (60, Setting(XL, 8)),
+    "modern-124m, all changes": (75, Setting(f"--cfg=modern-124m --batch_size=64 {ALL}", 8)),
+    "gpt2-124m, before, micro-batch 64": (45, Before(GPT2, 8)),
+    "gpt2-124m, before, no scatter": (45, Setting(GPT2_16, 32, chunk=2**27)),
+    "gpt2-124m, before, no scatter, chunks of 2^30": (45, Setting(GPT2_16, 32)),
+    "gpt2-124m, before, whole model": (75, Before(f"{GPT2_16} --compile=model", 32)),
+    "gpt2-124m, before, bfloat16 residual": (45, Before(f"{GPT2_16} --residual_dtype=bfloat16", 32)),
+    "gpt2-124m, whole model": (75, Setting(f"{GPT2} --compile=model", 8)),
+    "gpt2-124m, bfloat16 residual": (45, Setting(f"{GPT2} --residual_dtype=bfloat16", 8)),
+}
+PARTS: dict[str, tuple[float, Callable[[Bench], None]]] = {
+    "ceilings": (8, measure_ceilings),
+    "attention": (8, measure_attention),
+    "loss": (60, measure_loss),
+    "nanoGPT": (60, partial(measure_nanogpt, batch_size=12, bias=False, micro_steps=40)),
+    "nanoGPT, micro-batch 64": (60, partial(measure_nanogpt, batch_size=64, bias=True, micro_steps=8)),
+    **{name: (seconds, partial(measure_training, setting=setting)) for name, (seconds, setting) in TRAINING.items()},
+}
+
+
+def run_part(bench: Bench, name: str) -> None:
+    """Runs one part and records how it ended. Whatever it raises is its result."""
+    seconds, work = PARTS[name]
+    bench.part, begin = name, time.perf_counter()
+    left = bench.seconds - bench.elapsed()
+    if left < 0.6 * seconds and not bench.tiny:
+        problem = f"left out: {left:.0f} s left of --seconds={bench.seconds:g}"
+    else:
+        problem = ""
+        try:
+            work(bench)
+        except LeftOut as error:
+            problem = f"left out: {error}"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error)[:600]}"
+    if problem:
+        bench.report["failed"][name] = problem
+        bench.save()
+        print(f"{bench.elapsed():6.1f} s  {name}: {problem}", flush=True)
+    else:
+        bench.note("seconds of this part", round(time.perf_counter() - begin, 1))
+    gc.collect()
+    torch._dynamo.reset()  # of one function the compiler takes a handful of cases in a process, and then no more
+    if bench.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def chosen_parts(only: str) -> list[str]:
+    """The parts that --only names, in its order: `a;b`, each the name of one or the beginning of several."""
+    names: list[str] = []
+    for text in filter(None, (word.strip() for word in only.split(";"))):
+        found = [text] if text in PARTS else [name for name in PARTS if name.startswith(text)]
+        if not found:
+            raise UserError(f"--only={text}: no such part; they are {'; '.join(PARTS)}")
+        names += [name for name in found if name not in names]
+    return names or list(PARTS)
+
+
+def main() -> int:
+    parser = CommandParser(prog="gpu_speed.sh", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("outdir/gpu_speed.json"), help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=280, help="for everything (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="A;B", help="parts to run, by name or beginning of the name")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a copy of nanoGPT, to measure its model.py")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes and no compiler: a rehearsal")
+    args = parser.parse_args()
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f"--seconds={args.seconds}: must be a number above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: this machine has no CUDA device; --device=cpu --tiny rehearses without one")
+    if args.device == "cpu" and not args.tiny:
+        raise UserError("--device=cpu: the full shapes need a GPU; add --tiny")
+    names = chosen_parts(args.only)
+    if args.nanogpt:
+        load_nanogpt(args.nanogpt)  # a mistake in the path is found now
+    bench = Bench(args.output, args.seconds, args.device, args.tiny, args.nanogpt)
+    bench.save()
+    print(f"{bench.report['hardware']}, torch {bench.report['torch']}, CUDA {bench.report['cuda']}", flush=True)
+    for name in names:
+        run_part(bench, name)
+    failed = [name for name, problem in bench.report["failed"].items() if not problem.startswith("left out")]
+    print(f"{'FAILED: ' + '; '.join(failed) if failed else 'done'}, {bench.elapsed():.0f} s; {args.output}")
+    close_ranks()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_command(main)
