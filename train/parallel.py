@@ -192,8 +192,9 @@ def settle(parallel: Parallel, config: Config, ranks: Ranks, autocast: Any) -> N
     otherwise take its first step with the other arrangement, and on more than two ranks round differently.
     """
     if isinstance(parallel.train_model, DistributedDataParallel):
-        idx = torch.zeros(config.batch_size, config.sequence_length, dtype=torch.long, device=ranks.device)
-        # With positions if training has them, so that the compiler meets the same case.
+        # With the strides of a training batch, and positions if training has them: the compiler meets the same case.
+        tokens = torch.zeros(config.batch_size, config.sequence_length + 1, dtype=torch.long, device=ranks.device)
+        idx = tokens[:, :-1]
         positions = torch.arange(idx.size(1), device=ranks.device).expand_as(idx) if config.doc_mask else None
         with autocast:
             loss, _ = parallel.train_model(idx, idx, positions=positions)

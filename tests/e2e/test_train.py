@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,32 @@ def test_four_ranks_change_nothing(one_rank, trainer, trace, parameters_of, tmp_
     ours, reference = parameters_of(output_dir), parameters_of(one_rank[0])
     assert ours.keys() == reference.keys()
     assert max((ours[k] - reference[k]).abs().max().item() for k in ours) < 1e-5
+
+
+def test_a_chosen_micro_batch_gives_the_numbers_of_a_given_one_and_may_change_on_resume(
+    one_rank, trainer, trace, tmp_path
+):
+    expected, output_dir = trace(one_rank[0]), tmp_path / "run"
+    done = trainer.run(output_dir, "--batch_size=0", ranks=2)
+    assert "--batch_size=0: 4 sequences a micro-step\n" in done.stdout
+    assert "4 × 32 × 2 ranks × 1 micro-steps" in done.stdout
+    assert yaml.safe_load((output_dir / "config.yaml").read_text())["batch_size"] == 4
+    shutil.rmtree(output_dir / "checkpoints" / "step_00000020")
+    done = trainer.run(output_dir, "--batch_size=8")
+    assert "step_00000015 with batch_size: 4 → 8" in done.stdout
+    for ours, theirs in zip(trace(output_dir), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_as_a_whole_a_run_gives_the_numbers_of_an_eager_one(one_rank, trainer, trace, tmp_path):
+    """Validation and samples compile nothing anew but the forward pass without gradients."""
+    flags = ["--sample_every=10", "--sample_tokens=8", "--compile=model"]
+    done = trainer.run(tmp_path / "run", *flags, ranks=2, env={"TORCH_LOGS": "recompiles"})
+    for ours, theirs in zip(trace(tmp_path / "run"), trace(one_rank[0]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    recompiled = [line for line in done.stderr.splitlines() if "Recompiling function" in line]
+    assert len(recompiled) <= 2 and all("hidden" in line for line in recompiled)  # once a rank
 
 
 def test_one_batch_is_learned_by_heart(trainer, metrics, tmp_path):
