@@ -324,8 +324,8 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     set_learning_rate(run.optimizer, learning_rate(step, config.num_iterations, config))
     if not refusal:
         clipped = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
-        if clipped != run.scale.value:
-            scale_gradients(gradients, clipped / run.scale.value)
+        if (factor := clipped / run.scale.value) != 1:
+            scale_gradients(gradients, factor)
         run.optimizer.step()
     run.scale.update(math.isfinite(mean_loss) and math.isfinite(norm))
     run.optimizer.zero_grad(set_to_none=True)

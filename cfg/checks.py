@@ -71,9 +71,11 @@ def check_run(c: Config, world_size: int) -> None:
     if c.compile == "model" and c.zero_stage >= 2:
         raise UserError(f"--compile=model: a model sharded by --zero_stage={c.zero_stage} compiles per block; use 1")
     if c.residual_dtype == "bfloat16" and c.dtype != "bfloat16":
-        raise UserError(f"--residual_dtype=bfloat16 is for --dtype=bfloat16, not {c.dtype}")
-    if not c.total_batch_size:  # as --batch_size=0 leaves it, too
-        raise UserError("--batch_size=0: it divides --total_batch_size into micro-steps; give that number of tokens")
+        raise UserError(f"--residual_dtype=bfloat16: needs --dtype=bfloat16, not {c.dtype}; change one of them")
+    if not c.total_batch_size:  # only with --batch_size=0: otherwise it has been derived
+        raise UserError(
+            "--batch_size=0: needs --total_batch_size, which it divides into micro-steps; give that in tokens"
+        )
     rows = c.batch_size or 1
     micro = rows * c.sequence_length * world_size
     if c.total_batch_size % micro:

@@ -43,8 +43,6 @@ class Flags(BaseModel):
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind in (int, float):
             raise PydanticCustomError("truth", "input should be a number, not true or false")
-        if info.field_name == "compile" and str(value).lower() not in ("0", "1", "true", "false", "model"):
-            raise PydanticCustomError("compile", "input should be 0, 1 or model")
         return value
 
     @field_validator("*")
@@ -142,8 +140,8 @@ class BatchConfig(Flags):
     batch_size: int = Field(
         4,
         ge=0,
-        description="sequences per rank per micro-step; 0: the largest power of two, at most 64, that fits the GPU and"
-        " divides total_batch_size (on a CPU at most 4)",
+        description="sequences per rank per micro-step; 0: the largest power of two, at most 64 (4 on a CPU), that fits"
+        " the GPU and divides a rank's sequences per step",
     )
     total_batch_size: int = Field(
         0, ge=0, description="tokens per optimizer step over all ranks; 0: batch_size*sequence_length*ranks"
@@ -201,8 +199,17 @@ class ComputeConfig(Flags):
         "float32", description="dtype of the residual stream in training; bfloat16 is faster and less precise"
     )
     compile: bool | Literal["model"] = Field(
-        False, description="torch.compile the loss and each block; model: and the whole forward pass (stages 0 and 1)"
+        False,
+        description="torch.compile each block and the loss; model: all before the loss as one graph (stages 0 and 1)",
     )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compile_is_a_choice(cls, value: Any) -> Any:
+        """Raises one error where pydantic would raise two, one for each type of the union."""
+        if str(value).lower() not in ("0", "1", "true", "false", "model"):
+            raise PydanticCustomError("compile", "input should be 0, 1 or model")
+        return value
 
 
 class ParallelConfig(Flags):

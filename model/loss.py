@@ -1,8 +1,8 @@
 """Linear head and cross-entropy in one, in chunks, so that the full logits never exist.
 
-For a micro-batch of 16 × 1024 tokens and GPT-2's vocabulary the logits alone are 3.3 GB in fp32,
-and the usual code holds them two or three times. Here a few hundred rows at a time are projected,
-turned into loss and gradient, and dropped. The gradients are computed in the forward pass, where
+With 64 × 1024 tokens and GPT-2's vocabulary the logits alone are 13 GB in fp32, and the usual code
+holds them two or three times. Here a chunk of rows at a time (128 on a CPU, up to 16,384 on a GPU)
+is projected, turned into loss and gradient, and dropped. The gradients are computed in the forward pass, where
 the chunk's logits are at hand: the loss is a sum, so backward only has to scale them by the one
 number that arrives from above. The number of matrix products is that of the plain version. (The
 idea of fusing the head with its loss: Liger Kernel, Hsu et al. 2024; Wijmans et al. 2024.)
@@ -23,7 +23,8 @@ IGNORE_INDEX = -100
 # The most logits in one chunk. 2^23 fp32 numbers are 32 MB. On CUDA large chunks keep the matrix units busy and
 # read and write the weight's gradient less often; 2^30 logits take 4.3 GB in bfloat16 when compiled, 13 GB eagerly.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**30}
-BYTES_PER_CHUNK_ELEMENT = 64  # of device memory: a chunk takes 6 to 28 bytes per logit, so at most 40 % of it
+# Smaller GPUs get smaller chunks: at 4 to 24 bytes per logit a chunk takes at most 38 % of the memory.
+DEVICE_BYTES_PER_LOGIT = 64
 MOST_CAP = 40.0  # exp(-2 * 40) is still a normal fp32 number
 
 
@@ -64,7 +65,7 @@ def chunk_rows_for(vocabulary: int, device_type: str, memory: float = math.inf) 
 
     `memory` is that of the device in bytes: small cards get smaller chunks.
     """
-    elements = min(CHUNK_ELEMENTS.get(device_type, 2**26), memory / BYTES_PER_CHUNK_ELEMENT)
+    elements = min(CHUNK_ELEMENTS.get(device_type, 2**26), memory / DEVICE_BYTES_PER_LOGIT)
     return 2 ** max(0, (int(elements) // vocabulary).bit_length() - 1)
 
 

@@ -137,12 +137,12 @@ def explore(config: Config, given: dict[str, Any], args: argparse.Namespace) -> 
 
 
 def measure(config: Config, given: dict[str, Any], args: argparse.Namespace) -> Setting:
-    most = capacity(args)
-    usable, memory = usable_bytes(most), planned_bytes(config, args.gpus, most)
+    gpu_bytes = capacity(args)
+    usable, memory = usable_bytes(gpu_bytes), planned_bytes(config, args.gpus, gpu_bytes)
     rows = config.total_batch_size // (config.sequence_length * args.gpus)  # of a rank in a step: the most there can be
     sizes = [config.batch_size] if "batch_size" in given else [b for b in range(rows, 0, -1) if rows % b == 0]
     candidates = (config.model_copy(update={"batch_size": b}) for b in sizes)
-    largest = next((c.batch_size for c in candidates if planned_bytes(c, args.gpus, most).peak <= usable), 0)
+    largest = next((c.batch_size for c in candidates if planned_bytes(c, args.gpus, gpu_bytes).peak <= usable), 0)
     return Setting(config, memory, memory.peak <= usable, largest)
 
 

@@ -268,7 +268,7 @@ def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Mem
     """The memory of a training step on the fullest of `world_size` ranks: what torch.cuda.max_memory_allocated counts.
 
     The CUDA context and the gaps between blocks of memory come on top. `config` must be resolved for this world size.
-    `capacity` is the memory of a GPU in bytes, on which the size of the loss's chunks depends.
+    `capacity` is the total memory of a GPU in bytes, on which the size of the loss's chunks depends.
     """
     at = moments(config, world_size, capacity)
     moment = max(at, key=lambda name: sum(at[name].values()))
@@ -282,17 +282,18 @@ def usable_bytes(capacity: float) -> float:
     return (1 - FRAGMENTATION) * capacity - CONTEXT_BYTES
 
 
-def fitting_batch_size(config: Config, world_size: int, capacity: float | None) -> int:
+def fitting_batch_size(config: Config, world_size: int, capacity: float | None, usable: float = 0) -> int:
     """Returns the sequences of a micro-step that --batch_size=0 stands for.
 
-    This is the largest power of two that divides the rank's sequences in a step, is at most 64, and by the plan fits
-    a GPU with `capacity` bytes. None is a device without a memory of its own: at most 4. Returns 1 if nothing fits.
+    This is the largest power of two, at most 64, that divides the rank's sequences in a step and by the plan fits
+    into `usable` bytes of a GPU with `capacity` bytes, on which the size of the loss's chunks depends. By default all
+    is free that can be. Without a capacity, as on a CPU, it is at most 4. Returns 1 if nothing fits.
     """
     rows = config.total_batch_size // (config.sequence_length * world_size)
     size = MOST_ROWS if capacity else MOST_ROWS_ON_CPU
     while size > 1:
         settled = config.model_copy(update={"batch_size": size})
-        fits = not capacity or planned_bytes(settled, world_size, capacity).peak <= usable_bytes(capacity)
+        fits = not capacity or planned_bytes(settled, world_size, capacity).peak <= (usable or usable_bytes(capacity))
         if rows % size == 0 and fits:
             break
         size //= 2
@@ -301,17 +302,21 @@ def fitting_batch_size(config: Config, world_size: int, capacity: float | None) 
 
 def choose_batch_size(config: Config, ranks: Ranks) -> Config:
     """Replaces --batch_size=0 by what fits the GPU with the least free memory, the same size on all ranks."""
-    device = ranks.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    least = min((n for n in ranks.gather(free) if n is not None), default=None)
-    size = fitting_batch_size(config, ranks.world_size, least)
+    memory = torch.cuda.mem_get_info(ranks.device) if ranks.device.type == "cuda" else None  # free, total
+    least = min((m for m in ranks.gather(memory) if m is not None), default=None)
+    if least is None:
+        capacity, usable = None, 0.0
+    else:
+        capacity, usable = least[1], (1 - FRAGMENTATION) * least[0]  # the context is there already
+    size = fitting_batch_size(config, ranks.world_size, capacity, usable)
     config = config.model_copy(update={"batch_size": size})
     if ranks.is_main:
-        memory = ""
-        if least:
-            peak = planned_bytes(config, ranks.world_size, least).peak
-            memory = f", {peak / 1e9:.1f} GB planned of {least / 1e9:.1f} GB free"
-        print(f"--batch_size=0: {size} sequences a micro-step{memory}")
+        line = f"--batch_size=0: micro-batch of {size}"
+        if capacity:
+            peak = planned_bytes(config, ranks.world_size, capacity).peak
+            line += f", {peak / 1e9:.1f} GB planned of {usable / 1e9:.1f} GB free"
+            line += "" if peak <= usable else ", which does not fit; scripts/plan.py says what would"
+        print(line)
     return config
 
 

@@ -67,7 +67,7 @@ def parallelize(config: Config, ranks: Ranks, initial_value: InitialValue | None
 
 
 def compile_model(model: GPT, config: Config, device: torch.device) -> None:
-    """Compiles the loss and, in place, each block's forward or with --compile=model all that comes before the loss.
+    """Compiles the loss and, in place, each block's forward; with --compile=model the model's `hidden` instead.
 
     Per block, parameter names stay clean, the hooks that shard or replicate stay outside, and since blocks are alike
     the compiler does the work once. As a whole, norms and residual additions fuse across blocks; it takes longer to
@@ -192,7 +192,7 @@ def settle(parallel: Parallel, config: Config, ranks: Ranks, autocast: Any) -> N
     otherwise take its first step with the other arrangement, and on more than two ranks round differently.
     """
     if isinstance(parallel.train_model, DistributedDataParallel):
-        # With the strides of a training batch, and positions if training has them: the compiler meets the same case.
+        # With a training batch's strides, and positions if it has them, so that the compiler compiles once.
         tokens = torch.zeros(config.batch_size, config.sequence_length + 1, dtype=torch.long, device=ranks.device)
         idx = tokens[:, :-1]
         positions = torch.arange(idx.size(1), device=ranks.device).expand_as(idx) if config.doc_mask else None

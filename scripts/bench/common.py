@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: a training step in this process and the description of the machine."""
+"""Shared parts of the GPU benchmarks: a run without data or files, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -34,10 +34,21 @@ def make_run(config: Config, ranks: Ranks, initial_value: InitialValue | None = 
     parallel = parallelize(config, ranks, initial_value)
     optimizer, _ = make_optimizer(parallel.model, config, ranks.world_size)
     nothing = cast(Any, None)
-    data = {"train_data": nothing, "val_data": None, "tokenizer": None, "tokenizer_identity": {}, "end_of_text": None}
-    training = {"parallel": parallel, "optimizer": optimizer, "scale": LossScale(config.dtype == "float16")}
-    guard = StepGuard(config)
-    return train_gpt.Run(config, ranks, **data, hellaswag=None, **training, guard=guard, saver=nothing)
+    return train_gpt.Run(
+        config,
+        ranks,
+        train_data=nothing,
+        val_data=None,
+        tokenizer=None,
+        tokenizer_identity={},
+        end_of_text=None,
+        hellaswag=None,
+        parallel=parallel,
+        optimizer=optimizer,
+        scale=LossScale(config.dtype == "float16"),
+        guard=StepGuard(config),
+        saver=nothing,
+    )
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ from data.shards import write_shard
 from eval.generate import Sampling, generate
 from eval.scoring import Request, gpt_forward, merge, score
 from eval.subject import drain, in_dtype
+from model import loss as chunked_loss
 from model.loss import IGNORE_INDEX
 from scripts.bench.common import describe, make_run, save
 from train.distributed import Ranks, close_ranks, init_ranks
@@ -118,6 +120,7 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     `full_logits` the loss is the plain F.cross_entropy.
     """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    chunked_loss._compiled_chunk = None  # an earlier check may have compiled the loss; --compile does so again
     model = parallelize(config, Ranks(0, 0, 1, device)).model
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, config.sequence_length + 1)
@@ -138,7 +141,7 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     return {name: tensor.cpu().double() for name, tensor in found.items()}
 
 
-BOTH = list(itertools.product(FAMILIES, LIMITS))  # every family in every dtype
+EVERY_CASE = list(itertools.product(FAMILIES, LIMITS))  # every family in every dtype
 # For what compiles, each family and each dtype once, as one compilation takes longer than all eager checks.
 COMPILED = [("gpt2", "bfloat16"), ("llama", "float32")]
 
@@ -168,9 +171,10 @@ def check_memory(bench: Bench) -> Iterator[Figure]:
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     peaks = [peak_memory(device)]
-    for full_logits in (False, True):
-        gradients(config, full_logits)
-        peaks.append(peak_memory(device))
+    with mock.patch.dict(chunked_loss.CHUNK_ELEMENTS, cuda=2**27):  # several chunks on a large GPU too
+        for full_logits in (False, True):
+            gradients(config, full_logits)
+            peaks.append(peak_memory(device))
     chunked, full = peaks[1] - peaks[0], peaks[2] - peaks[0]
     yield "in chunks, MiB", chunked / 2**20, None
     yield "full logits, MiB", full / 2**20, None
@@ -183,7 +187,7 @@ def check_device(bench: Bench) -> Iterator[Figure]:
 
 
 def check_flash(bench: Bench) -> Iterator[Figure]:
-    return two_ways(bench, BOTH, "--flash=1", "--flash=0")
+    return two_ways(bench, EVERY_CASE, "--flash=1", "--flash=0")
 
 
 def check_document_mask(bench: Bench) -> Iterator[Figure]:
@@ -192,11 +196,11 @@ def check_document_mask(bench: Bench) -> Iterator[Figure]:
 
 
 def check_loss(bench: Bench) -> Iterator[Figure]:
-    return two_ways(bench, BOTH, bench.many_rows(), full_logits=True)
+    with mock.patch.dict(chunked_loss.CHUNK_ELEMENTS, cuda=2**27):  # several chunks on a large GPU too
+        yield from two_ways(bench, EVERY_CASE, bench.many_rows(), full_logits=True)
 
 
 def check_compile(bench: Bench) -> Iterator[Figure]:
-    """The loss stays compiled in this process, so no other check may come after this one and mean the eager one."""
     return two_ways(bench, COMPILED[1:] if bench.quick else COMPILED, "--compile=1", "--compile=0")
 
 
@@ -261,6 +265,7 @@ def train_steps(bench: Bench, flags: list[str], steps: int) -> list[tuple[float,
     """Returns loss and gradient norm of each of the first steps, taken in this process."""
     config = bench.config(*flags)
     bench.ranks = bench.ranks or init_ranks(bench.device, sharded=True)
+    chunked_loss._compiled_chunk = None  # as in `gradients`
     run, rows, length = make_run(config, bench.ranks), config.batch_size, config.sequence_length + 1
     found = []
     for k in range(1, steps + 1):
@@ -281,11 +286,10 @@ COMPILED_STRATEGIES = {"stage 3, compiled": "--zero_stage=3 --compile=1 --activa
 
 
 def check_strategies(bench: Bench, cases: dict[str, str]) -> Iterator[Figure]:
-    """Ten steps in settings that one device can show, beside a plain process: losses and gradient norms.
+    """Compares losses and gradient norms of ten steps under the flags of each of `cases` with those of a plain run.
 
     In bfloat16 sharded weights are rounded once more, where they are gathered.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
     try:
         for dtype, limit in (("float32", 1e-4), ("bfloat16", 3e-2)):
@@ -513,7 +517,7 @@ def main() -> int:
     parser = CommandParser(prog="gpu_check.sh", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outdir/gpu_check.json"), help="default: %(default)s")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=8, help="for everything (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit for all parts (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, and no throughput")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the parts with this in their name")
     parser.add_argument("--large", action="store_true", help="only GPT-2 1558M, its memory beside the plan (40 GB)")
@@ -526,6 +530,7 @@ def main() -> int:
     if not 0 < args.minutes < math.inf:
         raise UserError(f"--minutes={args.minutes}: must be a number above 0")
     start = time.perf_counter()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic steps, before cuBLAS starts
     torch.set_float32_matmul_precision("highest")  # no TF32 in what is compared
     parts = [("checks", *item) for item in CHECKS.items()]
     parts += [("throughput", *item) for item in MEASUREMENTS.items()] if not args.quick else []

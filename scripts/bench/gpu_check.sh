@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Correctness, then speed, memory and MFU on this machine's GPU, in one JSON file; see gpu_check.py for the flags.
+# Correctness, then the speed of evaluation and generation, on this machine's GPU; see gpu_check.py for the flags.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=.venv/bin/python

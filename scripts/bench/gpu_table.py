@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # before all else: this folder holds a tokenize.py
 
+import re
 from typing import Any
 
 from cfg.errors import CommandParser, UserError, run_command
@@ -30,10 +31,11 @@ MFU_GOALS = {"llama3-8b, 8 layers, stage 3": 0.60}
 def section(report: dict[str, Any]) -> str:
     """Returns the Markdown of a report: hardware and command, the training speeds, a table of each other part."""
     figures: dict[str, dict[str, Any]] = report["figures"]
+    command = re.sub(r"(--(?:nanogpt|output)[= ])\S+", r"\1PATH", report["command"])
     lines = [
         f"### {report['hardware']}",
         "",
-        f"`python {report['command']}`, commit {str(report['commit'])[:12]}, driver {report['driver']}, torch"
+        f"`python {command}`, commit {str(report['commit'])[:12]}, driver {report['driver']}, torch"
         f" {report['torch']}, CUDA {report['cuda']}, cuDNN {report['cudnn']}, Python {report['python']};"
         f" {report['seconds']:.0f} s.",
     ]
@@ -47,7 +49,7 @@ def section(report: dict[str, Any]) -> str:
             rows = [f"| {what} | {number(value)} |" for what, value in part.items() if what != "seconds of this part"]
             lines += ["", f"| {name} | |", "|---|---|", *rows] if rows else []
     for name, problem in report["failed"].items():
-        lines += ["", f"{name}: {problem}."]
+        lines += ["", f"{name} failed: {problem}."]
     return "\n".join(lines)
 
 

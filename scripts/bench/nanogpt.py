@@ -10,12 +10,12 @@ from types import ModuleType
 from cfg.errors import UserError
 
 
-def load_nanogpt(folder: Path) -> ModuleType:
-    """Imports nanoGPT's model.py from a copy of nanoGPT, which is not part of this repository."""
-    path = next((p for p in (folder / "model.py", folder / "model_nanogpt.py") if p.is_file()), None)
-    if path is None:
-        raise UserError(f"--nanogpt={folder}: has no model.py; give the folder of a copy of nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+def load_nanogpt(path: Path) -> ModuleType:
+    """Imports nanoGPT's model.py: `path` is the file, or the folder of a copy of nanoGPT. This repository has none."""
+    file = path / "model.py" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--nanogpt={path}: has no model.py; give the folder of a copy of nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up

@@ -73,7 +73,7 @@ def test_a_chosen_micro_batch_gives_the_numbers_of_a_given_one_and_may_change_on
 ):
     expected, output_dir = trace(one_rank[0]), tmp_path / "run"
     done = trainer.run(output_dir, "--batch_size=0", ranks=2)
-    assert "--batch_size=0: 4 sequences a micro-step\n" in done.stdout
+    assert "--batch_size=0: micro-batch of 4\n" in done.stdout
     assert "4 × 32 × 2 ranks × 1 micro-steps" in done.stdout
     assert yaml.safe_load((output_dir / "config.yaml").read_text())["batch_size"] == 4
     shutil.rmtree(output_dir / "checkpoints" / "step_00000020")

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from cfg.errors import UserError
-from scripts.bench import gpu_table
-from scripts.bench.nanogpt import load_nanogpt
+from scripts.bench import gpu_speed, gpu_table
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--device=cpu", "--tiny")
@@ -71,11 +70,11 @@ def rehearsal(tmp_path_factory, nanogpt):
 
 def test_every_part_runs_and_leaves_its_figures(rehearsal):
     report = json.loads(rehearsal[0].read_text())
-    assert not report["failed"] and len(report["figures"]) == 19
+    assert not report["failed"] and not report["left_out"] and len(report["figures"]) == 19
     trained = {name: part for name, part in report["figures"].items() if "tok/s" in part}
     assert len(trained) == 16 and all(part["tok/s"] > 0 for part in trained.values())
     assert {"ceilings", "attention", "loss"} == report["figures"].keys() - trained.keys()
-    apart = [value for name, value in report["figures"]["loss"].items() if "gradients" in name]
+    apart = [value for name, value in report["figures"]["loss"].items() if "difference" in name]
     assert len(apart) == 8 and max(apart) < 1e-2 and sum(apart) > 0
     assert report["profiles"].keys() == {"gpt2-124m", "gpt2-124m, all changes"}
     assert {"hardware", "driver", "torch", "cuda", "cudnn", "LD_LIBRARY_PATH", "commit", "command"} <= report.keys()
@@ -93,25 +92,58 @@ def test_killed_half_way_it_keeps_the_figures_it_had(tmp_path, nanogpt):
     assert sum(map(len, figures.values())) >= len([line for line in printed if " s  " in line]) > 15
 
 
-def test_parts_that_do_not_fit_into_the_time_or_lack_something_are_left_out(tmp_path):
-    output = tmp_path / "report.json"
-    done = run(command(*TINY, f"--output={output}", "--only=nanoGPT;attention"))
-    assert done.returncode == 0
-    report = json.loads(output.read_text())
-    assert list(report["figures"]) == ["attention"] and "--nanogpt" in report["failed"]["nanoGPT"]
+@pytest.fixture
+def measure(monkeypatch):
+    """Runs the command in this process; returns its exit code."""
+
+    def with_flags(*flags):
+        monkeypatch.setattr(sys, "argv", ["gpu_speed.py", *map(str, flags)])
+        return gpu_speed.main()
+
+    return with_flags
+
+
+def test_a_part_that_lacks_its_input_is_left_out(measure, tmp_path):
+    assert measure(*TINY, f"--output={tmp_path / 'report.json'}", "--only=nanoGPT;attention") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["figures"]) == ["attention"] and "--nanogpt" in report["left_out"]["nanoGPT"]
+
+
+def test_a_part_that_the_time_is_too_short_for_is_left_out(tmp_path, monkeypatch):
+    bench = gpu_speed.Bench(tmp_path / "report.json", seconds=40, device="cpu", tiny=False, nanogpt=None)
+    monkeypatch.setattr(gpu_speed, "PARTS", {"long": (80, None), "short": (8, lambda bench: bench.note("x", 1.0))})
+    for name in gpu_speed.PARTS:
+        gpu_speed.run_part(bench, name)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["figures"]) == ["short"] and "s left of --seconds=40" in report["left_out"]["long"]
+
+
+def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(measure, tmp_path, monkeypatch):
+    def fail(bench):
+        bench.note("first", 1.0)
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(gpu_speed.PARTS, "ceilings", (8, fail))
+    assert measure(*TINY, f"--output={tmp_path / 'report.json'}", "--only=ceilings;attention") == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["figures"]["ceilings"] == {"first": 1.0} and "attention" in report["figures"]
+    assert report["failed"] == {"ceilings": "RuntimeError: no such kernel"}
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--device=cuda"], "--device=cuda"),
+        (["--device=cpu"], "add --tiny"),
         ([*TINY, "--only=gpt3"], "--only=gpt3: no such part"),
+        ([*TINY, "--seconds=0"], "--seconds=0"),
         ([*TINY, "--nanogpt=/nowhere"], "--nanogpt=/nowhere: has no model.py"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, flags, words):
-    done = run(command(*flags, f"--output={tmp_path / 'report.json'}"))
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+def test_mistakes_are_named_and_nothing_is_written(measure, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=words):
+        measure(*flags, f"--output={tmp_path / 'report.json'}")
     assert not list(tmp_path.iterdir())
 
 
@@ -162,4 +194,3 @@ def test_training_is_compared_with_nanogpts_model_too(nanogpt):
     speeds = [result[side]["tok_per_s"] for side in ("ours", "reference", "nanogpt")]
     assert result["ratio"]["tok_per_s"] == pytest.approx(speeds[0] / speeds[1])
     assert result["ratio to nanogpt"]["tok_per_s"] == pytest.approx(speeds[0] / speeds[2])
-    assert load_nanogpt(nanogpt).GPT

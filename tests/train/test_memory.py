@@ -197,11 +197,22 @@ def test_the_gpu_with_the_least_free_memory_decides_for_all_ranks(monkeypatch, c
     c = load_config(["--cfg=gpt2-124m"], 2)
     free = {0: 80e9, 1: 15.8e9}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80e9))
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: list(free.values()))
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [(n, 80e9) for n in free.values()])
     chosen = [choose_batch_size(c, Ranks(i, i, 2, torch.device("cuda", i))) for i in (0, 1)]
-    assert chosen[0] == chosen[1] and chosen[0].batch_size == fitting_batch_size(c, 2, 15.8e9) < 64
+    assert chosen[0] == chosen[1] and chosen[0].batch_size == fitting_batch_size(c, 2, 80e9, 15e9) < 64
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and f"--batch_size=0: {chosen[0].batch_size} sequences" in line and "15.8 GB" in line
+    assert (
+        line.count("\n") == 1
+        and f"--batch_size=0: micro-batch of {chosen[0].batch_size}, " in line
+        and "15.0 GB free" in line
+    )
+
+
+def test_a_model_that_does_not_fit_is_said_to_and_tried_with_one_sequence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (15.8e9, 15.8e9))
+    ranks = Ranks(0, 0, 1, torch.device("cuda", 0))
+    assert choose_batch_size(load_config(["--cfg=gpt2-1558m", "--zero_stage=0"], 1), ranks).batch_size == 1
+    assert "does not fit; scripts/plan.py" in capsys.readouterr().out
 
 
 def test_small_cards_get_small_chunks_of_the_loss():
