@@ -72,6 +72,8 @@ def check_run(c: Config, world_size: int) -> None:
         raise UserError(f"--compile=model: a model sharded by --zero_stage={c.zero_stage} compiles per block; use 1")
     if c.residual_dtype == "bfloat16" and c.dtype != "bfloat16":
         raise UserError(f"--residual_dtype=bfloat16: needs --dtype=bfloat16, not {c.dtype}; change one of them")
+    if not c.batch_size and not c.flash:
+        raise UserError("--batch_size=0: the T × T scores of --flash=0 are not in the memory plan; give a --batch_size")
     if not c.total_batch_size:  # only with --batch_size=0: otherwise it has been derived
         raise UserError(
             "--batch_size=0: needs --total_batch_size, which it divides into micro-steps; give that in tokens"

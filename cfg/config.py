@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -206,10 +206,13 @@ class ComputeConfig(Flags):
     @field_validator("compile", mode="before")
     @classmethod
     def _compile_is_a_choice(cls, value: Any) -> Any:
-        """Raises one error where pydantic would raise two, one for each type of the union."""
-        if str(value).lower() not in ("0", "1", "true", "false", "model"):
-            raise PydanticCustomError("compile", "input should be 0, 1 or model")
-        return value
+        """Takes "model" and what other booleans take; raises one error where pydantic would raise one per type."""
+        if str(value).lower() == "model":
+            return "model"
+        try:
+            return TypeAdapter(bool).validate_python(value)
+        except ValidationError:
+            raise PydanticCustomError("compile", "input should be 0, 1 or model") from None
 
 
 class ParallelConfig(Flags):

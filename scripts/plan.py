@@ -110,10 +110,11 @@ def capacity(args: argparse.Namespace) -> float:
     return 1e9 * (args.memory_gb or GPU_MEMORY_GB[args.gpu])
 
 
-def strategies(args: argparse.Namespace, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The strategies to look at, as changes to a Config: those that agree with the flags `given`."""
+def strategies(config: Config, given: dict[str, Any], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields the strategies to look at, as changes to a Config: those that agree with it and with the flags `given`."""
     copies = {given["replicas"]} if "replicas" in given else {1, max(1, args.gpus // args.gpus_per_node)}
-    for stage in (0, 1, 2, 3) if args.gpus > 1 else (0, 3):
+    stages = (0, 1, 2, 3) if args.gpus > 1 else (0, 3)
+    for stage in (s for s in stages if s < 2 or config.compile != "model"):  # sharded, blocks are compiled
         for replicas in sorted(copies) if stage >= 2 else [1]:
             for offload in (False, True) if stage >= 2 else (False,):
                 for recompute in ("none", "selective", "block"):
@@ -127,7 +128,7 @@ def strategies(args: argparse.Namespace, given: dict[str, Any]) -> Iterator[dict
 def explore(config: Config, given: dict[str, Any], args: argparse.Namespace) -> list[list[Setting]]:
     """Every strategy, with gradients reduced once a step and, where that is something else, every micro-step."""
     found = []
-    for changes in strategies(args, given):
+    for changes in strategies(config, given, args):
         several = changes["zero_stage"] >= 2 and "sync_every_microbatch" not in given
         syncs = [False, True] if several else [given.get("sync_every_microbatch", False)]
         found.append([measure(config.model_copy(update=changes | {CHOICES[4]: s}), given, args) for s in syncs])
@@ -239,7 +240,7 @@ def command(config: Config, base: Config, flags: list[str], args: argparse.Names
         launch = f"torchrun --nnodes={args.gpus // args.gpus_per_node} --nproc_per_node={args.gpus_per_node}"
         launch += " --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
     changed = {}
-    for name in (*CHOICES, "dtype", "num_iterations"):
+    for name in (*CHOICES, "dtype", "residual_dtype", "num_iterations"):
         value = getattr(config, name)
         if value != getattr(base, name):
             changed[name] = str(int(value) if isinstance(value, bool) else value)
@@ -308,7 +309,7 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     if args.tokens:
         changes["num_iterations"] = math.ceil(args.tokens / base.total_batch_size)
     if args.gpu.split()[0] in OLD_GPUS and base.dtype == "bfloat16":
-        changes["dtype"] = "float16"
+        changes |= {"dtype": "float16", "residual_dtype": "float32"}
     config = base.model_copy(update=changes)
     given = {name: getattr(config, name) for name in CHOICES if name in one_by_one(flags)}
     if not config.batch_size:

@@ -19,6 +19,7 @@ from train.distributed import Ranks
 
 # Not for tensors: the CUDA context with its libraries and NCCL's buffers, and gaps between blocks of memory.
 CONTEXT_BYTES, FRAGMENTATION = 1.5e9, 0.05
+LATER_BYTES = 0.5e9  # of the context, what comes after a process has begun to use its GPU
 MOST_ROWS, MOST_ROWS_ON_CPU = 64, 4  # of --batch_size=0
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 Parts = dict[str, int]  # bytes of each of PARTS that there is
@@ -307,7 +308,7 @@ def choose_batch_size(config: Config, ranks: Ranks) -> Config:
     if least is None:
         capacity, usable = None, 0.0
     else:
-        capacity, usable = least[1], (1 - FRAGMENTATION) * least[0]  # the context is there already
+        capacity, usable = least[1], (1 - FRAGMENTATION) * least[0] - LATER_BYTES
     size = fitting_batch_size(config, ranks.world_size, capacity, usable)
     config = config.model_copy(update={"batch_size": size})
     if ranks.is_main:

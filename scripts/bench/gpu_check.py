@@ -89,7 +89,7 @@ class Bench:
         return load_config([*self.shape(), f"--device={self.device}", *flags], world_size=1)
 
     def many_rows(self) -> str:
-        """A batch whose logits take several chunks."""
+        """A batch whose logits take several chunks of 2^27."""
         return "--batch_size=128" if self.quick else "--batch_size=32"
 
     def run(self, script: str, *flags: str, **env: str) -> str:
@@ -201,7 +201,10 @@ def check_loss(bench: Bench) -> Iterator[Figure]:
 
 
 def check_compile(bench: Bench) -> Iterator[Figure]:
-    return two_ways(bench, COMPILED[1:] if bench.quick else COMPILED, "--compile=1", "--compile=0")
+    with mock.patch.dict(chunked_loss.CHUNK_ELEMENTS, cuda=2**27):  # several chunks on a large GPU too
+        rows = bench.many_rows()
+        cases = COMPILED[1:] if bench.quick else COMPILED
+        yield from two_ways(bench, cases, f"--compile=1 {rows}", f"--compile=0 {rows}", full_logits=True)
 
 
 def check_compile_model(bench: Bench) -> Iterator[Figure]:

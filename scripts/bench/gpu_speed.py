@@ -21,11 +21,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -169,14 +170,14 @@ def measure_attention(bench: Bench) -> None:
 def loss_variant(bench: Bench, scatter: bool, elements: int) -> Iterator[None]:
     """Sets the compiled form of the loss, with or without a scatter, and the most logits of a chunk; restores both."""
     chunk: Any = chunked_loss.chunk_loss_and_grad if scatter else chunked_loss.fused_chunk_loss_and_grad
-    before, sizes = chunked_loss._compiled_chunk, chunked_loss.CHUNK_ELEMENTS.copy()
-    chunked_loss._compiled_chunk = chunk if bench.tiny else torch.compile(chunk, dynamic=False)
-    chunked_loss.CHUNK_ELEMENTS[bench.device] = 2**13 if bench.tiny else elements
-    try:
+    compiled = chunk if bench.tiny else torch.compile(chunk, dynamic=False)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(chunked_loss, "_compiled_chunk", compiled))
+        sizes = {bench.device: 2**13 if bench.tiny else elements}
+        stack.enter_context(mock.patch.dict(chunked_loss.CHUNK_ELEMENTS, sizes))
+        if scatter:  # the earlier form also rounded each chunk's share of the weight's gradient
+            stack.enter_context(mock.patch.object(chunked_loss, "accumulates_in_fp32", lambda *_: False))
         yield
-    finally:
-        chunked_loss._compiled_chunk = before
-        chunked_loss.CHUNK_ELEMENTS.update(sizes)
 
 
 def measure_loss(bench: Bench) -> None:
@@ -278,8 +279,9 @@ def measure_training(bench: Bench, setting: Setting) -> None:
             train_gpt.train_step(run, next(numbers), batch[: n * config.batch_size], votes=[])
 
         time_steps(bench, step, micro_steps, tokens, run.model.flops_per_token(config.sequence_length))
-        planned = planned_bytes(config, 1, chunked_loss.memory_of(bench.rank().device)).peak
-        bench.note("planned GiB", planned / 2**30)
+        if not setting.scatter:  # whose memory is not planned
+            planned = planned_bytes(config, 1, chunked_loss.memory_of(bench.rank().device)).peak
+            bench.note("planned GiB", planned / 2**30)
         if run.guard.skipped:
             raise RuntimeError(f"{run.guard.skipped} steps were skipped, so their optimizer was not timed")
         if setting.profile:
@@ -406,6 +408,8 @@ def chosen_parts(only: str) -> list[str]:
         if not found:
             raise UserError(f"--only={text}: no such part; they are {'; '.join(PARTS)}")
         names += [name for name in found if name not in names]
+    if only and not names:
+        raise UserError(f"--only={only}: names no part; they are {'; '.join(PARTS)}")
     return names or list(PARTS)
 
 

@@ -49,7 +49,7 @@ def section(report: dict[str, Any]) -> str:
             rows = [f"| {what} | {number(value)} |" for what, value in part.items() if what != "seconds of this part"]
             lines += ["", f"| {name} | |", "|---|---|", *rows] if rows else []
     for name, problem in report["failed"].items():
-        lines += ["", f"{name} failed: {problem}."]
+        lines += ["", f"{name} failed: {' '.join(problem.split())}."]
     return "\n".join(lines)
 
 
@@ -61,7 +61,7 @@ def training_table(hardware: str, parts: dict[str, dict[str, Any]]) -> list[str]
         "|---|---|---|---|---|---|---|",
     ]
     for name, part in parts.items():
-        aim = next((f"{goal:,} tok/s" for gpu, goal in GOALS.get(name, {}).items() if gpu in hardware), "")
+        aim = next((f"{goal:,} tok/s" for gpu, goal in GOALS.get(name, {}).items() if gpu in hardware.split()), "")
         aim = f"{MFU_GOALS[name]:.0%} MFU" if name in MFU_GOALS else aim
         cells = [
             name,
@@ -91,7 +91,7 @@ def main() -> None:
     for path in args.reports:
         try:
             sections.append(section(read_json(path)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: not a report of gpu_speed.py ({type(error).__name__}: {error})") from error
     text = "\n\n".join(sections)
     if args.output == "-":
@@ -100,8 +100,8 @@ def main() -> None:
     page = Path(args.output)
     try:
         before, found, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    except OSError as error:
-        raise UserError(f"--output={page}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output={page}: cannot be read: {error}") from error
     _, closed, after = rest.partition(END)
     if not found or not closed:
         raise UserError(f"--output={page}: has no lines {BEGIN!r} and {END!r}, between which the section belongs")

@@ -68,6 +68,7 @@ def test_compile_takes_model_too(tmp_path):
     assert config.compile == "model"
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load(f"--cfg={tmp_path / 'again.yaml'}").compile == "model"
+    assert load("--compile=MODEL").compile == "model" and load("--compile=yes").compile is True
     assert refusal("--compile=modl") == "--compile=modl: input should be 0, 1 or model"
     assert "--compile=model" in refusal("--compile=model", "--zero_stage=3")
 
@@ -79,6 +80,7 @@ def test_a_bfloat16_residual_stream_is_for_bfloat16():
 
 def test_a_batch_size_to_be_chosen_wants_the_size_of_the_whole_batch():
     assert "--total_batch_size" in refusal("--batch_size=0")
+    assert "--flash=0" in refusal("--batch_size=0", "--total_batch_size=4096", "--flash=0")
     assert load("--batch_size=0", "--total_batch_size=4096").batch_size == 0
     assert "1 × 1024 × 1 = 1024" in refusal("--batch_size=0", "--total_batch_size=1000")
 

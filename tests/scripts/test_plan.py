@@ -59,6 +59,7 @@ def recommended(out):
         "--cfg=gpt2-350m --gpu=T4 --gpus=4 --tokens=1e9",
         "--cfg=gpt2-774m --gpu=L4 --gpus=8",
         "--gpus=1",
+        "--cfg=gpt2-774m --gpus=8 --memory_gb=24 --compile=model",
     ],
 )
 def test_what_it_recommends_is_a_command_that_fits(answer, command_line):
@@ -72,6 +73,16 @@ def test_what_it_recommends_is_a_command_that_fits(answer, command_line):
     if args.tokens:
         assert 0 <= config.num_iterations * config.total_batch_size - args.tokens < config.total_batch_size
     assert (args.gpu == "T4") == (config.dtype == "float16")
+
+
+def test_on_a_gpu_without_bfloat16_the_residual_stream_is_not_bfloat16_either(answer):
+    _, config, _ = recommended(answer("--cfg=gpt2-124m --gpu=T4 --gpus=4 --residual_dtype=bfloat16"))
+    assert (config.dtype, config.residual_dtype) == ("float16", "float32")
+
+
+def test_a_model_compiled_as_a_whole_is_not_sharded(answer):
+    rows = [re.split(r"  +", line) for line in answer("--cfg=gpt2-124m --gpus=8 --compile=model").splitlines()]
+    assert {row[0] for row in rows if len(row) == len(plan.HEAD)} == {"stage", "0", "1"}
 
 
 def test_time_and_cost_follow_from_the_flops(answer):
