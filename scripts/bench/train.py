@@ -131,7 +131,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for side, rows in results.items():
             command = [sys.executable, __file__, f"--side={side}", f"--steps={args.steps}", *more, *flags]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            rows.append(
+                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            )
             print(side, rows[-1], file=sys.stderr)
     median = {s: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for s, rows in results.items()}
     ratios = {s: {k: median["ours"][k] / median[s][k] for k in median[s]} for s in results if s != "ours"}

@@ -32,6 +32,7 @@ class GPTConfig:
 class GPT(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
+        print("nanoGPT says how many parameters it has")
         self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(self, idx, targets):
