@@ -91,7 +91,9 @@ def main() -> None:
     for path in args.reports:
         try:
             sections.append(section(read_json(path)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: not a report of gpu_speed.py ({type(error).__name__}: {error})") from error
     text = "\n\n".join(sections)
     if args.output == "-":
