@@ -149,9 +149,10 @@ class GPT(nn.Module):
                 where = torch.arange(T, device=idx.device)[None] if positions is None else positions
                 mask = mask & (where[:, None, :, None] - where[:, None, None, :] < window)
             return mask
-        if positions is None and window:
-            positions = torch.arange(T, device=idx.device)[None]
-        return None if positions is None else document_mask(positions, self.flex and T >= FLEX_TILE, window)
+        flex = self.flex and T >= FLEX_TILE
+        if positions is None and window:  # FlexAttention looks up a row of its own for each row of the batch
+            positions = torch.arange(T, device=idx.device).expand(len(idx) if flex else 1, T)
+        return None if positions is None else document_mask(positions, flex, window)
 
     def embed(self, idx: Tensor, start: int, positions: Tensor | None, check: bool) -> tuple[Tensor, Rotary | None]:
         """Residual stream (B, T, C) at the first block, and the rotary angles if positions are rotary.

@@ -142,6 +142,17 @@ def test_flex_attention_gives_the_same_numbers_as_the_mask(family, monkeypatch):
     assert largest_difference(flex, masked) < 1e-5
 
 
+def test_a_window_without_documents_is_the_same_in_every_row_of_flex_attention(monkeypatch):
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
+    model = make("--sequence_length=300", "--sliding_window=7")
+    idx, targets, _ = long_batch()
+    masked_loss, masked = loss_and_gradients(model, idx, targets, None)
+    model.flex = True
+    flex_loss, flex = loss_and_gradients(model, idx, targets, None)
+    assert abs(flex_loss - masked_loss) < 1e-5
+    assert largest_difference(flex, masked) < 1e-5
+
+
 def test_new_documents_neither_break_the_graph_nor_compile_again(monkeypatch):
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
     graphs = []
