@@ -122,10 +122,10 @@ def losses_of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunk_loss_and_grad(logits: Tensor, targets: Tensor, vocab_size: int, softcap: float) -> tuple[Tensor, Tensor]:
-    """Loss sum of one chunk of logits (R, V_padded) and its gradient in them, in their dtype.
+    """Returns the summed loss of a chunk of logits (R, V_padded) and its gradient, in the dtype of the logits.
 
     Rows of ignored targets get a gradient too; the caller multiplies the other operand of each
-    matrix product by zero there, which is cheaper than another pass over the logits.
+    matrix product by zero there, which is cheaper than reading and writing the logits again.
     """
     z = logits.float()
     if softcap:
@@ -158,7 +158,7 @@ def fused_chunk_loss_and_grad(
     if softcap:
         z, target = softcap * torch.tanh(z / softcap), softcap * torch.tanh(target / softcap)
     masked = z.masked_fill(column >= vocab_size, float("-inf"))
-    # Subtracting the maximum keeps exp from overflowing. The cap is a bound on it that needs no pass over the logits.
+    # Subtracting the maximum keeps exp from overflowing. The cap bounds it, so it need not be computed.
     top = softcap if 0 < softcap <= MOST_CAP else masked.amax(-1, keepdim=True)
     log_sum = (masked - top).exp().sum(-1, keepdim=True).log()
     loss = (log_sum - (target - top)).squeeze(1).where(valid, 0.0).sum()

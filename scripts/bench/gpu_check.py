@@ -3,7 +3,7 @@
 Each check computes something in two ways and says how far the two may lie apart. Cheap checks come first and those
 that compile last. Then evaluation, generation and a plain training loop are timed; scripts/bench/gpu_speed.py
 measures training itself. It ends within --minutes. Everything goes into one JSON file, which is rewritten after each
-part; a part that fails is recorded and the rest goes on. Exit code 1 if any failed. It needs no data and no network.
+part; a part that fails is recorded and the next one starts. Exit code 1 if any failed. It needs no data and no network.
 
 `--device=cpu --quick` runs the checks alone, with tiny shapes and without a GPU. `--large` trains GPT-2 1558M
 instead, in stages 0 and 3 and offloaded, and holds its memory against the plan; it wants 40 GB and some more minutes.

@@ -1,9 +1,9 @@
 """Measures training speed on one GPU, part by part: `bash scripts/bench/gpu_speed.sh --output FILE`
 
-Everything runs in one process with one CUDA context, writes no checkpoint, and needs neither data nor network. Parts
+Everything runs in one process with one CUDA context. It writes no checkpoint and works without data and network. Parts
 run in the order of --only, by default the most informative first. Each figure is printed and saved at once, so a run
 that is cut short keeps what it had. A part starts only if at least 60 % of its estimated time is left of --seconds. A
-part that fails is recorded and the rest goes on. Exit code 1 if any part failed.
+part that fails is recorded and the next one starts. Exit code 1 if any part failed.
 
 `--nanogpt DIR` measures nanoGPT's own model.py, compiled, in the same run. `--device=cpu --tiny` rehearses every part
 without a GPU and without compiling. `python scripts/bench/gpu_table.py FILE` puts the figures into docs/benchmarks.md.
@@ -409,7 +409,7 @@ def chosen_parts(only: str) -> list[str]:
             raise UserError(f"--only={text}: no such part; they are {'; '.join(PARTS)}")
         names += [name for name in found if name not in names]
     if only and not names:
-        raise UserError(f"--only={only}: names no part; they are {'; '.join(PARTS)}")
+        raise UserError(f"--only={only}: empty; name one or more of these parts: {'; '.join(PARTS)}")
     return names or list(PARTS)
 
 
