@@ -18,7 +18,7 @@ from cfg.config import ModelConfig
 from model.attention import CausalSelfAttention, Mask, Remember, Rotary, document_mask
 from model.cache import KVCache
 from model.layers import MLP, make_norm, rotary_table
-from model.loss import IGNORE_INDEX, linear_cross_entropy, token_losses
+from model.loss import IGNORE_INDEX, ChunkLoss, chunk_loss_and_grad, linear_cross_entropy, token_losses
 
 VOCABULARY = ("wte.weight", "lm_head.weight")  # the parameters that have a row for each token
 INIT_STD = 0.02  # GPT-2's
@@ -97,6 +97,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.residual_dtype = torch.float32
+        self.chunk_loss: ChunkLoss = chunk_loss_and_grad
         self.flex = False  # documents are kept apart by FlexAttention: only where the blocks are compiled
         padded = -(-config.vocab_size // config.vocab_pad) * config.vocab_pad
         self.wte = nn.Embedding(padded, config.n_embd)
@@ -176,7 +177,8 @@ class GPT(nn.Module):
         """Summed loss in nats and number of targets, for ids and targets (B, T); see `linear_cross_entropy`."""
         x = self.hidden(idx, positions)
         c = self.config
-        return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), c.vocab_size, c.logit_softcap)
+        flat = x.flatten(0, 1), self.head_weight, targets.flatten()
+        return linear_cross_entropy(*flat, c.vocab_size, c.logit_softcap, chunk_loss=self.chunk_loss)
 
     def scores(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None, mask: Tensor | None

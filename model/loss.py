@@ -11,6 +11,7 @@ idea of fusing the head with its loss: Liger Kernel, Hsu et al. 2024; Wijmans et
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+
+# (logits, targets, vocab_size, softcap) -> (summed loss, gradient of the logits)
+ChunkLoss = Callable[[Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
 
 # The most logits in one chunk. 2^23 fp32 numbers are 32 MB. On CUDA large chunks keep the matrix units busy and
 # read and write the weight's gradient less often; 2^30 logits take 4.3 GB in bfloat16 when compiled, 13 GB eagerly.
@@ -35,14 +39,16 @@ def linear_cross_entropy(
     vocab_size: int,
     softcap: float = 0.0,
     chunk_rows: int | None = None,
+    chunk_loss: ChunkLoss | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T` against `targets`, summed.
 
     hidden (N, C); weight (V_padded, C), of which rows from `vocab_size` on are padding and get no
     probability; targets (N,) int64, IGNORE_INDEX where there is nothing to predict. With a softcap c
     logits are c·tanh(logits/c) (Gemma 2). Computes in the autocast dtype where autocast is on, with
-    softmax and the weight's gradient in fp32. Returns the summed loss in nats (fp32, differentiable)
-    and the number of targets counted (int64).
+    softmax and the weight's gradient in fp32. `chunk_loss` computes loss and gradient of a chunk of logits, by
+    default `chunk_loss_and_grad`. Returns the summed loss in nats (fp32, differentiable) and the number of targets
+    counted (int64).
     """
     device = hidden.device.type
     chunk_rows = chunk_rows or rows_of_a_chunk(weight)
@@ -52,7 +58,8 @@ def linear_cross_entropy(
         return token_losses(hidden, weight, targets, vocab_size, softcap, chunk_rows)[0].sum(), count
     hidden = in_autocast_dtype(hidden)
     with torch.autocast(device, enabled=False):  # inside, every dtype is explicit
-        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, softcap, chunk_rows), count
+        chunk_loss = chunk_loss or chunk_loss_and_grad
+        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, softcap, chunk_rows, chunk_loss), count
 
 
 def rows_of_a_chunk(weight: Tensor) -> int:
@@ -168,13 +175,9 @@ def fused_chunk_loss_and_grad(
     return loss, grad.to(logits.dtype)
 
 
-_compiled_chunk: Any = None
-
-
-def compile_loss() -> None:
-    """Lets torch.compile fuse the element-wise part of each chunk, from now on."""
-    global _compiled_chunk
-    _compiled_chunk = _compiled_chunk or torch.compile(fused_chunk_loss_and_grad, dynamic=False)
+def compiled_chunk_loss() -> ChunkLoss:
+    """Returns `fused_chunk_loss_and_grad`, compiled."""
+    return torch.compile(fused_chunk_loss_and_grad, dynamic=False)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -201,16 +204,22 @@ def accumulates_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, chunk_rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        softcap: float,
+        chunk_rows: int,
+        chunk_loss_fn: ChunkLoss,
     ) -> Tensor:
-        chunk_fn = _compiled_chunk or chunk_loss_and_grad
         w = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # a sum over chunks, so not in 16 bits
         chunks = zip(*(t.split(chunk_rows) for t in (hidden, targets, grad_hidden)), strict=True)
         for x, t, grad_x in chunks:
-            chunk_loss, grad_logits = chunk_fn(x @ w.t(), t, vocab_size, softcap)
+            chunk_loss, grad_logits = chunk_loss_fn(x @ w.t(), t, vocab_size, softcap)
             loss += chunk_loss
             valid = (t != IGNORE_INDEX)[:, None]
             torch.mm(grad_logits, w, out=grad_x)
@@ -228,4 +237,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
-        return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None
+        return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None, None

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cfg.config import Config
 from model.gpt import GPT, InitialValue, init_weights
-from model.loss import compile_loss
+from model.loss import compiled_chunk_loss
 from train.distributed import Ranks
 
 
@@ -80,7 +80,7 @@ def compile_model(model: GPT, config: Config, device: torch.device) -> None:
     else:
         for block in model.h:
             cast(Any, block).forward = torch.compile(block.forward)
-    compile_loss()
+    model.chunk_loss = compiled_chunk_loss()
     # FlexAttention has no dropout, and takes no head narrower than a tensor core's tile.
     flexible = config.flash and not config.dropout and config.head_size >= 16
     model.flex = device.type == "cuda" and flexible

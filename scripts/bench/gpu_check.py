@@ -120,7 +120,6 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     `full_logits` the loss is the plain F.cross_entropy.
     """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    chunked_loss._compiled_chunk = None  # an earlier check may have compiled the loss; --compile does so again
     model = parallelize(config, Ranks(0, 0, 1, device)).model
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, config.sequence_length + 1)
@@ -268,7 +267,6 @@ def train_steps(bench: Bench, flags: list[str], steps: int) -> list[tuple[float,
     """Returns loss and gradient norm of each of the first steps, taken in this process."""
     config = bench.config(*flags)
     bench.ranks = bench.ranks or init_ranks(bench.device, sharded=True)
-    chunked_loss._compiled_chunk = None  # as in `gradients`
     run, rows, length = make_run(config, bench.ranks), config.batch_size, config.sequence_length + 1
     found = []
     for k in range(1, steps + 1):

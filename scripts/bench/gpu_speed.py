@@ -167,17 +167,15 @@ def measure_attention(bench: Bench) -> None:
 
 
 @contextmanager
-def loss_variant(bench: Bench, scatter: bool, elements: int) -> Iterator[None]:
-    """Sets the compiled form of the loss, with or without a scatter, and the most logits of a chunk; restores both."""
+def loss_variant(bench: Bench, scatter: bool, elements: int) -> Iterator[chunked_loss.ChunkLoss]:
+    """Sets the largest chunk of logits and returns the compiled loss of a chunk, with or without scatter."""
     chunk: Any = chunked_loss.chunk_loss_and_grad if scatter else chunked_loss.fused_chunk_loss_and_grad
-    compiled = chunk if bench.tiny else torch.compile(chunk, dynamic=False)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(chunked_loss, "_compiled_chunk", compiled))
         sizes = {bench.device: 2**13 if bench.tiny else elements}
         stack.enter_context(mock.patch.dict(chunked_loss.CHUNK_ELEMENTS, sizes))
         if scatter:  # the earlier form also rounded each chunk's share of the weight's gradient
             stack.enter_context(mock.patch.object(chunked_loss, "accumulates_in_fp32", lambda *_: False))
-        yield
+        yield chunk if bench.tiny else torch.compile(chunk, dynamic=False)
 
 
 def measure_loss(bench: Bench) -> None:
@@ -188,10 +186,11 @@ def measure_loss(bench: Bench) -> None:
     weight = (torch.randn(vocabulary, width, device=bench.device) * 0.02).requires_grad_()
     targets = torch.randint(vocabulary - 47, (tokens,), device=bench.device)
 
-    def forward_and_backward(softcap: float) -> None:
+    def forward_and_backward(softcap: float, chunk_loss: chunked_loss.ChunkLoss) -> None:
         hidden.grad = weight.grad = None
         with torch.autocast(bench.device, torch.bfloat16):
-            total, _ = chunked_loss.linear_cross_entropy(hidden, weight, targets, vocabulary - 47, softcap)
+            arguments = hidden, weight, targets, vocabulary - 47, softcap
+            total, _ = chunked_loss.linear_cross_entropy(*arguments, chunk_loss=chunk_loss)
         (total / tokens).backward()
 
     for softcap in (0.0, 15.0):
@@ -200,8 +199,8 @@ def measure_loss(bench: Bench) -> None:
             name = f"{'with' if scatter else 'without'} scatter, chunks of 2^{power}" + f", softcap {softcap:g}" * (
                 softcap > 0
             )
-            with loss_variant(bench, scatter, 2**power):
-                bench.note(f"{name}, ms", 1e3 * bench.time_of(partial(forward_and_backward, softcap)))
+            with loss_variant(bench, scatter, 2**power) as chunk_loss:
+                bench.note(f"{name}, ms", 1e3 * bench.time_of(partial(forward_and_backward, softcap, chunk_loss)))
             gradients = [g for g in (hidden.grad, weight.grad) if g is not None]
             first = first or gradients
             apart = [
@@ -267,8 +266,9 @@ def measure_training(bench: Bench, setting: Setting) -> None:
             return torch.randn(shape, device=bench.device) * 0.02
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
 
-    with loss_variant(bench, setting.scatter, setting.chunk):
+    with loss_variant(bench, setting.scatter, setting.chunk) as chunk_loss:
         run = make_run(config, bench.rank(), value)
+        run.model.chunk_loss = chunk_loss
         tokens = config.batch_size * config.sequence_length
         micro_steps = config.total_batch_size // tokens
         shape = micro_steps * config.batch_size, config.sequence_length + 1

@@ -11,6 +11,7 @@ from cfg.config import ModelConfig, load_config
 from eval.generate import Sampling, generate
 from model.gpt import ATTENTION, GPT, PRODUCTS, init_weights, initial_value, keep_products, keep_products_only
 from model.layers import apply_rotary, rotary_table
+from model.loss import chunk_loss_and_grad
 from train.parallel import compile_model
 
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--sequence_length=48", "--vocab_size=301"]
@@ -88,7 +89,6 @@ def compile_with(model, family, how, recompute="none"):
 def without_inductor(monkeypatch):
     """torch.compile traces as ever, and runs what it traced as it is."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr("model.loss._compiled_chunk", None)
 
 
 @pytest.mark.parametrize(
@@ -260,3 +260,9 @@ def test_with_dropout_attention_which_draws_its_own_is_computed_again():
         kept = {policy(None, op) is CheckpointPolicy.MUST_SAVE for op in ATTENTION}
         assert kept == {attention_is_kept}
         assert all(policy(None, op) is CheckpointPolicy.MUST_SAVE for op in PRODUCTS)
+
+
+def test_compiling_one_model_leaves_the_loss_of_another_as_it_was(without_inductor):
+    first, second = make(), make()
+    compile_with(first, [], "1")
+    assert first.chunk_loss is not chunk_loss_and_grad and second.chunk_loss is chunk_loss_and_grad

@@ -120,15 +120,13 @@ def test_bfloat16_gives_the_gradients_of_cross_entropy_within_its_rounding(ignor
 def test_the_largest_tensor_is_a_chunk_of_logits(monkeypatch):
     monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 4 * PADDED)
     shapes = []
-    original = loss_module.chunk_loss_and_grad
-    monkeypatch.setattr(
-        loss_module,
-        "chunk_loss_and_grad",
-        lambda logits, *rest: (shapes.append(logits.shape), original(logits, *rest))[1],
-    )
-    monkeypatch.setattr(loss_module, "_compiled_chunk", None)
+
+    def chunk_loss(logits, *rest):
+        shapes.append(logits.shape)
+        return chunk_loss_and_grad(logits, *rest)
+
     hidden, weight, targets = inputs()
-    linear_cross_entropy(hidden, weight, targets, VOCAB)[0].backward()
+    linear_cross_entropy(hidden, weight, targets, VOCAB, chunk_loss=chunk_loss)[0].backward()
     assert {shape[0] for shape in shapes} == {4, 1} and sum(shape[0] for shape in shapes) == ROWS
 
 
@@ -176,10 +174,11 @@ SHAPE = "--n_layer=1 --n_head=2 --n_embd=32 --vocab_size=301 --sequence_length=1
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_learns_the_same_from_the_chunked_and_from_the_plain_loss(flags, compiled, compiled_chunk, monkeypatch):
     """Tied and untied head, padded vocabulary, softcap, ignored targets; several chunks, the last one shorter."""
-    monkeypatch.setattr(loss_module, "_compiled_chunk", compiled_chunk if compiled else None)
     monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 32 * PADDED)
     config = load_config([*SHAPE.split(), *flags.split()], world_size=1)
     model = GPT(config)
+    if compiled:
+        model.chunk_loss = compiled_chunk
     init_weights(model, 0)
     tokens = torch.randint(config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(1))
     idx, targets = tokens[:, :-1], tokens[:, 1:].clone()
