@@ -5,14 +5,14 @@ resume, loop. `--help` lists the flags; cfg/ holds presets (`--cfg=shakespeare`)
 step k is the k-th update of the weights, and checkpoint k holds the weights after it.
 """
 
-from cfg.launcher import die_with_launcher
+from util.launcher import die_with_launcher
 
 if __name__ == "__main__":
     die_with_launcher()  # first of all: torch takes seconds to import, in which the launcher may be killed
 
 from cfg.config import Config, load_config, to_yaml
-from cfg.errors import DivergedError, UserError, one_line_errors, run_command
 from cfg.origin import open_origin
+from util.errors import DivergedError, UserError, one_line_errors, run_command
 
 if __name__ == "__main__":
     with one_line_errors():
@@ -39,23 +39,21 @@ from data.loader import Loader, Prefetcher, check_same_data
 from data.mixed_loader import MixedLoader
 from data.open import open_train_data, open_val_data
 from data.shards import Shard
-from data.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, load_tokenizer
-from data.transfer import token_rows
+from data.tokenizers.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, load_tokenizer
+from data.tokenizers.transfer import token_rows
 from eval import hellaswag
 from eval.generate import Sampling, generate
 from eval.reference import GPT2_ACC_NORM
 from eval.scoring import follow_on, gpt_forward, merge, score
 from eval.validation import fixed_windows, summarize, windows_loss
+from model.formats.checkpoint import read_state
+from model.formats.pretrained import initial_values, newest, reader
 from model.gpt import GPT, InitialValue
-from model.origin import initial_values, newest, reader
-from model.weights import read_state
-from train import checkpoint, guard, watch
-from train.aside import aside
-from train.distributed import Ranks, close_ranks, init_ranks, set_timeout
-from train.divergence import StepGuard, all_finite
+from train import checkpoint, guard, watchdog
+from train.evaluate import aside
 from train.memory import choose_batch_size
 from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot, plot_losses, read_records
-from train.optimizer import make_optimizer, named_states, set_learning_rate
+from train.optim import make_optimizer, named_states, set_learning_rate
 from train.parallel import (
     Parallel,
     differing_replica,
@@ -68,6 +66,8 @@ from train.parallel import (
 from train.rank_log import dump_memory, keep_log, record_memory
 from train.scaling import LossScale
 from train.schedule import learning_rate
+from train.stability import StepGuard, all_finite
+from util.ranks import Ranks, close_ranks, init_ranks, set_timeout
 
 SAMPLING = Sampling(temperature=0.8, top_k=50)
 EXIT_STOPPED = 4  # a signal ended the run early, and the checkpoint to go on from is written
@@ -131,10 +131,10 @@ def setup(config: Config) -> Run:
     weights = first_weights(config, ranks)
     ranks.on_main(lambda: guard.claim_output_dir(output_dir))
     guard.check_shared(output_dir, ranks)
-    ranks.everywhere(lambda: keep_log(output_dir, ranks))
-    watch.start(ranks)
-    watch.usual_minutes = config.start_timeout_minutes
-    watch.at("the start")
+    ranks.on_all(lambda: keep_log(output_dir, ranks))
+    watchdog.start(ranks)
+    watchdog.usual_minutes = config.start_timeout_minutes
+    watchdog.at("the start")
     if config.record_memory and device.type == "cuda":
         record_memory()
 
@@ -256,7 +256,7 @@ def resume(run: Run, choice: str) -> dict[str, Any]:
         checkpoint.load(path, run.model, run.optimizer)
         return state, changes
 
-    state, changes = run.ranks.everywhere(restore)
+    state, changes = run.ranks.on_all(restore)
     if run.tokenizer_identity["name"] == "none":  # not looked at now, but not to be forgotten
         run.tokenizer_identity = state.get("tokenizer", run.tokenizer_identity)
     run.scale.load_state_dict(state["scaler"])
@@ -275,7 +275,7 @@ def roll_back(run: Run, metrics: Metrics, record: dict[str, Any], why: str) -> i
     Raises DivergedError if there is none, or if that has been done --max_rollbacks times.
     """
     config, step, before = run.config, record["step"], run.guard.state_dict()
-    watch.at(f"going back from step {step}", config.start_timeout_minutes)
+    watchdog.at(f"going back from step {step}", config.start_timeout_minutes)
     metrics.log(record)  # which going back cuts off again, but keeps in logs/
     run.saver.wait()
     state = resume(run, run.origin)
@@ -305,7 +305,7 @@ def train_step(run: Run, step: int, batch: Tensor, votes: list[float]) -> tuple[
     loss_sum = torch.zeros((), device=batch.device)
     micro_batches = batch.split(config.batch_size)
     for i, micro_batch in enumerate(micro_batches):
-        watch.at(f"step {step}")
+        watchdog.at(f"step {step}")
         idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]
         positions = document_positions(idx, run.end_of_text) if run.end_of_text is not None else None
         sync_gradients(parallel, config, last=i == len(micro_batches) - 1)
@@ -385,7 +385,7 @@ def sample(run: Run, stop: guard.StopRequest, step: int) -> str:
 
 def save(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
     """Writes the checkpoint of the step that `record` describes, which then says how long the loop waited for it."""
-    watch.at(f"the save of step {record['step']}", run.config.start_timeout_minutes)
+    watchdog.at(f"the save of step {record['step']}", run.config.start_timeout_minutes)
     metrics.flush()
     state = {
         "record": record.copy(),
@@ -449,7 +449,7 @@ def train(config: Config) -> int:
     with run.saver.whatever_happens():
         step, stopping = loop(run, metrics, stop, state)
 
-    watch.at("the end", config.start_timeout_minutes)
+    watchdog.at("the end", config.start_timeout_minutes)
     # A run whose last step is logged is done, whoever asked it to stop.
     stopping = stopping and not (step == config.num_iterations and ranks.on_main(lambda: metrics.has(step)))
     signalled, late = ranks.sum_floats(stop.votes()) if stopping else (0.0, 0.0)
@@ -480,14 +480,14 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
     clock = time.perf_counter() - state["record"]["elapsed_s"]
     while step < config.num_iterations and not stopping:
         step += 1
-        watch.at(f"step {step}")
+        watchdog.at(f"step {step}")
         before = time.perf_counter()
         # Not without waiting on MPS, where the source may be freed before it is copied (pytorch#189690).
         batch = batches.get(step + run.guard.passed_over).to(device, non_blocking=device.type == "cuda").long()
         failed = float(run.saver.failed() or metrics.problem is not None)
         loss, grad_norm, refusal, (failed, *votes) = train_step(run, step, batch, [failed, *stop.votes()])
         if step == start + 1:  # compilers and disks are warm
-            watch.usual_minutes = config.step_timeout_minutes
+            watchdog.usual_minutes = config.step_timeout_minutes
             set_timeout(config.step_timeout_minutes, run.parallel.groups)
         now = time.perf_counter()
         tok_per_s = config.total_batch_size / (now - before)
@@ -504,7 +504,7 @@ def loop(run: Run, metrics: Metrics, stop: guard.StopRequest, state: dict[str, A
             **({"skipped": refusal} if refusal else {}),
         }
         if failed:
-            watch.at("the end", config.start_timeout_minutes)
+            watchdog.at("the end", config.start_timeout_minutes)
             run.saver.wait()  # these raise what went wrong, on all ranks in the same step
             metrics.flush()
         stopping = any(votes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from cfg.errors import UserError, shown
+from util.errors import UserError, quote
 
 if TYPE_CHECKING:
     from cfg.config import Config, ModelConfig
@@ -32,7 +32,7 @@ def check_model(c: ModelConfig) -> None:
         raise UserError(f"--n_kv_head={c.n_kv_head} must divide --n_head={c.n_head}; nearest: {nearest}")
     rope_stretch(c.rope_scaling)
     if c.rope_scaling and c.positions != "rotary":
-        raise UserError(f"--rope_scaling={shown(c.rope_scaling)} is for --positions=rotary")
+        raise UserError(f"--rope_scaling={quote(c.rope_scaling)} is for --positions=rotary")
 
 
 def rope_stretch(text: str) -> tuple[str, list[float]]:
@@ -44,9 +44,9 @@ def rope_stretch(text: str) -> tuple[str, list[float]]:
     except ValueError:
         numbers = []
     if text and (len(numbers) != counts.get(kind) or not all(0 < n < float("inf") for n in numbers)):
-        raise UserError(f"--rope_scaling={shown(text)}: give linear:FACTOR or llama3:FACTOR,LOW,HIGH,POSITIONS")
+        raise UserError(f"--rope_scaling={quote(text)}: give linear:FACTOR or llama3:FACTOR,LOW,HIGH,POSITIONS")
     if kind == "llama3" and not numbers[1] < numbers[2]:
-        raise UserError(f"--rope_scaling={shown(text)}: LOW must be below HIGH")
+        raise UserError(f"--rope_scaling={quote(text)}: LOW must be below HIGH")
     return kind, numbers
 
 
@@ -96,11 +96,11 @@ def check_paths(c: Config) -> None:
     for flag in (*PATH_FLAGS, "init_from"):
         path = getattr(c, flag)
         if "\0" in path:
-            raise UserError(f"--{flag}={shown(path)}: no file has a NUL character in its name")
+            raise UserError(f"--{flag}={quote(path)}: no file has a NUL character in its name")
         path = os.path.expanduser(path)
         parts = [len(os.fsencode(part)) for part in path.split(os.sep)]
         if not flag.startswith("input_") and (max(parts) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH):
-            raise UserError(f"--{flag}={shown(path)}: longer than the name of a file can be")
+            raise UserError(f"--{flag}={quote(path)}: longer than the name of a file can be")
 
 
 def _multiples(value: int, of: int) -> str:

@@ -20,10 +20,10 @@ from pydantic_core import PydanticCustomError
 
 from cfg import hf
 from cfg.checks import PATH_FLAGS, check_model, check_paths, check_run
-from cfg.errors import CommandParser, UserError, closest, shown
-from cfg.launcher import launched_world_size
 from cfg.origin import FREE, Origin, open_origin
 from cfg.yaml_text import read_yaml
+from util.errors import CommandParser, UserError, closest, quote
+from util.launcher import launched_world_size
 
 PRESETS = Path(__file__).resolve().parent
 
@@ -350,7 +350,7 @@ def _read_preset(name: str) -> dict[str, Any]:
         known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
         near = closest(name, known)
         hint = f"did you mean {near}?" if near else f"presets are {', '.join(known)}"
-        raise UserError(f"--cfg={shown(name)}: no such preset or file; {hint}")
+        raise UserError(f"--cfg={quote(name)}: no such preset or file; {hint}")
     try:
         values = read_yaml(path, depth=1)
     except (ValueError, OSError) as e:
@@ -362,7 +362,7 @@ def _read_preset(name: str) -> dict[str, Any]:
         raise UserError(f"--cfg={name}: {path} must hold `flag: value` lines")
     for key in values:
         if key not in Config.model_fields:
-            what = shown(key)
+            what = quote(key)
             raise UserError(f"--cfg={name}: unknown flag {what!r} in {path}{_did_you_mean(what)}")
     return values
 
@@ -380,7 +380,7 @@ def _validate(values: dict[str, Any]) -> Config:
         for error in e.errors():
             name = str(error["loc"][0])
             message = error["msg"][0].lower() + error["msg"][1:]
-            lines.append(f"--{name}={shown(error['input'])}: {message}")
+            lines.append(f"--{name}={quote(error['input'])}: {message}")
         raise UserError("; ".join(lines)) from e
 
 
@@ -413,7 +413,7 @@ def load_config(argv: list[str] | None = None, world_size: int | None = None) ->
     if rest:
         name = rest[0].split("=")[0]
         what = "flag" if name.startswith("-") else "argument"
-        raise UserError(f"unknown {what} {shown(name)}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
+        raise UserError(f"unknown {what} {quote(name)}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
     flags = vars(known)
     values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
     world_size = launched_world_size() if world_size is None else world_size

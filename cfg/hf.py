@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cfg.errors import UserError
+from util.errors import UserError
 
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",

@@ -2,7 +2,7 @@
 
 Everything is checked from the header's numbers and the file's size before a tensor is read: headers are data from
 elsewhere, and may hold anything. Nothing here imports torch, but for nanoGPT's checkpoints, which are torch's.
-model/neighbours.py reads the tensors.
+model/formats/others.py reads the tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cfg.errors import UserError
+from util.errors import UserError
 
 Shape = tuple[int, ...]
 Tensors = list[tuple[str, Shape]]  # in a file's order; a name with {} stands for one such tensor per layer, in a row

@@ -1,7 +1,7 @@
 """What --init_from names: a model that somebody has trained, its flags, and where its files are.
 
 hf:FOLDER, or hf:NAME[@REVISION] of the hub; nanogpt:FILE, llmc:FILE, llama2c:FILE; or a run or checkpoint of ours.
-Evaluation and export take the same names as --checkpoint. model/origin.py reads the weights.
+Evaluation and export take the same names as --checkpoint. model/formats/pretrained.py reads the weights.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cfg import hf
-from cfg.errors import UserError, shown
-from cfg.files import read_json
+from util.errors import UserError, quote
+from util.files import read_json
 
 KINDS = ("hf", "nanogpt", "llmc", "llama2c")
 # As the hub has them. A revision also names a file in its library's cache, so there is no .. in it.
@@ -48,7 +48,7 @@ def split(text: str) -> tuple[str, str]:
 def open_origin(text: str, flag: str = "init_from") -> Origin:
     """Reads what describes a model, not its weights. Raises UserError if it cannot be, beginning with --flag."""
     kind, name = split(text)
-    where = f"--{flag}={shown(text)}"
+    where = f"--{flag}={quote(text)}"
     if not name or "\0" in name:
         raise UserError(f"{where}: names nothing")
     path = Path(os.path.expanduser(name))

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfg.errors import UserError
-from cfg.files import write_atomically
+from util.errors import UserError
+from util.files import write_atomically
 
 URL_TIMEOUT, PIP_TIMEOUT = 30, 300  # seconds
 

@@ -15,11 +15,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import CommandParser, UserError, closest, run_command
 from cfg.origin import HUB_NAME, check_hub_revision
-from data.command import add_flags, check, check_flags, folder, run
-from data.prepare import MANIFEST, PARTIAL, RECIPE, read_json
-from data.sources import input_files
+from data.prepare.cli import add_flags, check, check_flags, folder, run
+from data.prepare.job import MANIFEST, PARTIAL, RECIPE, read_json
+from data.prepare.sources import input_files
+from util.errors import CommandParser, UserError, closest, run_command
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 DATA = Path(__file__).resolve().parent

@@ -22,10 +22,10 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from cfg.errors import CommandParser, UserError, run_command, shown
-from cfg.files import write_atomically
 from data import assets
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
+from util.errors import CommandParser, UserError, quote, run_command
+from util.files import write_atomically
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "hellaswag"
 OFFICIAL = "hellaswag_val.jsonl"
@@ -95,7 +95,7 @@ def _example(line: bytes, parts: tuple[str, ...]) -> Example:
             raise ValueError("ctx and endings must be texts that are not empty")
         text.encode()  # half a surrogate pair is no text; UnicodeEncodeError is a ValueError
     if type(label) is not int or not 0 <= label < ENDINGS:
-        raise ValueError(f"label {shown(label)!r} is not a number from 0 to {ENDINGS - 1}")
+        raise ValueError(f"label {quote(label)!r} is not a number from 0 to {ENDINGS - 1}")
     texts = [row[part] for part in parts]
     for part, text in zip(parts, texts, strict=True):  # the second sentence may be empty
         if not isinstance(text, str):

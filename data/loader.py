@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfg.errors import UserError, shown
 from data.shards import Shard, open_file
+from util.errors import UserError, quote
 
 FEISTEL_ROUNDS = 6
 PERMUTED_BLOCK = 2**14  # places permuted at once: numpy's cost per call is then small beside that per place
@@ -249,12 +249,12 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for flag in ORDER:
         if saved[flag] != now[flag]:
             raise UserError(
-                f"--{flag}={now[flag]}, but the checkpoint was trained with {shown(saved[flag])}, and the order of the"
+                f"--{flag}={now[flag]}, but the checkpoint was trained with {quote(saved[flag])}, and the order of the"
                 f" data depends on it; set it back, or start a new run in another --output_dir"
             )
     old, new = (_sources(identity) for identity in (saved, now))
     for name in sorted(old.keys() ^ new.keys()):
-        what = f"source {shown(name)}" if name else "a single glob without name=weight:"
+        what = f"source {quote(name)}" if name else "a single glob without name=weight:"
         when = (
             "belongs to the checkpoint and is missing now" if name in old else "is new since the checkpoint was written"
         )
@@ -263,7 +263,7 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
         if old[name]["weight"] != new[name]["weight"]:
             raise UserError(
                 f"--input_train_bin: source {name} has a share of {new[name]['weight']}, but the checkpoint was trained"
-                f" with {shown(old[name]['weight'])}; set it back, or start a new run in another --output_dir"
+                f" with {quote(old[name]['weight'])}; set it back, or start a new run in another --output_dir"
             )
         _check_same_shards(old[name]["shards"], new[name]["shards"], f"source {name}: " if name else "")
 
@@ -292,7 +292,7 @@ def _check_same_shards(saved: list[dict[str, Any]], now: list[dict[str, Any]], w
     for old, new in zip(saved, now, strict=False):
         if old["name"] != new["name"]:
             raise UserError(
-                f"--input_train_bin: {where}the checkpoint has {shown(old['name'])} where there is now {new['name']};"
+                f"--input_train_bin: {where}the checkpoint has {quote(old['name'])} where there is now {new['name']};"
                 f" {_WAY_OUT}"
             )
         if old != new:
@@ -303,7 +303,7 @@ def _check_same_shards(saved: list[dict[str, Any]], now: list[dict[str, Any]], w
         longer = max(saved, now, key=len)
         odd = longer[min(len(saved), len(now))]["name"]
         what = "is missing" if longer is saved else "is new"
-        raise UserError(f"--input_train_bin: {where}{shown(odd)} {what} since the checkpoint was written; {_WAY_OUT}")
+        raise UserError(f"--input_train_bin: {where}{quote(odd)} {what} since the checkpoint was written; {_WAY_OUT}")
 
 
 class Prefetcher:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfg.errors import UserError
 from data.loader import Loader, sample_numbers
 from data.shards import Shard
+from util.errors import UserError
 
 SLOTS = 10_000  # weights are rounded to ten-thousandths
 PREFIX = re.compile(r"(?:^|,)\s*([\w.-]+)=([^,:/]*):")  # name=weight: at the start and after commas

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from cfg.config import Config
-from cfg.errors import UserError
 from data.loader import Loader
 from data.mixed_loader import MixedLoader, parse_sources
 from data.shards import Shard, find_shards, open_shard
-from data.tokenizer import check_tokenizer_of
+from data.tokenizers.tokenizer import check_tokenizer_of
+from util.errors import UserError
 
 
 def open_shards(config: Config, pattern: str, flag: str, identity: dict[str, Any]) -> list[Shard]:

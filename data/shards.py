@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from cfg.errors import UserError, closest
-from cfg.files import file_sha256, write_atomically
+from util.errors import UserError, closest
+from util.files import file_sha256, write_atomically
 
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4

@@ -2,7 +2,7 @@
 
 A .txt file is one document, a line of .jsonl and a row of .parquet one each (their field --text_key); .txt and .jsonl
 may be .gz or .zst, and a folder stands for all such files in it. `--mixture FILE` draws from several sources by weight
-instead (data/mixture.py describes the file). The first tokens become DIR/NAME_val_000000.bin, the rest
+instead (data/prepare/mixture.py describes the file). The first tokens become DIR/NAME_val_000000.bin, the rest
 DIR/NAME_train_%06d.bin. Interrupted, the same command goes on.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import CommandParser, UserError, run_command
-from data.command import add_flags, check, check_flags, folder, run
-from data.sources import input_files
+from data.prepare.cli import add_flags, check, check_flags, folder, run
+from data.prepare.sources import input_files
+from util.errors import CommandParser, UserError, run_command
 
 
 def main() -> None:

@@ -14,12 +14,13 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from cfg.errors import CommandParser, run_command
-from data import assets, prepare
-from data.command import folder
+from data import assets
+from data.prepare.cli import folder
+from data.prepare.job import Job, Progress, begin, locked, publish, refusals
+from data.prepare.workers import EncodeOptions
 from data.shards import ShardWriter
-from data.tokenizer import load_tokenizer
-from data.workers import EncodeOptions
+from data.tokenizers.tokenizer import load_tokenizer
+from util.errors import CommandParser, run_command
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "tinyshakespeare"
 
@@ -33,8 +34,8 @@ def main() -> None:
 
     tokenizer = load_tokenizer(args.tokenizer)
     recipe = {"source": assets.ASSETS["tinyshakespeare.txt"].sha256, "tokenizer": tokenizer.sha256}
-    job = prepare.Job(args.output_dir, "tiny_shakespeare", recipe, tokenizer, EncodeOptions())
-    partial = prepare.begin(args.output_dir, recipe)
+    job = Job(args.output_dir, "tiny_shakespeare", recipe, tokenizer, EncodeOptions())
+    partial = begin(args.output_dir, recipe)
     if partial is None:
         print(f"{args.output_dir}: already there")
         return
@@ -42,12 +43,12 @@ def main() -> None:
     cut = int(0.9 * len(text))
     halves = [np.array([*tokenizer.before_document, *tokenizer.encode(half)]) for half in (text[:cut], text[cut:])]
     names = [(f"tiny_shakespeare_{split}.bin", len(half)) for split, half in zip(("train", "val"), halves, strict=True)]
-    with prepare.refusals(args.output_dir), prepare.locked(args.output_dir):
+    with refusals(args.output_dir), locked(args.output_dir):
         writer = ShardWriter(partial, iter(names), tokenizer.vocab_size)
         for half in halves:
             writer.add(half)
-        progress = prepare.Progress(1, sum(map(len, halves)), 2, len(text.encode()))
-        prepare.publish(job, partial, progress, writer.files)
+        progress = Progress(1, sum(map(len, halves)), 2, len(text.encode()))
+        publish(job, partial, progress, writer.files)
     print(f"{args.output_dir}: {len(halves[0]):,} training and {len(halves[1]):,} validation tokens")
 
 

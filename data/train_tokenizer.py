@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import CommandParser, UserError, run_command
-from cfg.files import write_atomically
-from data.sources import documents, input_files, plan
-from data.tokenizer import END_OF_TEXT, load_tokenizer
-from data.tokenizer_json import GPT4_PATTERN, TOKENIZER, TOKENIZER_CONFIG
+from data.prepare.sources import documents, input_files, plan
+from data.tokenizers.hf_json import GPT4_PATTERN, TOKENIZER, TOKENIZER_CONFIG
+from data.tokenizers.tokenizer import END_OF_TEXT, load_tokenizer
+from util.errors import CommandParser, UserError, run_command
+from util.files import write_atomically
 
 if TYPE_CHECKING:
     import tokenizers

@@ -11,8 +11,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import CommandParser, UserError, one_line_errors, run_command
-from eval import command
+from eval import cli
+from util.errors import CommandParser, UserError, one_line_errors, run_command
 
 HOLE = "<FILL_ME>"
 FEW = 1024  # tokens among which top_p looks first
@@ -84,7 +84,7 @@ def parser() -> CommandParser:
 def read_flags() -> argparse.Namespace:
     """The command line, prompts read. Raises UserError for what is wrong with it."""
     args = parser().parse_args()
-    if command.my_rank()[1] > 1:
+    if cli.my_rank()[1] > 1:
         raise UserError("eval/generate.py runs in one process; start it with python instead of torchrun")
     args.prompts = args.prompts or [""]
     if args.max_new_tokens < 1 or args.num_samples < 1 or args.top_k < 0 or not 0 <= args.temperature < float("inf"):
@@ -109,14 +109,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.fim import infill_prompt
-from data.tokenizer import Tokenizer
-from eval.subject import tokenizer_of
+from data.tokenizers.fim import infill_prompt
+from data.tokenizers.tokenizer import Tokenizer
+from eval.model import tokenizer_of
 from eval.text_stream import TextStream
-from model.cache import KVCache
-from model.device import choose_device
+from model.formats.pretrained import load_model
 from model.gpt import GPT
-from model.origin import load_model
+from model.kv_cache import KVCache
+from util.device import choose_device
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import CommandParser, UserError, one_line_errors, run_command
-from eval import command
+from eval import cli
+from util.errors import CommandParser, UserError, one_line_errors, run_command
 
 
 def parser() -> CommandParser:
-    parser = command.subject_parser(__doc__)
+    parser = cli.subject_parser(__doc__)
     parser.add_argument("--input", default="", help="a copy of hellaswag_val.jsonl, or a .jsonl of your own")
     parser.add_argument("--limit", type=int, default=0, help="evaluate the first N examples only; 0: all")
     return parser
@@ -35,12 +35,12 @@ def parser() -> CommandParser:
 if __name__ == "__main__":
     with one_line_errors():
         args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
-        command.check(args)
+        cli.check(args)
 
 from data.hellaswag import DEFAULT_OUTPUT, OFFICIAL, Example, find_source, read_hellaswag
+from eval.model import Subject, open_subject
 from eval.reference import GPT2
 from eval.scoring import Encode, Request, Score, encode_pair
-from eval.subject import Subject, open_subject
 
 STYLES = ("completion", "lm_eval")
 METRICS = ("acc", "acc_norm")
@@ -125,7 +125,7 @@ def accuracies(asked: Asked, scores: list[list[Score]]) -> dict[str, dict[str, A
         found[style] = {}
         for metric in METRICS:
             mean = sum(c[metric] == q.label for c, q in zip(choices, asked[style], strict=True)) / n
-            found[style][metric] = Accuracy(mean, command.standard_error(mean, n))
+            found[style][metric] = Accuracy(mean, cli.standard_error(mean, n))
     return found
 
 
@@ -178,7 +178,7 @@ def main(args: Namespace) -> None:
         shown += "\nGPT-2's figures are those of all 10,042 examples"
     results = {"subject": subject.name, "examples": len(examples), "dtype": args.dtype}
     by_style = {s: {m: vars(a) for m, a in by_metric.items()} for s, by_metric in found.items()}
-    command.finish(args.output, results | by_style | {"details": details(asked, scores)}, shown)
+    cli.finish(args.output, results | by_style | {"details": details(asked, scores)}, shown)
 
 
 if __name__ == "__main__":

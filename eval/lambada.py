@@ -23,12 +23,12 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import CommandParser, UserError, one_line_errors, run_command
-from eval import command
+from eval import cli
+from util.errors import CommandParser, UserError, one_line_errors, run_command
 
 
 def parser() -> CommandParser:
-    parser = command.subject_parser(__doc__)
+    parser = cli.subject_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="a .jsonl file of passages")
     parser.add_argument("--limit", type=int, default=0, help="evaluate the first N examples only; 0: all")
     return parser
@@ -37,11 +37,11 @@ def parser() -> CommandParser:
 if __name__ == "__main__":
     with one_line_errors():
         args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
-        command.check(args)
+        cli.check(args)
 
+from eval.model import Subject, open_subject
 from eval.reference import LAMBADA_GPT2
 from eval.scoring import Request, Score, encode_pair
-from eval.subject import Subject, open_subject
 from eval.texts import json_lines, text_field
 
 OFFICIAL_EXAMPLES = 5153
@@ -95,7 +95,7 @@ def summarize(scores: list[Score]) -> Measured:
     n = len(scores)
     accuracy = sum(score.greedy for score in scores) / n
     loss = math.fsum(score.loss for score in scores) / n
-    return Measured(accuracy, command.standard_error(accuracy, n), math.exp(loss) if not loss > 709 else math.inf)
+    return Measured(accuracy, cli.standard_error(accuracy, n), math.exp(loss) if not loss > 709 else math.inf)
 
 
 def table(name: str, found: Measured) -> str:
@@ -115,7 +115,7 @@ def main(args: Namespace) -> None:
     if len(examples) != OFFICIAL_EXAMPLES:
         shown += f"\nGPT-2's figures are those of all {OFFICIAL_EXAMPLES:,} examples"
     results = {"subject": subject.name, "examples": len(examples), "dtype": args.dtype}
-    command.finish(args.output, results | vars(found) | {"details": [vars(score) for score in scores]}, shown)
+    cli.finish(args.output, results | vars(found) | {"details": [vars(score) for score in scores]}, shown)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from typing import Any, NoReturn
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # also because this file has the library's name
 
-from cfg.errors import CommandParser, UserError, closest, one_line_errors, run_command
-from eval import command
+from eval import cli
+from util.errors import CommandParser, UserError, closest, one_line_errors, run_command
 
 
 def parser() -> CommandParser:
-    parser = command.subject_parser(__doc__, hf=False)
+    parser = cli.subject_parser(__doc__, hf=False)
     add = parser.add_argument
     add("--hf", type=refuse_hf, help="refused: for a Hugging Face folder there is `lm_eval --model hf`")
     add("--tasks", required=True, help="names with commas between them; * stands for anything")
@@ -47,8 +47,8 @@ def refuse_hf(name: str) -> NoReturn:
 
 def check(args: Namespace) -> None:
     """Raises UserError for what is wrong with the flags, before anything is loaded."""
-    command.check(args)
-    if command.my_rank()[1] > 1:
+    cli.check(args)
+    if cli.my_rank()[1] > 1:
         raise UserError("eval/lm_eval.py runs in one process; start it with python instead of torchrun")
     if not names_of(args):
         raise UserError("--tasks is empty; name one, hellaswag say")
@@ -74,8 +74,8 @@ if __name__ == "__main__":
 import torch
 
 from eval.generate import Sampling, generate
+from eval.model import Subject, open_subject
 from eval.scoring import Request
-from eval.subject import Subject, open_subject
 from eval.text_stream import TextStream
 
 MAX_SHARED = 1024  # tokens of endings in a row: all its positions meet all others, whether or not they see them
@@ -310,7 +310,7 @@ def main(args: Namespace) -> None:
     first = f", the first {args.limit} examples" if args.limit else ""
     tables = [make_table(results)] + ([make_table(results, "groups")] if results.get("groups") else [])
     shown = "\n".join([f"{subject.name}, {args.dtype}{first}", *tables])
-    command.finish(args.output, json.loads(json.dumps(results, default=handle_non_serializable)), shown)
+    cli.finish(args.output, json.loads(json.dumps(results, default=handle_non_serializable)), shown)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,12 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import CommandParser, UserError, one_line_errors, run_command
-from eval import command
+from eval import cli
+from util.errors import CommandParser, UserError, one_line_errors, run_command
 
 
 def parser() -> CommandParser:
-    parser = command.subject_parser(__doc__)
+    parser = cli.subject_parser(__doc__)
     parser.add_argument(
         "--input", nargs="+", action="extend", required=True, metavar="FILE", help="shards, text, .jsonl; or globs"
     )
@@ -52,7 +52,7 @@ def parser() -> CommandParser:
 
 
 def check(args: Namespace) -> None:
-    command.check(args)
+    cli.check(args)
     for flag, least in (("window", 0), ("stride", 1), ("max_tokens", 0)):
         value = getattr(args, flag)
         if value is not None and value < least:
@@ -68,8 +68,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from eval.model import Subject, open_subject
 from eval.scoring import Request
-from eval.subject import Subject, open_subject
 from eval.texts import BLOCK, Text, byte_lengths_for, count_bytes, cut, find_inputs, open_texts
 
 SEGMENT = 2**22  # tokens in rows that are planned at a time: what bounds memory, whatever the length of the texts
@@ -154,7 +154,7 @@ def measure(subject: Subject, texts: list[Text], window: int, stride: int, segme
     end_of_text = subject.end_of_text if (subject.flags or {}).get("doc_mask") else None
     requests = chain.from_iterable(requests_of(text, window, stride, end_of_text) for text in texts)
     losses, tokens = [], sum(text.length - 1 for text in texts)
-    hidden = True if command.my_rank()[0] else None
+    hidden = True if cli.my_rank()[0] else None
     with tqdm(total=tokens, desc="perplexity", unit=" tokens", unit_scale=True, disable=hidden) as bar:
         for part in segments(requests, segment):
             mean = sum(len(request.endings[0]) for request in part) / len(part)
@@ -196,7 +196,7 @@ def main(args: Namespace) -> None:
     )
     results = {"subject": subject.name, "input": args.input, "dtype": args.dtype, "window": window, "stride": stride}
     numbers = {name: getattr(found, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
-    command.finish(args.output, results | numbers, shown)
+    cli.finish(args.output, results | numbers, shown)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from data.tokenizer import Tokenizer
+from data.tokenizers.tokenizer import Tokenizer
 
 
 class TextStream:

@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from cfg.errors import UserError
 from data.loader import TokenStream
 from data.shards import find_shards, open_shard
-from data.tokenizer import NAMED_IDENTITIES, check_tokenizer_of, load_tokenizer, same_tokenizer, tokenizer_in_manifest
-from eval.subject import Subject
+from data.tokenizers.tokenizer import (
+    NAMED_IDENTITIES,
+    check_tokenizer_of,
+    load_tokenizer,
+    same_tokenizer,
+    tokenizer_in_manifest,
+)
+from eval.model import Subject
+from util.errors import UserError
 
 PACKED = (".parquet", ".gz", ".zst")
 BLOCK = 2**20  # tokens at a time

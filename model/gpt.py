@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cfg.config import ModelConfig
 from model.attention import CausalSelfAttention, Mask, Remember, Rotary, document_mask
-from model.cache import KVCache
+from model.kv_cache import KVCache
 from model.layers import MLP, make_norm, rotary_table
 from model.loss import IGNORE_INDEX, ChunkLoss, chunk_loss_and_grad, linear_cross_entropy, token_losses
 

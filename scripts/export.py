@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.errors import CommandParser, UserError, one_line_errors, run_command
+from util.errors import CommandParser, UserError, one_line_errors, run_command
 
 NAMES = {"hf": "a folder", "llmc": "a file", "consolidated": "a folder"}
 
@@ -50,18 +50,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cfg.config import ModelConfig
-from cfg.files import file_sha256, flush_to_disk
 from cfg.hf import config_of
 from cfg.origin import Origin, open_origin
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import tokenizer_files
-from eval.subject import tokenizer_of
+from data.tokenizers.export import tokenizer_files
+from data.tokenizers.tokenizer import Tokenizer
+from eval.model import tokenizer_of
+from model.formats.checkpoint import MANIFEST, load_tensors, read_manifest, seal, tensor_shapes
+from model.formats.hf import INDEX, SINGLE, split_for_export
+from model.formats.others import write_llmc
+from model.formats.pretrained import checkpoint_reader, model_config, newest, reader
 from model.gpt import parameter_shapes
-from model.hf import INDEX, SINGLE, split_for_export
-from model.neighbours import write_llmc
-from model.origin import checkpoint_reader, model_config, newest, reader
-from model.weights import MANIFEST, load_tensors, read_manifest, seal, tensor_shapes
-from train.model_card import model_card
+from scripts.model_card import model_card
+from util.files import file_sha256, flush_to_disk
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.config import Config, load_config
-from cfg.errors import CommandParser, UserError, closest, one_line_errors, run_command
+from util.errors import CommandParser, UserError, closest, one_line_errors, run_command
 
 # By data sheet, of every GPU in PEAK_TFLOPS; of several sizes the one most rented, the other behind the name.
 GPU_MEMORY_GB = {

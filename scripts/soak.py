@@ -41,8 +41,8 @@ from typing import Any
 import numpy as np
 
 from cfg.config import load_config
-from cfg.errors import CommandParser, UserError, run_command
 from data.shards import write_shard
+from util.errors import CommandParser, UserError, run_command
 
 TARGETS = ("worker", "all", "launcher")
 MOMENTS = ("start-up", "save", "prune", "evaluation", "training")

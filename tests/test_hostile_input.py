@@ -23,25 +23,25 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cfg.config import Config, load_config
-from cfg.errors import UserError
-from cfg.files import file_sha256
 from cfg.origin import hf_folder
 from data import fineweb_edu
 from data.hellaswag import read_hellaswag
-from data.mixture import read_mixture
 from data.open import open_train_data
+from data.prepare.mixture import read_mixture
+from data.prepare.sources import documents, input_files, plan
 from data.shards import HEADER_BYTES, write_shard
-from data.sources import documents, input_files, plan
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
 from eval.lambada import read_lambada
 from eval.texts import json_documents
+from model.formats.checkpoint import find_checkpoint, problem_with, read_state
 from model.gpt import GPT, init_weights
-from model.weights import find_checkpoint, problem_with, read_state
 from train import checkpoint
-from train.distributed import Ranks
-from train.divergence import StepGuard
 from train.metrics import Metrics, read_records
-from train.optimizer import make_optimizer
+from train.optim import make_optimizer
+from train.stability import StepGuard
+from util.errors import UserError
+from util.files import file_sha256
+from util.ranks import Ranks
 
 CASES = 1000
 cases = settings(
@@ -76,7 +76,7 @@ def refused_in_one_line(*names):
 
 
 def check_line(error, *names):
-    line = " ".join(str(error).split())  # as cfg.errors.exit_with prints it
+    line = " ".join(str(error).split())  # as util.errors.exit_with prints it
     assert any(str(name) in line for name in names), line[:3000]
     assert len(line) < 3000, len(line)
 
@@ -266,7 +266,7 @@ def saved(tmp_path_factory):
 def resumed(config):
     """All that a resume reads before it loads tensors, as train_gpt.py does."""
     from data.loader import check_same_data
-    from data.tokenizer import check_same_tokenizer
+    from data.tokenizers.tokenizer import check_same_tokenizer
     from train.scaling import LossScale
 
     said = []

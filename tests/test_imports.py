@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"cfg", "model", "data", "train", "eval", "scripts", "train_gpt", "tests"}
+OURS = {"util", "cfg", "model", "data", "train", "eval", "scripts", "train_gpt", "tests"}
 MAY_IMPORT = {
-    "cfg": {"cfg"},
-    "model": {"cfg", "model"},
-    "data": {"cfg", "data"},
-    "train": {"cfg", "model", "train"},
-    "eval": {"cfg", "model", "data", "eval"},
-    "scripts": {"cfg", "model", "data", "train", "eval", "scripts", "train_gpt"},  # benchmarks time train_step
-    "train_gpt": {"cfg", "model", "data", "train", "eval"},
+    "util": {"util"},
+    "cfg": {"util", "cfg"},
+    "model": {"util", "cfg", "model"},
+    "data": {"util", "cfg", "model", "data"},
+    "eval": {"util", "cfg", "model", "data", "eval"},
+    "train": {"util", "cfg", "model", "data", "eval", "train"},
+    "scripts": {"util", "cfg", "model", "data", "eval", "train", "scripts", "train_gpt"},  # benchmarks time train_step
+    "train_gpt": {"util", "cfg", "model", "data", "eval", "train"},
 }
 HEAVY = {*"datasets wandb transformers matplotlib pyarrow tensorboard tiktoken tokenizers lm_eval".split()}
 

@@ -6,7 +6,7 @@ import torch
 import train_gpt
 from cfg.config import load_config
 from scripts.bench.common import make_run
-from train.distributed import Ranks
+from util.ranks import Ranks
 
 FLAGS = "--n_layer=1 --n_head=2 --n_embd=32 --vocab_size=251 --sequence_length=16 --batch_size=2 --total_batch_size=64"
 

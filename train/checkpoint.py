@@ -33,11 +33,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
-from cfg.errors import StorageError, UserError, shown
-from cfg.faults import fault_point
-from cfg.files import file_sha256, flush_to_disk, naming, write_atomically
-from model.gpt import GPT
-from model.weights import (
+from model.formats.checkpoint import (
     FORMAT,
     MANIFEST,
     STATE,
@@ -51,8 +47,12 @@ from model.weights import (
     step_of,
     tensor_shapes,
 )
-from train.distributed import Ranks, patience
-from train.optimizer import forget_states, make_states, named_states
+from model.gpt import GPT
+from train.optim import forget_states, make_states, named_states
+from util.errors import StorageError, UserError, quote
+from util.faults import fault_point
+from util.files import file_sha256, flush_to_disk, naming, write_atomically
+from util.ranks import Ranks, group_timeout
 
 T = TypeVar("T")
 SAVING, DELETING = ".saving_", ".deleting_"
@@ -88,9 +88,9 @@ class Saver:
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.folder = config, Path(config.output_dir) / "checkpoints"
         # A group of its own, as the loop goes on talking while this one writes.
-        timeout = patience(config.start_timeout_minutes)
+        timeout = group_timeout(config.start_timeout_minutes)
         group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        self.ranks = replace(ranks, host=group)
+        self.ranks = replace(ranks, cpu_group=group)
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
         if config.async_save == "1" or (config.async_save == "auto" and ranks.device.type == "cuda"):
@@ -190,8 +190,8 @@ class Saver:
     def _write_tensors(self, temporary: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         for kind, tensors in parts.items():
             writer = _Writer(str(temporary / kind), save_distributed=True)
-            alone = self.ranks.host is None
-            dcp.save(tensors, storage_writer=writer, process_group=self.ranks.host, no_dist=alone)
+            alone = self.ranks.cpu_group is None
+            dcp.save(tensors, storage_writer=writer, process_group=self.ranks.cpu_group, no_dist=alone)
 
     def _describe(self, temporary: Path, kinds: Any) -> dict[str, dict[str, Any]]:
         """Name → size and hash of the files that this rank wrote."""
@@ -339,10 +339,10 @@ def check_same_model(path: Path, config: Config) -> list[str]:
     """
     saved = read_manifest(path)["config"]
     now = config.model_dump()
-    changes = {k: f"{k}: {shown(saved[k])} → {v}" for k, v in now.items() if k in saved and saved[k] != v}
+    changes = {k: f"{k}: {quote(saved[k])} → {v}" for k, v in now.items() if k in saved and saved[k] != v}
     fixed = [k for k in ModelConfig.model_fields if k in changes and k not in FREE_MODEL_FLAGS]
     if fixed:
-        flags = ", ".join(f"--{k}={now[k]} (checkpoint: {shown(saved[k])})" for k in fixed)
+        flags = ", ".join(f"--{k}={now[k]} (checkpoint: {quote(saved[k])})" for k in fixed)
         raise UserError(f"{path} is of another model: {flags}; set them back, or use another --output_dir")
     return [line for k, line in changes.items() if k not in ("output_dir", "resume", "cfg")]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from cfg.errors import DISK_REFUSES, DivergedError, StorageError, UserError, storage_error
-from cfg.files import take_lock, write_atomically
-from train.distributed import Ranks
+from util.errors import DISK_REFUSES, DivergedError, StorageError, UserError, storage_error
+from util.files import take_lock, write_atomically
+from util.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 

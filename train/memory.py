@@ -15,7 +15,7 @@ import torch
 from cfg.config import Config, ModelConfig
 from model.gpt import GPT
 from model.loss import chunk_rows_for
-from train.distributed import Ranks
+from util.ranks import Ranks
 
 # Not for tensors: the CUDA context with its libraries and NCCL's buffers, and gaps between blocks of memory.
 CONTEXT_BYTES, FRAGMENTATION = 1.5e9, 0.05

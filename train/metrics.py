@@ -17,11 +17,11 @@ from urllib.parse import urlparse
 import torch
 
 from cfg.config import Config
-from cfg.errors import StorageError, UserError
-from cfg.faults import fault_point
-from cfg.files import naming, write_atomically
-from train.distributed import Ranks
 from train.rank_log import note
+from util.errors import StorageError, UserError
+from util.faults import fault_point
+from util.files import naming, write_atomically
+from util.ranks import Ranks
 
 # Dense peak of the 16-bit matrix units with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets
 # and architecture white papers (bf16; fp16 where there is no bf16). The first key contained in the

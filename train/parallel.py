@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cfg.config import Config
 from model.gpt import GPT, InitialValue, init_weights
 from model.loss import compiled_chunk_loss
-from train.distributed import Ranks
+from util.ranks import Ranks
 
 
 @dataclass(frozen=True)

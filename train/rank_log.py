@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from train.distributed import Ranks
+from util.ranks import Ranks
 
 _log: TextIO | None = None
 

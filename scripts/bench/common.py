@@ -16,15 +16,15 @@ import torch
 
 import train_gpt
 from cfg.config import Config
-from cfg.errors import UserError
-from cfg.files import write_atomically
 from model.gpt import InitialValue
-from train.distributed import Ranks
-from train.divergence import StepGuard
 from train.metrics import device_name
-from train.optimizer import make_optimizer
+from train.optim import make_optimizer
 from train.parallel import parallelize
 from train.scaling import LossScale
+from train.stability import StepGuard
+from util.errors import UserError
+from util.files import write_atomically
+from util.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,10 +19,10 @@ import time
 import torch
 
 from cfg.config import load_config
-from cfg.errors import CommandParser, UserError, run_command
 from eval.generate import Sampling, generate
-from model.device import choose_device
 from model.gpt import GPT, init_weights
+from util.device import choose_device
+from util.errors import CommandParser, UserError, run_command
 
 PROMPT_TOKENS = 16
 

@@ -40,19 +40,19 @@ from torch import Tensor
 
 import train_gpt
 from cfg.config import Config, load_config
-from cfg.errors import CommandParser, UserError, run_command
 from data.documents import document_positions
 from data.shards import write_shard
 from eval.generate import Sampling, generate
+from eval.model import drain, in_dtype
 from eval.scoring import Request, gpt_forward, merge, score
-from eval.subject import drain, in_dtype
 from model import loss as chunked_loss
 from model.loss import IGNORE_INDEX
 from scripts.bench.common import describe, make_run, save
-from train.distributed import Ranks, close_ranks, init_ranks
 from train.memory import deviation, planned_bytes
 from train.metrics import peak_memory, read_records
 from train.parallel import parallelize
+from util.errors import CommandParser, UserError, run_command
+from util.ranks import Ranks, close_ranks, init_ranks
 
 PERIOD = 251  # the data counts modulo this, which is learned in a few steps
 FULL = "--n_layer=4 --n_head=8 --n_embd=512 --sequence_length=512 --batch_size=4"

@@ -35,14 +35,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt
 from cfg.config import Config, load_config
-from cfg.errors import CommandParser, UserError, run_command
 from model import loss as chunked_loss
 from scripts.bench.common import describe, make_run, save
 from scripts.bench.gpu_table import number
 from scripts.bench.nanogpt import load_nanogpt
-from train.distributed import Ranks, close_ranks, init_ranks
 from train.memory import planned_bytes
 from train.metrics import device_name, peak_flops, peak_memory
+from util.errors import CommandParser, UserError, run_command
+from util.ranks import Ranks, close_ranks, init_ranks
 
 TINY = "--n_layer=2 --n_embd=64 --n_head=4 --vocab_size=500 --sequence_length=32 --batch_size=2 --compile=0"
 

@@ -14,8 +14,8 @@ sys.path[0] = str(ROOT)  # before all else: this folder holds a tokenize.py
 import re
 from typing import Any
 
-from cfg.errors import CommandParser, UserError, run_command
-from cfg.files import read_json, write_atomically
+from util.errors import CommandParser, UserError, run_command
+from util.files import read_json, write_atomically
 
 BEGIN, END = "<!-- gpu_table.py: begin -->", "<!-- gpu_table.py: end -->"
 # Tokens/s aimed at, by part and GPU.

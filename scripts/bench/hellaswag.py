@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 
 from cfg.config import load_config
-from cfg.errors import CommandParser, UserError, run_command
 from data.hellaswag import DEFAULT_OUTPUT, find_source
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
 from eval.hellaswag import completion_question, read_examples
+from eval.model import BATCH_TOKENS, GPU_BATCH_TOKENS, drain, in_dtype
 from eval.scoring import Request, follow_on, gpt_forward, merge, score
-from eval.subject import BATCH_TOKENS, GPU_BATCH_TOKENS, drain, in_dtype
-from model.device import choose_device
 from model.gpt import GPT, init_weights
+from util.device import choose_device
+from util.errors import CommandParser, UserError, run_command
 
 WHOLE = 10_042  # examples of the validation set
 Losses = list[list[float]]  # of each example's endings, mean per token, in nats

@@ -21,9 +21,9 @@ import time
 import numpy as np
 import torch
 
-from cfg.errors import CommandParser, run_command
 from data.loader import Loader
 from data.shards import open_shard, write_shard
+from util.errors import CommandParser, run_command
 
 VOCAB_SIZE = 50257
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from cfg.errors import UserError
+from util.errors import UserError
 
 
 def load_nanogpt(path: Path) -> ModuleType:

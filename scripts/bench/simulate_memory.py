@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from cfg.config import Config, load_config
-from cfg.errors import CommandParser, UserError, one_line_errors, run_command
+from util.errors import CommandParser, UserError, one_line_errors, run_command
 
 
 def parse(argv: list[str] | None = None) -> tuple[list[int], int, list[str]]:
@@ -54,10 +54,10 @@ from torch import Tensor
 
 from model.gpt import GPT
 from model.loss import CHUNK_ELEMENTS
-from train.distributed import Ranks
 from train.memory import MOST_ROWS_ON_CPU, micro_steps, moments, planned_bytes
-from train.optimizer import make_optimizer
+from train.optim import make_optimizer
 from train.parallel import Parallel, shard, sync_gradients
+from util.ranks import Ranks
 
 CPU = torch.device("cpu")
 NAMES = {  # the trackers' names of what is counted

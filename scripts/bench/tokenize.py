@@ -1,4 +1,4 @@
-"""Tokens per second of data/prepare.py beside the usual way, in one run on the same parquet and the same cores.
+"""Tokens per second of data/prepare/job.py beside the usual way, in one run on the same parquet and the same cores.
 
     python scripts/bench/tokenize.py --input 'FOLDER/*.parquet'
 
@@ -32,12 +32,12 @@ from typing import Any
 
 import numpy as np
 
-from cfg.errors import CommandParser, UserError, run_command
-from data.command import cores
-from data.prepare import tokens_in
+from data.prepare.cli import cores
+from data.prepare.job import tokens_in
+from data.prepare.sources import input_files
 from data.shards import write_shard
-from data.sources import input_files
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
+from util.errors import CommandParser, UserError, run_command
 
 SHARD = 10**7  # tokens
 _encoding: Any = None

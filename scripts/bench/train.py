@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfg.config import Config, load_config
-from cfg.errors import CommandParser, run_command
 from model.gpt import GPT, init_weights
 from scripts.bench.nanogpt import load_nanogpt
 from train.metrics import peak_memory
-from train.optimizer import make_optimizer
+from train.optim import make_optimizer
+from util.errors import CommandParser, run_command
 
 
 class ReferenceBlock(nn.Module):

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cfg.config import GROUPS, PRESETS, Config, load_config, to_yaml
-from cfg.errors import UserError
 from scripts.flags_table import flags_markdown
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

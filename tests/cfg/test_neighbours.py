@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfg.config import ModelConfig
-from cfg.errors import UserError
 from cfg.neighbours import llama2c_flags, llmc_flags, nanogpt_flags
 from tests.neighbour_files import (
     KV,
@@ -33,6 +32,7 @@ from tests.neighbour_files import (
     nanogpt_checkpoint,
     random,
 )
+from util.errors import UserError
 
 few = settings(max_examples=150, deadline=None)
 INT32 = st.integers(-(2**31), 2**31 - 1)

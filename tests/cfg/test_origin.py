@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cfg.config import load_config, to_yaml
-from cfg.errors import UserError
+from util.errors import UserError
 
 LLAMA = {
     "model_type": "llama",

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import command, text, tiny_shakespeare
-from data.prepare import Job
+from data import text, tiny_shakespeare
+from data.prepare import cli
+from data.prepare.job import Job
+from data.prepare.workers import EncodeOptions
 from data.shards import open_shard
-from data.tokenizer import load_tokenizer
-from data.workers import EncodeOptions
+from data.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def fim_tokenizer():
 def quick(tokenizer, fim_tokenizer, monkeypatch):
     """The commands in this process, with the tokenizers read once and tiktoken, which is the quicker to start."""
     loaded = {"gpt2": tokenizer, "gpt2-fim": fim_tokenizer}
-    for module in (command, tiny_shakespeare):
+    for module in (cli, tiny_shakespeare):
         monkeypatch.setattr(module, "load_tokenizer", lambda name="gpt2": loaded[name])
 
     def run(*args, command=text):

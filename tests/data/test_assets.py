@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cfg.errors import UserError
 from data import assets
+from util.errors import UserError
 
 CONTENT = b"the right bytes\n"
 NAME = "thing.txt"

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cfg.errors import UserError
-from data import assets, fineweb_edu, sources, tiny_shakespeare
+from data import assets, fineweb_edu, tiny_shakespeare
+from data.prepare import sources
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["First Citizen:\nBefore we proceed", "naïve 東京 👩‍👩‍👧", "say <|endoftext|> aloud", "  spaces \n\n", "a"]

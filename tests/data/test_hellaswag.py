@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfg.errors import UserError
 from data import assets, hellaswag
 from data.hellaswag import Example, TokenExample, encode_example, read_eval_file, read_hellaswag, write_eval_file
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 few = settings(max_examples=60, deadline=None)

@@ -12,11 +12,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cfg.errors import UserError
 from data import loader as loader_module
 from data.loader import Loader, Prefetcher, TokenStream, check_same_data, permute, sample_numbers
 from data.shards import open_shard, write_shard
 from tests.reference import permuted
+from util.errors import UserError
 
 VOCAB = 60_000
 # What the order is today; see the two tests that compare it.

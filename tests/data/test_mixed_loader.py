@@ -8,11 +8,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cfg.errors import UserError
 from data import mixed_loader
 from data.loader import Loader, check_same_data
 from data.mixed_loader import SLOTS, MixedLoader, parse_sources, slot_counts, spread
 from data.shards import open_shard, write_shard
+from util.errors import UserError
 
 VOCAB, T = 60_000, 8
 GOLDEN = [

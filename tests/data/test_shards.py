@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cfg.errors import UserError
 from data import shards
 from data.shards import ShardWriter, find_shards, open_shard, write_shard
+from util.errors import UserError
 
 GPT2, LLAMA = (20240520, 1, "H"), (20240801, 7, "I")
 VOCAB = 50257

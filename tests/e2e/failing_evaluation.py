@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cfg.config import load_config
-from cfg.errors import run_command
+from util.errors import run_command
 
 config = load_config()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cfg.config import load_config
-from cfg.errors import run_command
+from util.errors import run_command
 
 config = load_config()
 
@@ -26,7 +26,7 @@ import torch
 
 import train_gpt
 from train import checkpoint
-from train.optimizer import named_states
+from train.optim import named_states
 from train.parallel import local
 
 always, what, *numbers = re.fullmatch(r"(!?)(\w+)@(\d+)-(\d+)", os.environ.get("FAIL", "nothing@0-0")).groups()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.weights import find_checkpoint
+from model.formats.checkpoint import find_checkpoint
 
 FAILING = str(Path(__file__).with_name("failing_training.py"))
 LONG = ["--num_iterations=100000", "--save_every_niter=0", "--val_loss_every=0", "--log_every=1"]

@@ -9,7 +9,7 @@ import torch
 
 from data.loader import Loader
 from data.shards import open_shard
-from model.weights import find_checkpoint, load_tensors, tensor_shapes
+from model.formats.checkpoint import find_checkpoint, load_tensors, tensor_shapes
 
 FAILING = str(Path(__file__).with_name("failing_training.py"))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.shards import write_shard
-from data.tokenizer import GPT2_END_OF_TEXT
+from data.tokenizers.tokenizer import GPT2_END_OF_TEXT
 
 FLAGS = ["--vocab_size=50257", "--doc_mask=1", "--keep_every=10"]
 

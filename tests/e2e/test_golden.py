@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from data.shards import write_shard
-from model.weights import load_tensors, tensor_shapes
+from model.formats.checkpoint import load_tensors, tensor_shapes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-6  # of losses and gradient norms, relative to max(1, |x|)

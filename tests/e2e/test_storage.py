@@ -1,7 +1,7 @@
 """Storage that refuses, loses or damages: the last good checkpoint survives and is found, and one line says why.
 
-Most faults are to order (cfg/faults.py), in the real command. So that this is cheap they are a chain: start after start
-of the same command in one directory, in each of which something else fails, before the run comes to its end.
+Most faults are injected with util/faults.py into the real command. To save time they form a chain: the same command
+starts again and again in one directory, each start fails at another point, and the last one finishes the run.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import subprocess
 
 import pytest
 
-from model.weights import find_checkpoint, step_of
+from model.formats.checkpoint import find_checkpoint, step_of
 
 # As tests/e2e/test_resume.py has them, of whose undisturbed runs these are the interrupted ones.
 FLAGS = ["--dropout=0.1", "--num_iterations=30", "--save_every_niter=5"]

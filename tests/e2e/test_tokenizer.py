@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.shards import write_shard
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "".join(f"Speaker {i}: the cat's {i} hats, and they'll sit.\n\n" for i in range(1500))

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from cfg.config import load_config
-from eval import command
+from eval import cli
+from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
-from model.origin import load_model
 from train.checkpoint import Saver
-from train.distributed import Ranks
-from train.optimizer import make_optimizer
+from train.optim import make_optimizer
+from util.ranks import Ranks
 
 CORPUS = ["the cat sat on the mat, the dog on the log; and so on\n", "naïve 東京 “quotes” — 12 345\n"]
 
@@ -77,7 +77,7 @@ def evaluate(capsys):
 
     def run(module, *flags):
         args = module.parser().parse_args([*map(str, flags), "--device=cpu"])
-        getattr(module, "check", command.check)(args)
+        getattr(module, "check", cli.check)(args)
         capsys.readouterr()
         module.main(args)
         return capsys.readouterr().out

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 import eval.generate as command
 from cfg.config import load_config
-from cfg.errors import UserError
-from data.fim import infill_prompt
-from data.tokenizer import load_tokenizer
-from data.tokenizer_json import _byte_letters
+from data.tokenizers.fim import infill_prompt
+from data.tokenizers.hf_json import _byte_letters
+from data.tokenizers.tokenizer import load_tokenizer
 from eval.generate import FEW, Sampling, candidates, draw, generate, read, read_on
-from model.cache import KVCache
+from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
-from model.origin import load_model
+from model.kv_cache import KVCache
 from train import checkpoint
-from train.distributed import Ranks
-from train.optimizer import make_optimizer
+from train.optim import make_optimizer
+from util.errors import UserError
+from util.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--sequence_length=24", "--vocab_size=262", "--tie_embeddings=0"]

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfg.errors import UserError
 from data.hellaswag import Example, read_hellaswag
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
 from eval import hellaswag
-from eval.command import finish
+from eval.cli import finish
 from eval.hellaswag import Question, accuracies, clean, lm_eval_question, questions, read_examples, record_of, requests
 from eval.reference import GPT2
 from eval.scoring import Request, Score, follow_on
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDINGS = ["is using wrap [substeps] to wrap skis.", "rips level  tiles off.", "holds a cube.", " starts [title] up."]

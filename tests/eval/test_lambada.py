@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfg.errors import UserError
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
 from eval import lambada
 from eval.lambada import Example, example_of, read_lambada, summarize
 from eval.reference import LAMBADA_GPT2
 from eval.scoring import Score
+from util.errors import UserError
 
 EOT = 50256
 PASSAGES = [

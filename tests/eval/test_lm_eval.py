@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 import eval.hellaswag as hellaswag
 import eval.lm_eval as command
 from cfg.config import load_config
-from cfg.errors import UserError
-from data.tokenizer import END_OF_TEXT, load_tokenizer
-from data.tokenizer_json import _byte_letters
+from data.tokenizers.hf_json import _byte_letters
+from data.tokenizers.tokenizer import END_OF_TEXT, load_tokenizer
 from eval.generate import Sampling
 from model.gpt import GPT
 from train.checkpoint import Saver
-from train.distributed import Ranks
-from train.optimizer import make_optimizer
+from train.optim import make_optimizer
+from util.errors import UserError
+from util.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 POSITIONS, EMBD, LAYERS, HEADS = 48, 16, 2, 2

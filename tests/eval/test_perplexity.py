@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.utils import get_rolling_token_windows
 
-from cfg.errors import UserError
 from data.documents import document_positions
 from data.loader import Loader
 from data.shards import open_shard, write_shard
-from data.tokenizer import NAMED_IDENTITIES, load_tokenizer
+from data.tokenizers.tokenizer import NAMED_IDENTITIES, load_tokenizer
 from eval import perplexity, texts
+from eval.model import open_subject
 from eval.perplexity import by_document, measure, requests_of, segments, strided_windows
-from eval.subject import open_subject
 from eval.texts import Text, count_bytes, cut, open_texts
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 EOT = 50256

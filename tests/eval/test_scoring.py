@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfg.config import load_config
+from eval.model import drain
 from eval.scoring import Request, encode_pair, follow_on, gpt_forward, merge, pack, plan, rows_of, score
-from eval.subject import drain
 from model.gpt import GPT, init_weights
 
 VOCAB, LIMIT, CPU = 97, 24, torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import load_tokenizer
-from data.tokenizer_json import _byte_letters
+from data.tokenizers.hf_json import _byte_letters
+from data.tokenizers.tokenizer import load_tokenizer
 from eval.text_stream import TextStream
 
 END, UNKNOWN = 256, 260

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cfg.config import load_config
-from cfg.errors import UserError
 from cfg.origin import Origin
-from data.tokenizer import load_tokenizer
-from data.tokenizer_files import tokenizer_files
+from data.tokenizers.export import tokenizer_files
+from data.tokenizers.tokenizer import load_tokenizer
 from eval import generate as generating
 from eval.generate import Sampling, generate
+from model.formats.pretrained import initial_values, load_model, model_config, reader
 from model.gpt import GPT, init_weights
-from model.origin import initial_values, load_model, model_config, reader
 from scripts import export as command
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cfg.errors import UserError
 from scripts.bench import gpu_speed, gpu_table
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--device=cpu", "--tiny")

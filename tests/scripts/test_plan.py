@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cfg.config import load_config
-from cfg.errors import UserError
 from scripts import plan
 from train.memory import planned_bytes
 from train.metrics import PEAK_TFLOPS, peak_flops
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cfg.errors import UserError
 from scripts.soak import (
     MOMENTS,
     ROOT,
@@ -25,6 +24,7 @@ from scripts.soak import (
     parse,
     plan,
 )
+from util.errors import UserError
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)
 

@@ -16,14 +16,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from cfg.config import load_config
-from cfg.errors import run_command
 from cfg.origin import open_origin
+from model.formats.checkpoint import list_checkpoints
+from model.formats.pretrained import initial_values, reader
 from model.gpt import GPT, initial_value
-from model.origin import initial_values, reader
-from model.weights import list_checkpoints
 from train import checkpoint
-from train.distributed import Ranks, close_ranks, init_ranks
-from train.optimizer import make_optimizer, named_states
+from train.optim import make_optimizer, named_states
 from train.parallel import (
     differing_replica,
     local,
@@ -34,6 +32,8 @@ from train.parallel import (
     scale_gradients,
     sync_gradients,
 )
+from util.errors import run_command
+from util.ranks import Ranks, close_ranks, init_ranks
 
 LAYERS, MICRO_STEPS = 3, 2
 # Tied and untied, padded vocabulary (251 → 256), rows that no number of ranks divides (biases, 7 heads' norms).

@@ -12,14 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfg import faults
 from cfg.config import ModelConfig, load_config
-from cfg.errors import StorageError, UserError
-from cfg.files import file_sha256
-from model import weights
-from model.gpt import GPT, init_weights
-from model.origin import load_model
-from model.weights import (
+from model.formats import checkpoint as weights
+from model.formats.checkpoint import (
     MANIFEST,
     RECORD,
     find_checkpoint,
@@ -29,10 +24,15 @@ from model.weights import (
     read_state,
     seal,
 )
+from model.formats.pretrained import load_model
+from model.gpt import GPT, init_weights
 from train import checkpoint
-from train.distributed import Ranks
-from train.divergence import StepGuard
-from train.optimizer import make_optimizer, make_states, named_states
+from train.optim import make_optimizer, make_states, named_states
+from train.stability import StepGuard
+from util import faults
+from util.errors import StorageError, UserError
+from util.files import file_sha256
+from util.ranks import Ranks
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 FLAGS = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=50", "--sequence_length=8"]

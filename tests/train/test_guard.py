@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfg import files
-from cfg.errors import UserError
-from cfg.files import take_lock
 from train import guard
-from train.distributed import Ranks
 from train.guard import SIGNALS, StopRequest, check_shared, claim_output_dir, mistakes_noted, write_status
+from util import files
+from util.errors import UserError
+from util.files import take_lock
+from util.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 

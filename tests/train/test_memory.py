@@ -9,12 +9,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cfg.config import load_config
-from cfg.errors import UserError
 from model.gpt import GPT, Block
 from model.layers import rotary_table
 from scripts.bench.simulate_memory import compare, parse
 from train import memory
-from train.distributed import Ranks
 from train.memory import (
     PARTS,
     block_activations,
@@ -26,6 +24,8 @@ from train.memory import (
     planned_bytes,
     usable_bytes,
 )
+from util.errors import UserError
+from util.ranks import Ranks
 
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
 MODERN = ["--positions=rotary", "--norm=rmsnorm", "--mlp=relu2", "--bias=0", "--qk_norm=1", "--logit_softcap=15"]

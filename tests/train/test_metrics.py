@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfg.config import load_config
-from cfg.errors import StorageError
-from train.distributed import Ranks
 from train.metrics import Metrics, duration, peak_flops, plot_losses, read_records, to_json
+from util.errors import StorageError
+from util.ranks import Ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 RECORD = {"loss": 2.5, "lr": 1e-3, "grad_norm": 1.0, "tok_per_s": 1e4, "mfu": None, "elapsed_s": 1.0, "memory_bytes": 1}

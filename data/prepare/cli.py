@@ -1,0 +1,146 @@
+"""What the commands that prepare data share: their flags, and what they do with them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from util.errors import UserError
+from data.prepare.parts import checked_files, join, parse_part, part_of
+from data.prepare.job import Job, prepare, read_manifest, summary
+from data.shards import find_shards, open_shard
+from data.prepare.sources import identify, plan
+from data.tokenizers.tokenizer import load_tokenizer, same_tokenizer
+from data.prepare.workers import EncodeOptions
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def folder(text: str) -> Path:
+    """Of --output_dir=~/…, where the shell leaves the ~ to us."""
+    return Path(os.path.expanduser(text))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is made")
+    what.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")
+    what.add_argument("--max_tokens", type=int, default=0, help="stop after this many tokens; 0: take all")
+    what.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
+    what.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
+    what.add_argument("--skip_bad", action="store_true", help="pass over text that is damaged, and count it")
+    what.add_argument("--fim_rate", type=float, default=0.0, help="share of documents rearranged to fill in the middle")
+    what.add_argument("--fim_spm_rate", type=float, default=0.0, help="share of suffix-prefix-middle among those")
+    how = parser.add_argument_group("how")
+    how.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
+    how.add_argument("--encoder", default="auto", choices=["auto", "tiktoken"], help="auto: the fastest that agrees")
+    how.add_argument("--part", default="", metavar="K/N", help="prepare only the K-th of N parts, K from 1 to N")
+    how.add_argument("--join", action="store_true", help="make one data set of the parts that are there")
+    how.add_argument("--check", action="store_true", help="read the shards of --output_dir again and verify them")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for a flag out of range, or two that do not go together."""
+    if not 1 <= args.shard_size < 2**31:
+        raise UserError(f"--shard_size={args.shard_size} must be from 1 to 2,147,483,647, which a header can count")
+    for flag, least in (("max_tokens", 0), ("workers", 1)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag}={getattr(args, flag)} must be at least {least}")
+    for flag in ("fim_rate", "fim_spm_rate"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise UserError(f"--{flag}={getattr(args, flag)} must be from 0 to 1")
+    if args.fim_spm_rate and not args.fim_rate:
+        raise UserError("--fim_spm_rate is a share of --fim_rate, which is 0")
+    if args.part and args.join:
+        raise UserError("--part makes a part and --join puts them together; give one of the two")
+
+
+def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str, Any], **job: Any) -> None:
+    """Makes the data set, a part of it, or one of all parts, and says what was made."""
+    tokenizer = load_tokenizer(args.tokenizer)  # before anything long or written
+    if getattr(args, "mixture", ""):
+        from data.prepare.mixture import mix, read_mixture  # and pydantic, which workers would import too
+
+        mixture = read_mixture(Path(args.mixture))
+    else:
+        mixture = None
+    options = EncodeOptions(args.text_key, args.skip_bad, args.fim_rate, args.fim_spm_rate, args.encoder == "auto")
+    decisive = ("text_key", "skip_bad", "fim_rate", "fim_spm_rate", "shard_size", "max_tokens")
+    whole = Job(
+        output_dir=args.output_dir,
+        name=name,
+        recipe={
+            "source": [identify(path) for path in files],
+            "tokenizer": tokenizer.sha256,  # its path may differ from machine to machine
+            "name": name,
+            **{key: getattr(args, key) for key in decisive},
+            **recipe,
+        },
+        tokenizer=tokenizer,
+        options=options,
+        shard_size=args.shard_size,
+        max_tokens=args.max_tokens,
+        workers=args.workers,
+        **job,
+    )
+    if mixture and (args.part or args.join or args.max_tokens):
+        raise UserError(
+            "--mixture is drawn by one command, as many tokens as its file says; leave out --part, --join, --max_tokens"
+        )
+    if mixture:
+        made = mix(whole, mixture)
+    elif args.join:
+        made = join(whole)
+    elif args.part and (there := read_manifest(whole.output_dir)) and there["recipe"] == whole.recipe:
+        made = None  # all parts are joined
+    else:
+        units = plan(files, args.text_key)
+        if args.part:
+            whole, units = part_of(whole, units, *parse_part(args.part))
+        made = prepare(whole, units)
+    print(summary(whole.output_dir, made) if made else f"{whole.output_dir}: already there")
+
+
+def check(output_dir: Path, tokenizer_name: str) -> None:
+    """Reads all shards of a folder, compares hashes and ids, and prints what they hold.
+
+    Raises UserError naming the shard that is not what it should be.
+    """
+    from tqdm import tqdm
+
+    manifest = read_manifest(output_dir)
+    if manifest is None:
+        print(f"{output_dir}: no manifest, so no hashes to compare")
+        paths = find_shards(str(output_dir / "*.bin"), "output_dir")
+    else:
+        paths = checked_files(output_dir, manifest)
+    tokenizer = load_tokenizer(tokenizer_name)
+    if manifest and not same_tokenizer(manifest["tokenizer"], tokenizer.identity):
+        raise UserError(
+            f"{output_dir} was made with tokenizer {manifest['tokenizer']['name']}, not {tokenizer.name};"
+            f" give it as --tokenizer"
+        )
+    lengths = tokenizer.byte_lengths(tokenizer.vocab_size)
+    tokens = documents = size = 0
+    for path in tqdm(paths, unit="shard", disable=None):
+        shard = open_shard(path, tokenizer.vocab_size, check_all=True)
+        for start in range(0, shard.count, 2**22):
+            ids = shard.read(start, min(2**22, shard.count - start))
+            documents += int(np.count_nonzero(ids == tokenizer.end_of_text))
+            size += int(lengths[ids].sum())
+        tokens += shard.count
+    if manifest and (manifest["tokens"], manifest["documents"]) != (tokens, documents):
+        raise UserError(
+            f"{output_dir} holds {tokens:,} tokens and {documents:,} documents, but its manifest says"
+            f" {manifest['tokens']:,} and {manifest['documents']:,}; make it again"
+        )
+    print(
+        f"{output_dir}: {len(paths):,} shards, all ids below {tokenizer.vocab_size:,}"
+        f"{', hashes as in the manifest' if manifest else ''}\n{documents:,} documents, {tokens:,} tokens,"
+        f" {tokens / max(1, documents):,.1f} tokens a document, {size / max(1, tokens):.2f} bytes a token"
+    )

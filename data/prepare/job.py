@@ -1,0 +1,343 @@
+"""Text → shards, on all cores: the same bytes whatever the number of workers and however often it was interrupted.
+
+The input is planned as units (data/prepare/sources.py). Worker processes read and encode a unit each and leave its tokens in
+a file; this process appends them to the shards in the order of the units, and keeps a journal of how far it is. All
+of it happens in the hidden folder `.partial` of the output; the shards are moved out when they are complete, the
+manifest last, so that an interrupted run leaves nothing that a glob would pick up and the same command goes on from
+the journal.
+
+A part (`--part 3/16`) is such an output for a share of the units, in a folder of its own; `--join` cuts the tokens of
+all parts, put together, into the shards that one run would have written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from util.errors import MACHINE_REFUSES, UserError
+from util.files import read_json as value_in
+from util.files import take_lock, write_atomically
+from data.tokenizers.fim import sentinels
+from data.shards import ShardWriter, open_shard
+from data.prepare.sources import Unit
+from data.tokenizers.tokenizer import Tokenizer
+from data.prepare.workers import Encoded, EncodeOptions, encoded_units, text_bytes
+
+PARTIAL, RECUT, MANIFEST, RECIPE, JOURNAL = ".partial", "recut", "manifest.json", "recipe.json", "journal.json"
+JOURNAL_SECONDS = 2.0
+READ_TOKENS = 2**22
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a preparing command was asked for."""
+
+    output_dir: Path
+    name: str  # first part of the shards' names
+    recipe: dict[str, Any]  # what decides the shards' bytes; kept in the manifest
+    tokenizer: Tokenizer
+    options: EncodeOptions
+    shard_size: int = 10**8  # tokens
+    val_tokens: int = 10**8  # the first shard's tokens
+    val_tenth: bool = False  # validation is at most a tenth of the whole
+    max_tokens: int = 0  # 0: no limit
+    workers: int = 1
+    plan: str = ""  # a hash of the units, which a journal counts
+    pieces: bool = False  # tokens for a later command to put together, not shards to train on
+
+    def validation(self, total: int) -> int:
+        """Tokens to validate on, of `total`."""
+        if self.pieces:
+            return self.val_tokens
+        if self.val_tenth:
+            return min(self.val_tokens, total // 10)
+        return self.val_tokens if total > self.val_tokens else total // 10
+
+    def layout(self, val_tokens: int) -> Iterator[tuple[str, int]]:
+        """Names and sizes of the shards, in order."""
+        if self.pieces:
+            yield from ((f"piece_{i:06d}.bin", self.shard_size) for i in count())
+        if val_tokens:
+            yield f"{self.name}_val_000000.bin", val_tokens
+        for i in count(1):
+            yield f"{self.name}_train_{i:06d}.bin", self.shard_size
+
+
+@dataclass
+class Progress:
+    """How far a job is, as its journal and its manifest keep it."""
+
+    units: int = 0
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def prepare(job: Job, units: list[Unit]) -> dict[str, Any] | None:
+    """Encodes the units into the shards of `job`; returns the manifest, or None if they were there already."""
+    if job.options.fim_rate:
+        sentinels(job.tokenizer)
+    partial = begin(job.output_dir, job.recipe)
+    if partial is None:
+        return None
+    job = replace(job, plan=hashlib.sha256(repr([astuple(unit)[1:] for unit in units]).encode()).hexdigest())
+    with refusals(job.output_dir), locked(job.output_dir):
+        progress, writer = _take_up(job, partial)
+        if progress.units:
+            print(f"{job.output_dir}: going on after {progress.tokens:,} tokens")
+        if not job.max_tokens or progress.tokens < job.max_tokens:
+            _encode(job, units, partial, progress, writer)
+        writer.close()
+        _write_journal(partial, job, progress, writer)
+        return _finish(job, partial, progress, writer.files)
+
+
+def _take_up(job: Job, partial: Path) -> tuple[Progress, ShardWriter]:
+    writer = ShardWriter(partial, job.layout(job.val_tokens), job.tokenizer.vocab_size)
+    for stale in partial.glob("unit_*"):
+        stale.unlink()
+    journal = read_json(partial / JOURNAL)
+    if not journal:
+        write_atomically(partial / RECIPE, json.dumps(job.recipe).encode())
+        return Progress(), writer
+    if journal.get("plan") != job.plan:
+        raise UserError(f"{partial} was begun by another version of these commands; remove it to begin again")
+    writer.resume(journal["files"], journal["held"])
+    return Progress(**{**journal["progress"], "skipped": Counter(journal["progress"]["skipped"])}), writer
+
+
+def _encode(job: Job, units: list[Unit], partial: Path, progress: Progress, writer: ShardWriter) -> None:
+    from tqdm import tqdm
+
+    options = replace(job.options, max_tokens=job.max_tokens)
+    sizes = [unit.size for unit in units]
+    started, saved, before = time.monotonic(), time.monotonic(), progress.tokens
+    watched = os.isatty(2)
+    with tqdm(
+        total=sum(sizes),
+        initial=sum(sizes[: progress.units]),
+        unit="B",
+        unit_scale=True,
+        desc="tokenizing",
+        mininterval=0.1 if watched else 60,
+        delay=0 if watched else 60,  # in a log, a line a minute and none for short work
+    ) as bar:
+        for encoded in encoded_units(units, progress.units, options, job.tokenizer, partial, job.workers):
+            _append(job, encoded, progress, writer)
+            rate = (progress.tokens - before) / (time.monotonic() - started)
+            bar.set_postfix_str(f"{progress.tokens:,} tokens, {rate / 1e6:.2f}M tok/s", refresh=False)
+            bar.update(sizes[progress.units - 1])
+            if time.monotonic() - saved > JOURNAL_SECONDS:
+                _write_journal(partial, job, progress, writer)
+                saved = time.monotonic()
+            if job.max_tokens and progress.tokens >= job.max_tokens:
+                return
+
+
+def _append(job: Job, encoded: Encoded, progress: Progress, writer: ShardWriter) -> None:
+    room = job.max_tokens - progress.tokens if job.max_tokens else encoded.tokens
+    left = min(room, encoded.tokens)
+    cut = left < encoded.tokens
+    progress.units += 1
+    progress.tokens += left
+    progress.documents += 0 if cut else encoded.documents
+    progress.text_bytes += 0 if cut else encoded.text_bytes
+    progress.skipped.update(encoded.skipped)
+    with open(encoded.path, "rb") as f:
+        while left:
+            tokens = np.fromfile(f, writer.dtype, min(left, READ_TOKENS))
+            assert len(tokens), "a unit's file is as long as its worker said"
+            writer.add(tokens)
+            left -= len(tokens)
+            if cut:  # counted anew, as far as it is taken
+                progress.documents += int(np.count_nonzero(tokens == job.tokenizer.end_of_text))
+                progress.text_bytes += text_bytes(tokens, job.tokenizer)
+    os.unlink(encoded.path)
+
+
+def _write_journal(partial: Path, job: Job, progress: Progress, writer: ShardWriter) -> None:
+    content = {"plan": job.plan, "progress": vars(progress), **writer.flush()}
+    write_atomically(partial / JOURNAL, json.dumps(content).encode())
+
+
+def _finish(job: Job, partial: Path, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sees to the size of the validation shard, writes the manifest and moves everything into place."""
+    if not progress.tokens and not job.pieces:
+        shutil.rmtree(partial)
+        raise UserError(f"the input holds no text{_told(progress.skipped)}")
+    folder, val_tokens = partial, job.validation(progress.tokens)
+    if val_tokens != job.val_tokens:  # only now is it known how little there is
+        folder = partial / RECUT
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        writer = ShardWriter(folder, job.layout(val_tokens), job.tokenizer.vocab_size)
+        for tokens in tokens_in([partial / row["name"] for row in files], job.tokenizer.vocab_size):
+            writer.add(tokens)
+        writer.close()
+        files = writer.files
+    return publish(job, folder, progress, files)
+
+
+def publish(
+    job: Job, folder: Path, progress: Progress, files: list[dict[str, Any]], facts: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Writes the manifest beside complete shards in the hidden `folder` and moves all out; returns the manifest."""
+    manifest = {
+        "format": 1,
+        "recipe": job.recipe,
+        "tokenizer": job.tokenizer.identity,
+        "vocab_size": job.tokenizer.vocab_size,
+        "tokens": progress.tokens,
+        "documents": progress.documents,
+        "text_bytes": progress.text_bytes,
+        "skipped": dict(progress.skipped),
+        **(facts or {}),
+        "files": files,
+    }
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    _move_out(job.output_dir)
+    return manifest
+
+
+def _move_out(output_dir: Path) -> None:
+    """Moves complete shards, those that a manifest lies beside, into the output; nothing else."""
+    partial = output_dir / PARTIAL
+    for folder in (partial / RECUT, partial):
+        if (folder / MANIFEST).is_file():
+            for row in json.loads((folder / MANIFEST).read_text())["files"]:
+                if (folder / row["name"]).exists():
+                    os.replace(folder / row["name"], output_dir / row["name"])
+            os.replace(folder / MANIFEST, output_dir / MANIFEST)
+            shutil.rmtree(partial)
+            return
+
+
+def tokens_in(paths: list[Path], vocab_size: int) -> Iterator[np.ndarray]:
+    """All tokens of the shards in order, in pieces of at most READ_TOKENS."""
+    for path in paths:
+        shard = open_shard(path, vocab_size)
+        for start in range(0, shard.count, READ_TOKENS):
+            yield shard.read(start, min(READ_TOKENS, shard.count - start))
+
+
+def begin(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
+    """The hidden folder to write into, or None if `output_dir` already holds what `recipe` describes.
+
+    Raises UserError if it holds shards made otherwise, or the beginnings of such: they are not overwritten. So too
+    if another command is at work in it.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir={output_dir} is a file")
+    partial = output_dir / PARTIAL
+    if partial.is_dir():
+        with locked(output_dir):
+            _move_out(output_dir)  # what was complete, but stopped while it was moved
+    there = read_manifest(output_dir)
+    if there is not None:
+        if there["recipe"] == recipe:
+            for row in there["files"]:
+                path = output_dir / row["name"]
+                if not path.is_file() or path.stat().st_size != row["bytes"]:
+                    raise UserError(f"{path} is missing or cut short; remove {output_dir} to make it again")
+            shutil.rmtree(partial, ignore_errors=True)  # if it was stopped before the last of this
+            return None
+        raise UserError(
+            f"{output_dir} holds shards made from other input or options ({_difference(there['recipe'], recipe)});"
+            f" choose another --output_dir or remove it"
+        )
+    if list(output_dir.glob("*.bin")):
+        raise UserError(f"{output_dir} holds .bin files without a manifest; choose another --output_dir or remove them")
+    begun = read_json(partial / RECIPE) if (partial / JOURNAL).exists() else recipe
+    if begun != recipe:
+        raise UserError(
+            f"{output_dir} holds the unfinished work of a command with other input or options"
+            f" ({_difference(begun, recipe)}); give that command again, choose another --output_dir, or"
+            f" remove {partial}"
+        )
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output_dir={output_dir}: {e.strerror}") from e
+    return partial
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder of shards, None if there is none. Raises UserError if it is not one of ours."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    kinds = {"recipe": dict, "tokenizer": dict, "files": list, "tokens": int, "documents": int}
+    if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path}: not a manifest of this rawgpt; choose another --output_dir")
+    return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = value_in(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key))
+
+
+def _told(skipped: Counter[str] | dict[str, int]) -> str:
+    """`, 3 null and 1 bad skipped`, or nothing."""
+    counts = " and ".join(f"{n:,} {what}" for what, n in sorted(skipped.items()) if n)
+    return f", {counts} skipped" if counts else ""
+
+
+def summary(output_dir: Path, manifest: dict[str, Any]) -> str:
+    """What was made, in one line."""
+    if "part" in manifest["recipe"]:
+        return (
+            f"{output_dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
+            f"{_told(manifest['skipped'])}, for --join"
+        )
+    val = sum(row["tokens"] for row in manifest["files"] if "_val_" in row["name"])
+    return (
+        f"{output_dir}: {manifest['documents']:,} documents, {manifest['tokens'] - val:,} training and {val:,}"
+        f" validation tokens{_told(manifest['skipped'])}"
+    )
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Keeps a second command out of the same output. Raises UserError in that one."""
+    (output_dir / PARTIAL).mkdir(parents=True, exist_ok=True)
+    lock, holder = take_lock(output_dir / PARTIAL / ".lock")
+    with lock:
+        if holder:
+            raise UserError(f"--output_dir={output_dir}: another command (process {holder}) is preparing it")
+        yield
+
+
+@contextmanager
+def refusals(output_dir: Path) -> Iterator[None]:
+    """Says of a full disk or missing rights that the work so far is kept."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in MACHINE_REFUSES:
+            raise
+        raise UserError(
+            f"--output_dir={output_dir}: {e.strerror}; what is done is kept, and the same command goes on from there"
+        ) from e

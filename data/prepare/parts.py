@@ -1,0 +1,119 @@
+"""Many commands, one data set: parts of the input prepared apart, and put together into the shards of one run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from bisect import bisect_left
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from util.errors import UserError
+from util.files import file_sha256
+from data.prepare.job import JOURNAL, Job, Progress, begin, locked, publish, read_manifest, refusals, tokens_in
+from data.shards import ShardWriter
+from data.prepare.sources import Unit
+from data.prepare.workers import text_bytes
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`3/16` as (3, 16). Raises UserError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part={text} must be K/N with K from 1 to N, such as 3/16")
+    return int(match[1]), int(match[2])
+
+
+def part_of(job: Job, units: list[Unit], k: int, n: int) -> tuple[Job, list[Unit]]:
+    """The job and the units of part k of n: a contiguous share of about an n-th of the text, maybe none."""
+    ends = list(accumulate(unit.size for unit in units))
+    total = ends[-1] if ends else 0
+    cuts = [bisect_left(ends, i * total / n) for i in range(n)] + [len(units)]
+    part = replace(
+        job, output_dir=part_dir(job.output_dir, k, n), recipe={**job.recipe, "part": f"{k}/{n}"}, pieces=True
+    )
+    return part, units[cuts[k - 1] : cuts[k]]
+
+
+def part_dir(output_dir: Path, k: int, n: int) -> Path:
+    return output_dir / f"part_{k:0{len(str(n))}d}_of_{n}"
+
+
+def find_parts(job: Job) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and manifest of each part, in order. Raises UserError naming what is missing or does not belong."""
+    names = [re.fullmatch(r"part_\d+_of_(\d+)", path.name) for path in job.output_dir.glob("part_*_of_*")]
+    counts = {int(match[1]) for match in names if match}
+    if not counts:
+        raise UserError(f"--join: {job.output_dir} holds no part; they are made with --part=1/N to --part=N/N")
+    if len(counts) > 1:
+        raise UserError(f"--join: {job.output_dir} holds parts of {' and of '.join(map(str, sorted(counts)))}")
+    (n,) = counts
+    parts = []
+    for k in range(1, n + 1):
+        folder = part_dir(job.output_dir, k, n)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"--join: part {k}/{n} is not finished; give its command with --part={k}/{n} (again)")
+        if manifest["recipe"] != {**job.recipe, "part": f"{k}/{n}"}:
+            raise UserError(f"--join: {folder} was made from other input or options than these")
+        parts.append((folder, manifest))
+    return parts
+
+
+def checked_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """The shards of a manifest, after comparing their hashes. Raises UserError for one that differs."""
+    paths = []
+    for row in manifest["files"]:
+        path = folder / row["name"]
+        if not path.is_file():
+            raise UserError(f"{path} is missing; its manifest lists it")
+        if file_sha256(path) != row["sha256"]:
+            raise UserError(f"{path} is not the file its manifest describes; make it again")
+        paths.append(path)
+    return paths
+
+
+def join(job: Job) -> dict[str, Any] | None:
+    """One data set of all parts, which are then removed; returns its manifest, or None if it was there already."""
+    partial = begin(job.output_dir, job.recipe)
+    made = None if partial is None else _join(job, partial)
+    for folder in job.output_dir.glob("part_*_of_*"):  # the last time's too, if it was stopped here
+        manifest = read_manifest(folder)
+        if manifest and {k: v for k, v in manifest["recipe"].items() if k != "part"} == job.recipe:
+            shutil.rmtree(folder)
+    return made
+
+
+def _join(job: Job, partial: Path) -> dict[str, Any]:
+    parts = find_parts(job)
+    tokenizer = job.tokenizer
+    whole = sum(manifest["tokens"] for _, manifest in parts)
+    total = min(whole, job.max_tokens or whole)
+    progress = Progress()
+    with refusals(job.output_dir), locked(job.output_dir):
+        if not total:
+            raise UserError("--join: the parts hold no text")
+        (partial / JOURNAL).unlink(missing_ok=True)
+        writer = ShardWriter(partial, job.layout(job.validation(total)), tokenizer.vocab_size)
+        for folder, manifest in parts:
+            left = total - progress.tokens
+            if not left:
+                break
+            progress.skipped.update(manifest["skipped"])
+            whole_part = manifest["tokens"] <= left
+            if whole_part:
+                progress.documents += manifest["documents"]
+                progress.text_bytes += manifest["text_bytes"]
+            for tokens in tokens_in(checked_files(folder, manifest), tokenizer.vocab_size):
+                tokens = tokens[: total - progress.tokens]
+                writer.add(tokens)
+                progress.tokens += len(tokens)
+                if not whole_part:
+                    progress.documents += int(np.count_nonzero(tokens == tokenizer.end_of_text))
+                    progress.text_bytes += text_bytes(tokens, tokenizer)
+        writer.close()
+        return publish(job, partial, progress, writer.files)

@@ -1,0 +1,88 @@
+"""A tokenizer as the files of a Hugging Face folder, which `transformers` opens with the same ids."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+from data.tokenizers.bpe import merges
+from data.tokenizers.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from data.tokenizers.hf_json import SAME_CUTS, TOKENIZER, TOKENIZER_CONFIG, _byte_letters, byte_level_steps
+
+
+def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str, bytes]:
+    """Name and content of the files; `limit` is how many tokens the model takes (model_max_length).
+
+    What came from a tokenizer.json is that file, byte for byte. The end-of-text token of a named one is also its
+    bos_token, since that is what documents begin with here, as in GPT-2's own.
+    """
+    if tokenizer.files:
+        content = tokenizer.files[TOKENIZER]
+        config: dict[str, Any] = json.loads(tokenizer.files[TOKENIZER_CONFIG])
+        names = {i: name for name, i in tokenizer.special.items()}
+        if len(tokenizer.prefix) == 1 and tokenizer.prefix[0] in names:
+            config.setdefault("bos_token", names[tokenizer.prefix[0]])
+    else:
+        content = json.dumps(_named_json(tokenizer), ensure_ascii=False).encode()
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    config["clean_up_tokenization_spaces"] = False
+    if steps := byte_level_steps(json.loads(content)):  # else `transformers` 4 sets it to its own default
+        config["add_prefix_space"] = any(step.get("add_prefix_space", True) for step in steps)
+    if limit is not None:
+        config["model_max_length"] = limit
+    return {TOKENIZER: content, TOKENIZER_CONFIG: (json.dumps(config, indent=1) + "\n").encode()}
+
+
+def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer.json of a named tokenizer, from its ranks.
+
+    Ids are the same by the proof in data/tokenizers/hf_json.py: each token stands in the list of merges with the one pair
+    that it is made of, in the order of ids, and `ignore_merges` is only needed where there is a token without.
+    """
+    assert tokenizer.ranks is not None, "a named tokenizer has ranks"
+    pairs = merges(tokenizer.ranks)
+    vocab = {_written(token): i for token, i in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in tokenizer.special.items()],
+        "normalizer": None,
+        "pre_tokenizer": _pre_tokenizer(tokenizer.pattern, byte_level),
+        "post_processor": byte_level | {"trim_offsets": False, "use_regex": False},
+        "decoder": byte_level | {"use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": len(pairs) < len(vocab) - 256,
+            # Names of special tokens too: only so do they keep ids that leave a gap, as cl100k's do.
+            "vocab": vocab | tokenizer.special,
+            "merges": [f"{_written(left)} {_written(right)}" for left, right in pairs],
+        },
+    }
+
+
+def _written(token: bytes) -> str:
+    letters = _letters()
+    return "".join(letters[b] for b in token)
+
+
+@cache
+def _letters() -> dict[int, str]:
+    return {b: letter for letter, b in _byte_letters().items()}
+
+
+def _pre_tokenizer(pattern: str | None, byte_level: dict[str, Any]) -> dict[str, Any]:
+    if pattern == GPT2_PATTERN:  # the one that ByteLevel has built in
+        return byte_level | {"use_regex": True}
+    regex = next(theirs for theirs, ours in SAME_CUTS.items() if ours == pattern)
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}

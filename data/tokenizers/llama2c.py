@@ -1,0 +1,143 @@
+"""llama2.c's tokenizer file (tokenizer.bin, tok512.bin), converted to a tokenizer.json and read as one.
+
+The file, little-endian: int32, the bytes of the longest piece; then of each piece its float32 score, its int32 length
+and so many bytes of UTF-8. Ids 0 to 2 are <unk>, <s> and </s>, 3 to 258 the bytes as <0x00> to <0xFF>, and the rest
+are the pieces that SentencePiece has learned, with a space for its ▁. llama2.c puts a space before the text, takes
+its characters one by one, in bytes where it has no such piece, and then, as long as two neighbours make a piece,
+merges those that make the one of the highest score, leftmost first. As with ranks, a piece is only ever made of one
+pair (data/tokenizers/bpe.py), and the list of these, by score, is that of a tokenizer.json.
+
+Its data begins each story with <s> and has no </s>, and its samples stop at <s>: that is the end-of-text token here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from util.errors import UserError
+from data.tokenizers.bpe import merges
+from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.hf_json import read_tokenizer_json
+
+MAX_BYTES = 2**24  # of a file; Llama's 32,000 pieces are 434 kB
+MAX_PIECE = 2**8  # bytes; the longest of Llama's has 27
+SPECIAL = ("<unk>", "<s>", "</s>")
+BYTES = tuple(f"<0x{b:02X}>" for b in range(256))
+FIRST = len(SPECIAL) + len(BYTES)  # id of the first piece that was learned
+SPACE = "▁"  # SentencePiece's letter for a space
+
+
+def load_llama2c_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer of llama2.c's file; its `files` hold the tokenizer.json.
+
+    Raises UserError if it is no such file, or damaged.
+    """
+    try:
+        with open(file, "rb") as f:
+            content = f.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise UserError(f"--tokenizer: {file}: {e.strerror}") from e
+    try:
+        data = tokenizer_json(read_pieces(content))
+    except ValueError as e:
+        raise UserError(f"{file}: not llama2.c's tokenizer file, or damaged: {e}") from e
+    config = {"bos_token": "<s>", "eos_token": "<s>", "unk_token": "<unk>"}
+    return read_tokenizer_json(str(file), file, json.dumps(data, ensure_ascii=False).encode(), config)
+
+
+def read_pieces(content: bytes) -> dict[str, float]:
+    """The score of each piece, in the order of ids. Raises ValueError if that is not what the bytes hold."""
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes")
+    longest = struct.unpack_from("<i", content)[0] if len(content) >= 4 else 0
+    if not 0 < longest <= MAX_PIECE:
+        raise ValueError(f"it does not begin with the length of its longest piece, 1 to {MAX_PIECE} bytes")
+    pieces: dict[str, float] = {}
+    at = 4
+    while at < len(content):
+        where = f"piece {len(pieces)} at byte {at:,}"
+        if len(content) - at < 8:
+            raise ValueError(f"{where} is cut off")
+        score, length = struct.unpack_from("<fi", content, at)
+        at += 8
+        if not 0 < length <= longest:
+            raise ValueError(f"{where} has a length of {length}, and the longest should have {longest}")
+        if len(content) - at < length:
+            raise ValueError(f"{where} is cut off")
+        try:
+            piece = content[at : at + length].decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{where} is not UTF-8") from None
+        if piece in pieces or not math.isfinite(score):
+            raise ValueError(f"{where}, {piece!r}, {'was there before' if piece in pieces else f'scores {score}'}")
+        pieces[piece] = score
+        at += length
+    return pieces
+
+
+def tokenizer_json(pieces: dict[str, float]) -> dict[str, Any]:
+    """The tokenizer.json that gives the ids that llama2.c gives. Raises ValueError if there can be none."""
+    names = [*pieces]
+    for i, name in enumerate(SPECIAL + BYTES):
+        if i >= len(names) or names[i].strip("\n" if 0 < i < len(SPECIAL) else "") != name:
+            raise ValueError(f"id {i} is {names[i]!r}, not {name}" if i < len(names) else f"it ends before {name}")
+    learned = names[FIRST:]
+    if " " not in learned or any(SPACE in piece for piece in learned):
+        raise ValueError(f"it has no piece for the space, or one with {SPACE}")
+    ranks = {piece: rank for rank, piece in enumerate(sorted(learned, key=lambda piece: -pieces[piece]))}
+    pairs = merges(ranks)
+    for one, other in pairwise(left + right for left, right in pairs):
+        if pieces[one] == pieces[other]:
+            raise ValueError(f"pieces {one!r} and {other!r} have one score, and so no order")
+    vocab = [*SPECIAL, *BYTES, *(piece.replace(" ", SPACE) for piece in learned)]
+    if len(set(vocab)) < len(vocab):
+        raise ValueError("a piece that was learned is called as one of the first")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for i, name in enumerate(SPECIAL)],
+        "normalizer": _sequence("normalizers", {"type": "Prepend", "prepend": SPACE}, _replace(" ", SPACE)),
+        "pre_tokenizer": None,
+        "post_processor": _template("<s>", 1),
+        "decoder": _sequence(
+            "decoders",
+            _replace(SPACE, " "),
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {piece: i for i, piece in enumerate(vocab)},
+            "merges": [" ".join(part.replace(" ", SPACE) for part in pair) for pair in pairs],
+        },
+    }
+
+
+def _sequence(parts: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", parts: [*steps]}
+
+
+def _replace(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def _template(token: str, i: int) -> dict[str, Any]:
+    """The post-processor that puts a token before each text."""
+    one = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    two = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {token: {"id": token, "ids": [i], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": one, "pair": [*one, *two], "special_tokens": special}

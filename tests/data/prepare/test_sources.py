@@ -1,0 +1,435 @@
+"""Files → units → documents: each document once, however the files are divided; what is wrong is said in one line."""
+
+import gzip
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data.prepare import sources, workers
+from data.prepare.sources import Unit, documents, identify, input_files, plan
+from util.errors import UserError
+
+few = settings(max_examples=100, deadline=None)
+SUFFIXES = sources.SUFFIXES
+DOCUMENTS = ["First Citizen:\nBefore we proceed", "naïve 東京 👩‍👩‍👧", "say <|endoftext|> aloud", "  spaces \n\n", "a"]
+unicode_text = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=30)
+
+
+def read(paths, text_key="text", skip_bad=False):
+    """All documents of the files, unit by unit, and what was skipped."""
+    skipped = Counter()
+    units = plan([str(path) for path in paths], text_key)
+    return ["".join(d) for unit in units for d in documents(unit, text_key, skip_bad, skipped)], skipped
+
+
+def refusal(*args, **options):
+    with pytest.raises(UserError) as caught:
+        read(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Which files
+
+
+def test_names_globs_and_folders_stand_for_files_each_once(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.jsonl", "sub/deep/c.txt.gz", "sub/d.parquet", "sub/e.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert input_files(["sub"]) == ["sub/d.parquet", "sub/deep/c.txt.gz"]
+    assert input_files(["b.txt", "*.txt", "./b.txt", "**/*.txt*", "."]) == [
+        "b.txt", "sub/deep/c.txt.gz", "a.jsonl", "sub/d.parquet",
+    ]  # fmt: skip
+    assert input_files(["hf://x/y.parquet"]) == ["hf://x/y.parquet"]
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ("x.txt", "x.txt: no such file"),
+        ("*.txt", "*.txt: no such file"),
+        ("e.csv", "e.csv: only .txt, .jsonl, .parquet"),
+        ("plain", "plain: only .txt"),
+        ("empty", "empty: no text in this folder"),
+    ],
+)
+def test_files_that_are_not_there_or_not_read(tmp_path, monkeypatch, pattern, message):
+    (tmp_path / "e.csv").touch()
+    (tmp_path / "plain").touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        input_files([pattern])
+    assert str(caught.value).startswith(message)
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
+    (tmp_path / "part[1].txt").write_text("one")
+    assert read(input_files([str(tmp_path / "part[1].txt")]))[0] == ["one"]
+
+
+def test_a_file_is_known_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "HASH_BLOCKS", 16)
+    path = tmp_path / "a.txt"
+    for size in (0, 100, 2**22 + 7):
+        content = random.Random(size).randbytes(size)
+        path.write_bytes(content)
+        assert identify(str(path)) == identify(str(path))
+        assert (identify(str(path))["name"], identify(str(path))["size"]) == ("a.txt", size)
+        for at in (0, size - 1) if size else ():
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            changed = identify(str(path))
+            path.write_bytes(content)
+            assert changed != identify(str(path))
+
+
+# Documents
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("unit_bytes", [1, 2**22])
+def test_documents_of_every_kind_of_file(tmp_path, monkeypatch, write_input, suffix, unit_bytes):
+    monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
+    pattern = write_input(tmp_path, suffix, DOCUMENTS, key="body")
+    assert read(input_files([str(pattern)]), "body") == (DOCUMENTS, Counter())
+
+
+@few
+@given(texts=st.lists(unicode_text, max_size=30), unit_bytes=st.integers(1, 300), blanks=st.lists(st.integers(0, 29)))
+@example(texts=["a"], unit_bytes=1, blanks=[0])
+@example(texts=["", "x" * 200, "b"], unit_bytes=7, blanks=[])
+def test_units_cover_every_line_once(tmp_path_factory, texts, unit_bytes, blanks):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    lines = [json.dumps({"text": t}, ensure_ascii=False) + "\n" + "  \n" * (i in blanks) for i, t in enumerate(texts)]
+    path.write_text("".join(lines))
+    if blanks:
+        path.write_text("".join(lines).rstrip("\n"))  # nor does the last line need an end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "UNIT_BYTES", unit_bytes)
+        found, skipped = read([path])
+        units = plan([str(path)], "text")
+    empty = texts.count("") if path.stat().st_size else 1  # the file itself
+    assert found == [t for t in texts if t] and skipped.total() == empty
+    assert [unit.start for unit in units[1:]] == [unit.stop for unit in units[:-1]]
+    assert sum(unit.size for unit in units) == path.stat().st_size
+
+
+@few
+@given(
+    texts=st.lists(unicode_text, max_size=40),
+    groups=st.lists(st.integers(1, 15), min_size=1, max_size=6),
+    unit_bytes=st.integers(1, 400),
+    splits=st.integers(1, 16),
+)
+def test_units_cover_every_row_once(tmp_path_factory, texts, groups, unit_bytes, splits):
+    path = tmp_path_factory.mktemp("parquet") / "a.parquet"
+    table = pa.table({"n": list(range(len(texts))), "text": pa.array(texts, pa.string())})
+    with pq.ParquetWriter(path, table.schema) as f:
+        at, k = 0, 0
+        while at < len(texts):
+            f.write_table(table.slice(at, groups[k % len(groups)]))
+            at, k = at + groups[k % len(groups)], k + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "UNIT_BYTES", unit_bytes)
+        patch.setattr(sources, "MAX_SPLITS", splits)
+        found, skipped = read([path])
+        units = plan([str(path)], "text")
+    assert found == [t for t in texts if t] and skipped.total() == texts.count("")
+    rows = [row for unit in units for row in range(unit.start, unit.stop)]
+    assert rows == list(range(len(texts)))
+
+
+def test_a_large_row_group_is_taken_apart_and_small_ones_together(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": [f"{i:0100d}" for i in range(1000)]}), tmp_path / "large.parquet")
+    pq.write_table(
+        pa.table({"text": [f"{i:0100d}" for i in range(1000)]}), tmp_path / "small.parquet", row_group_size=10
+    )
+    monkeypatch.setattr(sources, "UNIT_BYTES", 10_000)
+    for name in ("large", "small"):
+        assert 8 <= len(plan([str(tmp_path / f"{name}.parquet")], "text")) <= 20, name
+
+
+def test_a_line_longer_than_many_units_is_read_through_once(tmp_path, monkeypatch):
+    """Or a long line would cost its length times the number of units in it."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 100_000}) + '\n{"text": "last"}\n')
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
+    taken = Counter()
+
+    class Counting:
+        def __init__(self, path):
+            self.f = open(path, "rb")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.f.close()
+
+        def seek(self, at):
+            self.f.seek(at)
+
+        def peek(self, size):
+            return self.f.peek(size)
+
+        def readline(self, size=-1):
+            line = self.f.readline(size)
+            taken["bytes"] += len(line)
+            return line
+
+    monkeypatch.setattr(sources, "_open", Counting)
+    assert [len(text) for text in read([tmp_path / "a.jsonl"])[0]] == [100_000, 4]
+    assert taken["bytes"] < 3 * 100_000
+
+
+def test_what_is_null_or_empty_is_counted_and_no_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n   \n{"text": "one"}\n{"text": null}\n')
+    pq.write_table(pa.table({"text": [None, "two", ""]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").touch()
+    (tmp_path / "d.jsonl").touch()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "e.parquet")
+    assert read(sorted(tmp_path.iterdir())) == (["one", "two"], Counter(null=2, empty=4))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_every_way_of_holding_text_in_a_column(tmp_path, kind):
+    pq.write_table(pa.table({"text": pa.array([*DOCUMENTS, None]).cast(kind)}), tmp_path / "a.parquet")
+    assert read([tmp_path / "a.parquet"]) == (DOCUMENTS, Counter(null=1))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".txt.zst"])
+@pytest.mark.parametrize("block", [1, 5, 2**22])
+def test_a_text_file_is_one_document_in_blocks(tmp_path, monkeypatch, pack, suffix, block):
+    monkeypatch.setattr(sources, "BLOCK", block)
+    text = "naïve\r\n東京 👩‍👩‍👧\rend\n"
+    (tmp_path / f"a{suffix}").write_bytes(pack(text.encode(), suffix))
+    assert read([tmp_path / f"a{suffix}"])[0] == ["naïve\n東京 👩‍👩‍👧\nend\n"]
+
+
+def test_the_suffix_says_what_a_file_is_and_nothing_else_in_its_name(tmp_path):
+    (tmp_path / "notes.jsonl.txt").write_text("no JSON")
+    assert read([tmp_path / "notes.jsonl.txt"])[0] == ["no JSON"]
+
+
+def test_half_a_surrogate_pair_becomes_what_tiktoken_makes_of_it(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud83db \ud83d\udc4d"}')
+    (text,) = read([tmp_path / "a.jsonl"])[0]
+    assert text == "a�b 👍" and tokenizer.encode("a\ud83db \ud83d\udc4d") == tokenizer.encode(text)
+
+
+def test_compressed_files_of_several_members(tmp_path, pack):
+    for suffix in (".gz", ".zst"):
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(b"".join(pack(json.dumps({"text": t}).encode() + b"\n", suffix) for t in DOCUMENTS))
+        assert read([path])[0] == DOCUMENTS
+
+
+# Mistakes
+
+GOOD = b'{"text": "fine"}\n'
+TABLE = pa.table({"text": [f"document {i} " * 50 for i in range(400)]})
+
+
+def column(**columns):
+    return lambda path: pq.write_table(pa.table(columns), path)
+
+
+def bytes_of(content):
+    return lambda path: path.write_bytes(content)
+
+
+MISTAKES = {
+    "bad line": ("a.jsonl", bytes_of(GOOD + GOOD + b'{"text": '), "line 3 is not a JSON object"),
+    "no object": ("a.jsonl", bytes_of(GOOD + b'["text"]'), "line 2 is not"),
+    "no field": (
+        "a.jsonl",
+        bytes_of(b'{"txt": "x"}'),
+        "line 1 is not a JSON object with a field 'text'; see --text_key",
+    ),
+    "no text": ("a.jsonl", bytes_of(GOOD + b'{"text": 3}'), "line 2: field 'text' is not text"),
+    "nested": ("a.jsonl", bytes_of(b"[" * 10**5), "line 1 is not a JSON object"),
+    "bytes": ("a.jsonl", bytes_of(GOOD + b'{"text": "\xff"}\n'), "line 2 is not UTF-8 text"),
+    "gz bytes": ("a.jsonl.gz", bytes_of(gzip.compress(GOOD + b'{"text": "\xff"}\n')), "line 2 is not UTF-8 text"),
+    "txt bytes": ("a.txt", bytes_of(b"caf\xe9 x"), "not UTF-8 text (invalid continuation byte at byte 3)"),
+    "txt cut": ("a.txt", bytes_of("é".encode()[:1]), "not UTF-8 text (unexpected end of data at byte 0)"),
+    "txt.zst bytes": ("a.txt.zst", bytes_of(pa.compress(b"a\xff", "zstd", asbytes=True)), "not UTF-8 text"),
+    "no gz": ("a.txt.gz", bytes_of(b"plain"), "a damaged compressed file"),
+    "gz cut": ("a.jsonl.gz", bytes_of(gzip.compress(GOOD * 99)[:-9]), "a damaged compressed file"),
+    "no zst": ("a.jsonl.zst", bytes_of(b"plain text, that is"), "a.jsonl.zst: "),
+    "no parquet": ("a.parquet", bytes_of(b"PAR1 not"), "not a readable parquet file"),
+    "empty parquet": ("a.parquet", bytes_of(b""), "not a readable parquet file"),
+    "no column": ("a.parquet", column(id=[1], body=["x"]), "no column 'text'; it has id, body; see --text_key"),
+    "number column": ("a.parquet", column(text=[1, 2]), "column 'text' holds int64, not text"),
+    "list column": ("a.parquet", column(text=[["a"], ["b"]]), "column 'text' holds list"),
+}
+
+
+@pytest.mark.parametrize("name, make, message", MISTAKES.values(), ids=MISTAKES)
+def test_what_is_wrong_with_an_input_is_said(tmp_path, name, make, message):
+    make(tmp_path / name)
+    said = refusal([tmp_path / name])
+    assert said.startswith(f"{tmp_path / name}: ") and message in said
+
+
+BAD_TEXT = ["bad line", "no object", "no field", "no text", "nested", "bytes", "gz bytes", "txt bytes", "txt cut"]
+
+
+@pytest.mark.parametrize("mistake", [*BAD_TEXT, "txt.zst bytes"])
+def test_text_that_is_damaged_can_be_passed_over_and_is_counted(tmp_path, mistake):
+    name, make, _ = MISTAKES[mistake]
+    make(tmp_path / name)
+    found, skipped = read([tmp_path / name], skip_bad=True)
+    assert set(found) <= {"fine"} and skipped == Counter(bad=1)
+
+
+def test_a_row_that_is_not_utf8(tmp_path):
+    raw = pa.array([b"fine", b"caf\xe9s", b"too"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    assert "a row is not UTF-8 text (invalid continuation byte at byte 3)" in refusal([tmp_path / "a.parquet"])
+    assert read([tmp_path / "a.parquet"], skip_bad=True) == (["fine", "too"], Counter(bad=1))
+
+
+def test_many_bad_lines_are_passed_over_without_counting_to_each(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes((GOOD + b"oops\n") * 50)
+    monkeypatch.setattr(sources, "_line_number", None)
+    assert read([tmp_path / "a.jsonl"], skip_bad=True) == (["fine"] * 50, Counter(bad=50))
+
+
+@pytest.mark.parametrize("block", [1, 20, 2**22])
+def test_the_line_is_numbered_in_the_file_whatever_the_unit(tmp_path, monkeypatch, block):
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 30 + b"oops\n" + GOOD * 9)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 50)
+    monkeypatch.setattr(sources, "BLOCK", block)
+    assert "a.jsonl: line 31 is not" in refusal([tmp_path / "a.jsonl"])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl.gz", ".jsonl.zst", ".txt.gz"])
+def test_damage_anywhere_is_one_line_or_other_text(tmp_path, pack, suffix):
+    """A burst of other bytes, anywhere in the file: what is read is an error of ours or text, never a traceback."""
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(TABLE, path, row_group_size=100, use_dictionary=False)
+    else:
+        path.write_bytes(
+            pack("".join(json.dumps({"text": t}) + "\n" for t in TABLE["text"].to_pylist()).encode(), suffix)
+        )
+    sound, rng, refused = path.read_bytes(), random.Random(3), 0
+    for _ in range(60):
+        at, length = rng.randrange(len(sound)), rng.choice([1, 8, 64])
+        path.write_bytes((sound[:at] + rng.randbytes(length) + sound[at + length :])[: len(sound)])
+        try:
+            read([path])
+        except UserError as e:
+            refused += 1
+            assert str(e).startswith(f"{path}: ")
+    assert refused > 20
+
+
+def test_damage_in_the_middle_of_the_data_pages(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(TABLE, path, row_group_size=100, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    middle = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset + 2500  # after the statistics
+    content[middle : middle + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    assert refusal([path]).startswith(f"{path}: not a readable parquet file")
+
+
+def test_damage_that_reads_as_other_text_is_seen_by_its_checksum(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(TABLE, path, use_dictionary=False, compression="none", write_page_checksum=True)
+    path.write_bytes(path.read_bytes().replace(b"document 250", b"document 520"))
+    assert "not a readable parquet file (could not verify page integrity" in refusal([path])
+
+
+# Over a network
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """A parquet file behind an address, which `failures` times in a row cannot be opened."""
+    import fsspec
+
+    with fsspec.open("memory://far/a.parquet", "wb") as f:
+        pq.write_table(TABLE, f)
+    state, real = {"failures": 0}, fsspec.open
+
+    def sometimes(*args, **options):
+        if state["failures"]:
+            state["failures"] -= 1
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return real(*args, **options)
+
+    monkeypatch.setattr(fsspec, "open", sometimes)
+    monkeypatch.setattr(sources, "FIRST_PAUSE", 0.0)
+    sources._remote_metadata.cache_clear()
+    return state
+
+
+def encoder_of(tokenizer):
+    return workers.Encoder.of(workers.EncodeOptions(fast=False), tokenizer)
+
+
+def test_what_the_network_refuses_is_tried_again(tmp_path, remote, tokenizer, monkeypatch):
+    remote["failures"] = sources.TRIES - 1
+    (unit,) = plan(["memory://far/a.parquet"], "text")
+    assert unit == Unit("memory://far/a.parquet", 0, 400, unit.size)
+    monkeypatch.setattr(workers, "_encoder", encoder_of(tokenizer))
+    remote["failures"] = sources.TRIES - 1
+    assert workers._work(unit, tmp_path / "unit", False).documents == 400
+
+
+def test_a_network_that_is_gone_is_one_line(tmp_path, remote, tokenizer, monkeypatch):
+    (unit,) = plan(["memory://far/a.parquet"], "text")
+    monkeypatch.setattr(workers, "_encoder", encoder_of(tokenizer))
+    remote["failures"] = 99
+    with pytest.raises(UserError, match="memory://far/a.parquet cannot be read .ConnectionResetError.*goes on once"):
+        workers._work(unit, tmp_path / "unit", False)
+    assert remote["failures"] == 99 - sources.TRIES
+
+
+def test_the_paths_of_units_are_plain(tmp_path):
+    """They go to other processes and into no manifest."""
+    (tmp_path / "a.txt").write_text("x")
+    assert plan([str(tmp_path / "a.txt")], "text") == [Unit(str(tmp_path / "a.txt"), 0, 1, 1)]
+    assert Path(plan([str(tmp_path / "a.txt")], "text")[0].path).is_file()
+
+
+def test_folders_that_a_glob_matches_are_read_too(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for name in ("in/a.txt", "in/sub/b.txt"):
+        (tmp_path / name).write_text("x")
+    quoted = input_files([f"{tmp_path}/in/*"])
+    assert quoted == input_files([f"{tmp_path}/in/a.txt", f"{tmp_path}/in/sub"]) == input_files([f"{tmp_path}/in"])
+
+
+def test_a_folder_of_nobody(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        input_files(["~nobody-of-that-name/x.txt"])
+
+
+@pytest.mark.parametrize("suffix", [s for s in SUFFIXES if s != ".parquet"])
+def test_an_empty_file_is_counted(tmp_path, pack, suffix):
+    (tmp_path / f"nil{suffix}").write_bytes(pack(b"", suffix))
+    skipped = Counter()
+    for unit in plan([str(tmp_path / f"nil{suffix}")], "text"):
+        assert not list(documents(unit, "text", False, skipped))
+    assert skipped == {"empty": 1}
+
+
+def test_few_long_rows_are_held_at_once(tmp_path):
+    pq.write_table(pa.table({"text": ["x" * 500_000] * 20}), tmp_path / "a.parquet", use_dictionary=False)
+    pq.write_table(pa.table({"text": ["x"] * 5000}), tmp_path / "b.parquet", use_dictionary=False)
+    rows = {}
+    for name in "ab":
+        file = pq.ParquetFile(tmp_path / f"{name}.parquet")
+        rows[name] = sources._rows_at_once(file, [0], "text")
+    assert rows == {"a": 2, "b": 1024}
