@@ -34,12 +34,14 @@ import torch
 from torch import Tensor
 
 from data.documents import document_positions
+from data.fingerprint import check_same_data, check_same_tokenizer
 from data.hellaswag import DEFAULT_OUTPUT, Example, find_source
-from data.loader import Loader, Prefetcher, check_same_data
+from data.loader import Loader, Prefetcher
 from data.mixed_loader import MixedLoader
 from data.open import open_train_data, open_val_data
 from data.shards import Shard
-from data.tokenizers.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, load_tokenizer
+from data.tokenizers.load import NAMES, load_tokenizer
+from data.tokenizers.tokenizer import NAMED_FINGERPRINTS, Tokenizer
 from data.tokenizers.transfer import token_rows
 from eval import hellaswag
 from eval.generate import Sampling, generate
@@ -123,7 +125,7 @@ def setup(config: Config) -> Run:
         torch.use_deterministic_algorithms(True)
 
     tokenizer = open_tokenizer(config, ranks)
-    identity = tokenizer.identity if tokenizer else NAMED_IDENTITIES.get(config.tokenizer, {"name": "none"})
+    identity = tokenizer.fingerprint if tokenizer else NAMED_FINGERPRINTS.get(config.tokenizer, {"name": "none"})
     train_data = open_train_data(config, identity)
     val_data = open_val_data(config, identity) if config.input_val_bin else None
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
@@ -234,7 +236,7 @@ def open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> hellas
         source = find_source(config.hellaswag_data, DEFAULT_OUTPUT, "hellaswag_data")
         return hellaswag.read_examples(source, config.hellaswag_limit)
 
-    how = (tokenizer.encode_whole, follow_on(tokenizer.encode), tokenizer.before_text[0])
+    how = (tokenizer.encode_whole, follow_on(tokenizer.encode), tokenizer.bos_tokens[0])
     return hellaswag.questions(ranks.on_main(read), *how)
 
 
@@ -250,7 +252,7 @@ def resume(run: Run, choice: str) -> dict[str, Any]:
 
     def restore() -> tuple[dict[str, Any], list[str]]:
         state = read_state(path)
-        check_same_data(state["data"], run.train_data.identity)
+        check_same_data(state["data"], run.train_data.fingerprint)
         check_same_tokenizer(state.get("tokenizer", {"name": "none"}), run.tokenizer_identity)
         changes = checkpoint.check_same_model(path, config)
         checkpoint.load(path, run.model, run.optimizer)
@@ -366,7 +368,7 @@ def hellaswag_accuracy(run: Run, stop: guard.StopRequest) -> dict[str, float]:
 def sample(run: Run, stop: guard.StopRequest, step: int) -> str:
     """Text of a new document, also written to samples/. All ranks draw it: a sharded model needs them all."""
     config, tokenizer = run.config, run.tokenizer
-    begin = tokenizer.before_text if tokenizer else [0]
+    begin = tokenizer.bos_tokens if tokenizer else [0]
     prompt = [*begin, *(tokenizer.encode(config.sample_prompt) if tokenizer else [])]
 
     def draw() -> Generator[None, None, str]:
@@ -389,7 +391,7 @@ def save(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
     metrics.flush()
     state = {
         "record": record.copy(),
-        "data": run.train_data.identity,
+        "data": run.train_data.fingerprint,
         "scaler": run.scale.state_dict(),
         "guard": run.guard.state_dict(),
         "wandb_id": metrics.wandb_id,

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from data import assets
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from util.errors import CommandParser, UserError, quote, run_command
 from util.files import write_atomically
 

@@ -19,7 +19,7 @@ from data.prepare.cli import folder
 from data.prepare.job import Job, Progress, begin, locked, publish, refusals
 from data.prepare.workers import EncodeOptions
 from data.shards import ShardWriter
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from util.errors import CommandParser, run_command
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "tinyshakespeare"
@@ -41,7 +41,7 @@ def main() -> None:
         return
     text = assets.fetch("tinyshakespeare.txt", args.input).read_text()
     cut = int(0.9 * len(text))
-    halves = [np.array([*tokenizer.before_document, *tokenizer.encode(half)]) for half in (text[:cut], text[cut:])]
+    halves = [np.array([*tokenizer.document_prefix, *tokenizer.encode(half)]) for half in (text[:cut], text[cut:])]
     names = [(f"tiny_shakespeare_{split}.bin", len(half)) for split, half in zip(("train", "val"), halves, strict=True)]
     with refusals(args.output_dir), locked(args.output_dir):
         writer = ShardWriter(partial, iter(names), tokenizer.vocab_size)

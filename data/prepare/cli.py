@@ -14,7 +14,8 @@ from data.prepare.parts import checked_files, join, parse_part, part_of
 from data.prepare.job import Job, prepare, read_manifest, summary
 from data.shards import find_shards, open_shard
 from data.prepare.sources import identify, plan
-from data.tokenizers.tokenizer import load_tokenizer, same_tokenizer
+from data.fingerprint import same_tokenizer
+from data.tokenizers.load import load_tokenizer
 from data.prepare.workers import EncodeOptions
 
 
@@ -120,7 +121,7 @@ def check(output_dir: Path, tokenizer_name: str) -> None:
     else:
         paths = checked_files(output_dir, manifest)
     tokenizer = load_tokenizer(tokenizer_name)
-    if manifest and not same_tokenizer(manifest["tokenizer"], tokenizer.identity):
+    if manifest and not same_tokenizer(manifest["tokenizer"], tokenizer.fingerprint):
         raise UserError(
             f"{output_dir} was made with tokenizer {manifest['tokenizer']['name']}, not {tokenizer.name};"
             f" give it as --tokenizer"

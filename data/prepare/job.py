@@ -199,7 +199,7 @@ def publish(
     manifest = {
         "format": 1,
         "recipe": job.recipe,
-        "tokenizer": job.tokenizer.identity,
+        "tokenizer": job.tokenizer.fingerprint,
         "vocab_size": job.tokenizer.vocab_size,
         "tokens": progress.tokens,
         "documents": progress.documents,

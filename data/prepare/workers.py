@@ -23,7 +23,8 @@ from data.tokenizers import fim
 from data.prepare.encoder import Encode, make_encoder, segments
 from data.shards import token_dtype
 from data.prepare.sources import Document, Unit, documents, patiently
-from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import Tokenizer
 
 HELD_TOKENS = 2**22  # in memory before they are written
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 2**16
@@ -75,7 +76,7 @@ def encode_unit(unit: Unit, path: Path, encoder: Encoder) -> Encoded:
     """Writes the tokens of a unit to `path`, which then appears whole."""
     tokenizer, options = encoder.tokenizer, encoder.options
     dtype = token_dtype(tokenizer.vocab_size)
-    start = np.array(tokenizer.before_document, np.uint32)
+    start = np.array(tokenizer.document_prefix, np.uint32)
     found = Encoded(path)
     held: list[np.ndarray] = []
     half = path.with_name(f"{path.name}.{os.getpid()}")

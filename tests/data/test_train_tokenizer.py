@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = [

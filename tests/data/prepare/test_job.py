@@ -54,7 +54,7 @@ def test_shards_sizes_and_manifest(tmp_path, make_job, units, expected, tokens_o
     names = [f"x_train_{i:06d}.bin" for i in range(1, len(made["files"]))]
     assert sorted(os.listdir(out)) == ["manifest.json", *names, "x_val_000000.bin"]
     assert json.loads((out / "manifest.json").read_text()) == made
-    assert made["tokenizer"] == tokenizer.identity and made["recipe"] == {"of": "test"}
+    assert made["tokenizer"] == tokenizer.fingerprint and made["recipe"] == {"of": "test"}
     assert (made["tokens"], made["documents"], made["vocab_size"]) == (len(tokens), 60, 50257)
     assert made["text_bytes"] == sum(map(len, TEXTS)) and made["skipped"] == {}
     for row in made["files"]:
