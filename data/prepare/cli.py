@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from util.errors import UserError
-from data.prepare.parts import checked_files, join, parse_part, part_of
+from data.prepare.parts import checked_files, join_parts, parse_part, part_of
 from data.prepare.job import Job, prepare, read_manifest, summary
 from data.shards import find_shards, open_shard
 from data.prepare.sources import identify, plan
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
     if mixture:
         made = mix(whole, mixture)
     elif args.join:
-        made = join(whole)
+        made = join_parts(whole)
     elif args.part and (there := read_manifest(whole.output_dir)) and there["recipe"] == whole.recipe:
         made = None  # all parts are joined
     else:

@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from util.errors import UserError
+from util.errors import UserError, user_errors
 from data.tokenizers.tokenizer import CL100K_PATTERN, END_OF_TEXT, GPT2_PATTERN, O200K_PATTERN, Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -102,10 +102,8 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     Raises UserError if the file is damaged, of a kind that is not read, or names no end-of-text token.
     """
     file = path / TOKENIZER if path.is_dir() else path
-    try:
+    with user_errors(f"--tokenizer: {file}"):
         content = file.read_bytes()
-    except OSError as e:
-        raise UserError(f"--tokenizer: {file}: {e.strerror}") from e
     return read_tokenizer_json(str(path), file, content, _read_config(file.with_name(TOKENIZER_CONFIG)))
 
 

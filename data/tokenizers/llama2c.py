@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from util.errors import UserError
+from util.errors import UserError, user_errors
 from data.tokenizers.bpe import merges
 from data.tokenizers.tokenizer import Tokenizer
 from data.tokenizers.hf_json import read_tokenizer_json
@@ -37,11 +37,8 @@ def load_llama2c_tokenizer(file: Path) -> Tokenizer:
 
     Raises UserError if it is no such file, or damaged.
     """
-    try:
-        with open(file, "rb") as f:
-            content = f.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise UserError(f"--tokenizer: {file}: {e.strerror}") from e
+    with user_errors(f"--tokenizer: {file}"), open(file, "rb") as f:
+        content = f.read(MAX_BYTES + 1)
     try:
         data = tokenizer_json(read_pieces(content))
     except ValueError as e:

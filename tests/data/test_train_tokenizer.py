@@ -1,4 +1,4 @@
-"""data/train_tokenizer.py: what it writes opens everywhere with equal ids, and its refusals are one line."""
+"""data/train_tokenizer.py: what it writes opens everywhere with equal ids, and an error is one line."""
 
 import json
 import subprocess
