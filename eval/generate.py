@@ -261,7 +261,7 @@ def rows_of(args: argparse.Namespace, tokenizer: Tokenizer, n_positions: int) ->
     for text in args.prompts:
         before, after = text.split(HOLE) if args.infill else (text, "")
         ids = infill_prompt(before, after, tokenizer) if args.infill else tokenizer.encode(text)
-        prompts.append([*tokenizer.before_text, *ids])
+        prompts.append([*tokenizer.bos_tokens, *ids])
         if args.infill and len(prompts[-1]) + args.max_new_tokens > n_positions:
             raise UserError(
                 f"--infill: a prompt of {len(prompts[-1])} tokens and --max_new_tokens={args.max_new_tokens} exceed the"

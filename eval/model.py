@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cfg.origin import check_hub_name
-from data.tokenizers.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
+from data.fingerprint import check_same_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import Tokenizer
 from eval.cli import my_rank
 from eval.scoring import Batch, Forward, Request, Score, follow_on, gpt_forward, merge, score
 from model.formats.checkpoint import step_of
@@ -153,7 +155,7 @@ def tokenizer_of(wanted: str, found: Path, flags: dict[str, Any]) -> Tokenizer:
             f"--tokenizer={name} has {tokenizer.vocab_size:,} tokens, {found} but {flags['vocab_size']:,}; name the one"
             f" that it was trained with"
         )
-    check_same_tokenizer(saved_tokenizer(found), tokenizer.identity)
+    check_same_tokenizer(saved_tokenizer(found), tokenizer.fingerprint)
     return tokenizer
 
 
@@ -183,7 +185,7 @@ def open_checkpoint(
         forward=in_dtype(gpt_forward(model), device, dtype),
         encode=tokenizer.encode_whole if tokenizer else no_text,
         encode_more=follow_on(tokenizer.encode) if tokenizer else no_text,
-        before_text=tokenizer.before_text[0] if tokenizer else -1,
+        before_text=tokenizer.bos_tokens[0] if tokenizer else -1,
         end_of_text=tokenizer.end_of_text if tokenizer else -1,
         vocab_size=model.config.vocab_size,
         limit=model.config.n_positions,
@@ -193,7 +195,7 @@ def open_checkpoint(
         byte_lengths=tokenizer.byte_lengths(model.config.vocab_size) if tokenizer else None,
         gpt=model,
         tokenizer=tokenizer,
-        tokenizer_identity=tokenizer.identity if tokenizer else saved_tokenizer(found),
+        tokenizer_identity=tokenizer.fingerprint if tokenizer else saved_tokenizer(found),
         flags=flags,
     )
 

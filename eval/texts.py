@@ -11,15 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from data.fingerprint import check_shards_tokenizer, same_tokenizer, tokenizer_in_manifest
 from data.loader import TokenStream
 from data.shards import find_shards, open_shard
-from data.tokenizers.tokenizer import (
-    NAMED_IDENTITIES,
-    check_tokenizer_of,
-    load_tokenizer,
-    same_tokenizer,
-    tokenizer_in_manifest,
-)
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import NAMED_FINGERPRINTS
 from eval.model import Subject
 from util.errors import UserError
 
@@ -91,7 +87,7 @@ def open_texts(shards: list[Path], files: list[Path], text_key: str, subject: Su
 
 def shard_text(paths: list[Path], subject: Subject) -> Text:
     if subject.tokenizer_identity and subject.tokenizer_identity["name"] != "none":
-        check_tokenizer_of(paths, subject.tokenizer_identity, "input")
+        check_shards_tokenizer(paths, subject.tokenizer_identity, "input")
     stream = TokenStream([open_shard(path, subject.vocab_size) for path in paths])
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -119,7 +115,7 @@ def byte_lengths_for(paths: list[Path], subject: Subject) -> np.ndarray | None:
     if subject.byte_lengths is not None or not paths:
         return subject.byte_lengths
     made = [tokenizer_in_manifest(folder) for folder in dict.fromkeys(path.parent for path in paths)]
-    named = {m["name"] for m in made if m and same_tokenizer(m, NAMED_IDENTITIES.get(m["name"], {"name": ""}))}
+    named = {m["name"] for m in made if m and same_tokenizer(m, NAMED_FINGERPRINTS.get(m["name"], {"name": ""}))}
     if len(named) != 1 or None in made:
         return None
     tokenizer = load_tokenizer(named.pop())

@@ -117,7 +117,7 @@ class Evaluator:
     def _generate(self, model: ParallelModel, step: int) -> Generator[None, None, str]:
         """Generates the sample of `step` token by token, writes it, and returns it."""
         config, tokenizer = self.config, self.tokenizer
-        begin = tokenizer.before_text if tokenizer else [0]
+        begin = tokenizer.bos_tokens if tokenizer else [0]
         prompt = [*begin, *(tokenizer.encode(config.sample_prompt) if tokenizer else [])]
         tokens = prompt[len(begin) :]
         for (token,) in generate(model.gpt, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
@@ -138,7 +138,7 @@ def _open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> Any:
         return hellaswag.read_examples(source, config.hellaswag_limit)
 
     encoders = tokenizer.encode_whole, follow_on(tokenizer.encode)
-    return hellaswag.questions(ranks.on_main(read), *encoders, tokenizer.before_text[0])
+    return hellaswag.questions(ranks.on_main(read), *encoders, tokenizer.bos_tokens[0])
 
 
 def run_interruptible(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from cfg.config import load_config
 from data.hellaswag import DEFAULT_OUTPUT, find_source
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from eval.hellaswag import completion_question, read_examples
 from eval.model import BATCH_TOKENS, GPU_BATCH_TOKENS, drain, in_dtype
 from eval.scoring import Request, follow_on, gpt_forward, merge, score

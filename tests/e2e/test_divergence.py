@@ -104,7 +104,9 @@ def test_the_loss_scale_falls_and_survives_a_resume(train, injected, tmp_path):
 def test_what_going_back_does_not_help_ends(train, injected, tmp_path):
     run = tmp_path / "run"
     err = train(run, "--max_rollbacks=2", "--rollback_after=3", FAIL="!gradient@7-99", code=3).stderr
-    line = "error: diverged: loss or gradient not finite in step 9, and rolling back to step 5 (2 times, --max_rollbacks)"
+    line = (
+        "error: diverged: loss or gradient not finite in step 9, and rolling back to step 5 (2 times, --max_rollbacks)"
+    )
     assert line in err and "Traceback" not in err
     assert json.loads((run / "status.json").read_text())["status"] == "diverged"
     assert find_checkpoint(run).name == "step_00000005"

@@ -18,7 +18,7 @@ import eval.generate as command
 from cfg.config import load_config
 from data.tokenizers.fim import infill_prompt
 from data.tokenizers.hf_json import _byte_letters
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from eval.generate import FEW, Sampling, candidates, draw, generate, read, read_on
 from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
@@ -223,7 +223,7 @@ def saved(tmp_path_factory):
     flags = [f"--output_dir={folder}/run", f"--tokenizer={folder}/tokenizer.json", "--sequence_length=64"]
     config = load_config([*SMALL, *flags], world_size=1)
     model = make("--sequence_length=64")
-    state = {"record": {"step": 1}, "tokenizer": tokenizer.identity}
+    state = {"record": {"step": 1}, "tokenizer": tokenizer.fingerprint}
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     saver = CheckpointWriter(config, ranks)
     saver.save(1, model, make_optimizer(model, config, 1), state, tokenizer.files)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.hellaswag import Example, read_hellaswag
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from eval import hellaswag
 from eval.cli import finish
 from eval.hellaswag import Question, accuracies, clean, lm_eval_question, questions, read_examples, record_of, requests

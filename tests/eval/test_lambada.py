@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from eval import lambada
 from eval.lambada import Example, example_of, read_lambada, summarize
 from eval.reference import LAMBADA_GPT2

@@ -17,7 +17,8 @@ import eval.hellaswag as hellaswag
 import eval.lm_eval as command
 from cfg.config import load_config
 from data.tokenizers.hf_json import _byte_letters
-from data.tokenizers.tokenizer import END_OF_TEXT, load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import END_OF_TEXT
 from eval.generate import Sampling
 from model.gpt import GPT
 from train.checkpoint_writer import CheckpointWriter
@@ -168,7 +169,7 @@ def checkpoint(hf_folder, tmp_path_factory):
             value = source[name].t() if name.endswith("weight") and "c_" in name else source[name]
             parameter[: len(value)] = value  # the vocabulary is padded
     saver = CheckpointWriter(config, Ranks(0, 0, 1, torch.device("cpu")))
-    saver.save(1, ours, make_optimizer(ours, config, 1), {"tokenizer": load_tokenizer().identity})
+    saver.save(1, ours, make_optimizer(ours, config, 1), {"tokenizer": load_tokenizer().fingerprint})
     return folder
 
 

@@ -18,7 +18,8 @@ from lm_eval.utils import get_rolling_token_windows
 from data.documents import document_positions
 from data.loader import Loader
 from data.shards import open_shard, write_shard
-from data.tokenizers.tokenizer import NAMED_IDENTITIES, load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import NAMED_FINGERPRINTS
 from eval import perplexity, texts
 from eval.model import open_subject
 from eval.perplexity import by_document, measure, requests_of, segments, strided_windows
@@ -220,7 +221,7 @@ def test_shards_are_one_text_and_their_tokens_have_bytes(text_checkpoint, evalua
     ]
     write_shard(tmp_path / "a_000.bin", np.array(ids[:7]), 50257)
     write_shard(tmp_path / "a_001.bin", np.array(ids[7:]), 50257)
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["gpt2"]}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_FINGERPRINTS["gpt2"]}))
     evaluate(
         perplexity, f"--checkpoint={text_checkpoint}", f"--input={tmp_path}/a_*.bin", f"--output={tmp_path}/o.json"
     )
@@ -269,7 +270,7 @@ def test_shards_under_another_model_have_bytes_if_their_manifest_says_whose_they
     foreign = replace(subject, gpt=None, tokenizer=None, tokenizer_identity=None, byte_lengths=None)
     shard = [tmp_path / "a.bin"]
     assert texts.byte_lengths_for(shard, foreign) is None
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["gpt2"]}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_FINGERPRINTS["gpt2"]}))
     assert (texts.byte_lengths_for(shard, foreign) == subject.byte_lengths).all()
     with pytest.raises(UserError, match="gives other ids than that of"):
         texts.byte_lengths_for(shard, replace(foreign, encode_more=lambda text: list(text.encode())))
@@ -313,7 +314,7 @@ def damaged(folder):
     write_shard(folder / "one.bin", np.array([3]), 251)
     (folder / "made").mkdir()
     write_shard(folder / "made" / "x.bin", np.arange(9), 251)
-    (folder / "made" / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["cl100k_base"]}))
+    (folder / "made" / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_FINGERPRINTS["cl100k_base"]}))
     (folder / "packed.txt.gz").write_bytes(b"x")
 
 
