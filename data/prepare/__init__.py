@@ -1,0 +1,1 @@
+"""The pipeline from text to token shards."""

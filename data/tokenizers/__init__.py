@@ -1,0 +1,1 @@
+"""The tokenizer, the formats it is read from, and tools for changing one."""
