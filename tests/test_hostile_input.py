@@ -36,9 +36,10 @@ from eval.texts import json_documents
 from model.formats.checkpoint import find_checkpoint, problem_with, read_state
 from model.gpt import GPT, init_weights
 from train import checkpoint
+from train.checkpoint_writer import CheckpointWriter
 from train.metrics import Metrics, read_records
 from train.optim import make_optimizer
-from train.stability import StepGuard
+from train.stability import LossScaler, SpikeGuard
 from util.errors import UserError
 from util.files import file_sha256
 from util.ranks import Ranks
@@ -257,20 +258,20 @@ def saved(tmp_path_factory):
     shards = [{"name": "x.bin", "tokens": 400, "ends": "00"}]
     data = {"seed": 1337, "sequence_length": 8, "total_batch_size": 32, "shuffle": True, "shards": shards}
     state = {"record": RECORD, "data": data, "scaler": {}, "wandb_id": None, "tokenizer": {"name": "none"}}
-    state |= {"guard": StepGuard(config).state_dict() | {"norms": [1.0, 2.0]}}
-    optimizer = make_optimizer(model, config, 1)[0]
-    checkpoint.Saver(config, Ranks(0, 0, 1, torch.device("cpu"))).save(1, model, optimizer, state)
+    state |= {"guard": SpikeGuard(config).state_dict() | {"norms": [1.0, 2.0]}}
+    optimizer = make_optimizer(model, config, 1)
+    CheckpointWriter(config, Ranks(0, 0, 1, torch.device("cpu"))).save(1, model, optimizer, state)
     return folder
 
 
 def resumed(config):
     """All that a resume reads before it loads tensors, as train_gpt.py does."""
+
     from data.loader import check_same_data
     from data.tokenizers.tokenizer import check_same_tokenizer
-    from train.scaling import LossScale
 
     said = []
-    path = checkpoint.choose(Path(config.output_dir), config.resume, said.append)
+    path = checkpoint.find_checkpoint_to_resume(Path(config.output_dir), config.resume, said.append)
     assert all(line and "\n" not in line and len(line) < 3000 for line in said), said
     if path is not None:
         assert problem_with(path) is None
@@ -279,10 +280,10 @@ def resumed(config):
         check_same_data(state["data"], now | {"shards": [{"name": "x.bin", "tokens": 400, "ends": "00"}]})
         check_same_tokenizer(state.get("tokenizer", {"name": "none"}), {"name": "none"})
         assert all(isinstance(line, str) for line in checkpoint.check_same_model(path, config))
-        LossScale(True).load_state_dict(state["scaler"])
-        steps = StepGuard(config)
+        LossScaler(load_config(["--dtype=float16"], world_size=1)).load_state_dict(state["scaler"])
+        steps = SpikeGuard(config)
         steps.load_state_dict(state.get("guard", {}))
-        steps.refusal(1.0, 1.0, False)
+        steps.reason_to_skip(1.0, 1.0, False)
         assert state["record"]["elapsed_s"] >= 0 and state["step"] >= 0
 
 
@@ -360,10 +361,10 @@ def test_resume_from_what_is_no_place(tmp_path, saved, monkeypatch, resume):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     with refused("--resume"):
-        checkpoint.choose(tmp_path / "run", load_config([f"--resume={resume}"], world_size=1).resume)
+        checkpoint.find_checkpoint_to_resume(tmp_path / "run", load_config([f"--resume={resume}"], world_size=1).resume)
     with suppress(UserError):  # with checkpoints of its own a run need not look there
         flag = load_config([f"--resume={resume}"], world_size=1).resume
-        assert checkpoint.choose(saved, flag, lambda line: None).parent.parent == saved
+        assert checkpoint.find_checkpoint_to_resume(saved, flag, lambda line: None).parent.parent == saved
 
 
 # ------------------------------------------------------------------------------------------------ YAML
@@ -639,7 +640,8 @@ def test_metrics(place, monkeypatch, injected):
         path.write_bytes(content)
         for record in read_records(path):
             assert type(record["step"]) is int and isinstance(record["loss"], int | float | None)
-        metrics = Metrics(config, Ranks(0, 0, 1, torch.device("cpu")), step, None)
+        metrics = Metrics(config, Ranks(0, 0, 1, torch.device("cpu")))
+        metrics.start(step)
         metrics.close()
         metrics.has(step)
         again = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What a run does on the side, evaluation and samples: it may fail or be broken off, and training goes on."""
+"""Evaluation during training: validation, HellaSwag and samples. A failure is reported and training continues."""
 
 from __future__ import annotations
 
@@ -6,74 +6,193 @@ import sys
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from model.gpt import GPT
+from cfg.config import Config
+from data.hellaswag import DEFAULT_OUTPUT, Example, find_source
+from data.loader import Loader
+from data.open import open_val_data
+from data.tokenizers.tokenizer import Tokenizer
+from eval import hellaswag
+from eval.generate import Sampling, generate
+from eval.scoring import follow_on, gpt_forward, merge, score
+from eval.validation import fixed_windows, summarize, windows_loss
 from train import watchdog
-from train.guard import Stopped, StopRequest
-from train.parallel import reshard
+from train.inputs import tokenizer_fingerprint
+from train.interrupt import Interrupted, StopRequest
+from train.parallel import ParallelModel, reshard
 from util.errors import storage_error
 from util.ranks import Ranks
 
 T = TypeVar("T")
+SAMPLING = Sampling(temperature=0.8, top_k=50)
+MIN_TOKENS = 4096  # of a batch of HellaSwag: without gradients that needs little memory
 
 
-def aside(
-    what: str,
+def due(every: int, step: int, config: Config) -> bool:
+    """Returns whether something that happens `every` steps (0: only at the end) is due after `step`."""
+    return step == config.num_iterations or (every > 0 and step % every == 0)
+
+
+class Evaluator:
+    """Opens the evaluation data at the start of a run, and evaluates the model when it is due."""
+
+    def __init__(self, config: Config, ranks: Ranks, tokenizer: Tokenizer | None):
+        self.config, self.ranks, self.tokenizer = config, ranks, tokenizer
+        self.end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
+        self.val_data: Loader | None = None
+        if config.input_val_bin:
+            self.val_data = open_val_data(config, tokenizer_fingerprint(config, tokenizer))
+        self.questions: Any = None
+        if config.hellaswag_every and tokenizer:
+            self.questions = _open_hellaswag(config, ranks, tokenizer)
+
+    def due(self, step: int) -> bool:
+        """Returns whether an evaluation or a sample is due after `step`."""
+        return self._validation_due(step) or self._hellaswag_due(step) or self._sample_due(step)
+
+    def run(self, model: ParallelModel, step: int, stop: StopRequest) -> dict[str, Any]:
+        """Returns the results of the evaluations that are due after `step`, for its record.
+
+        An evaluation that fails on any rank is reported and skipped. Raises Interrupted on all ranks if any rank was
+        asked to stop.
+        """
+        found: dict[str, Any] = {}
+        if self._validation_due(step):
+            found |= self._validate(model, stop)
+        if self._hellaswag_due(step):
+            found |= self._hellaswag(model, stop)
+        return found
+
+    def sample(self, model: ParallelModel, step: int, stop: StopRequest) -> str:
+        """Returns generated text if a sample is due after `step`, and writes it to samples/.
+
+        Returns "" if none is due, or if it failed or was interrupted. All ranks generate: a sharded model needs them.
+        """
+        if not self._sample_due(step):
+            return ""
+        try:
+            return run_interruptible("sample", self._generate(model, step), model, self.ranks, stop, model.eager) or ""
+        except Interrupted:
+            return ""
+
+    def _validation_due(self, step: int) -> bool:
+        return self.val_data is not None and due(self.config.val_loss_every, step, self.config)
+
+    def _hellaswag_due(self, step: int) -> bool:
+        return self.config.hellaswag_every > 0 and due(self.config.hellaswag_every, step, self.config)
+
+    def _sample_due(self, step: int) -> bool:
+        return self.config.sample_every > 0 and due(self.config.sample_every, step, self.config)
+
+    def _validate(self, model: ParallelModel, stop: StopRequest) -> dict[str, Any]:
+        """Returns val_loss and val_bpb over --val_max_steps batches: the same windows on any number of ranks."""
+        config, ranks, data = self.config, self.ranks, self.val_data
+        assert data is not None, "validation is due only with validation data"
+        windows = fixed_windows(data.windows, config.val_max_steps * config.total_batch_size // config.sequence_length)
+        token_bytes = self.tokenizer.byte_lengths(config.vocab_size) if self.tokenizer else None
+        share = windows[ranks.rank :: ranks.world_size]
+        rounds = -(-len(windows) // (config.batch_size * ranks.world_size))
+        rows = config.batch_size
+        work = windows_loss(model.gpt, data, share, rows, rounds, ranks.device, token_bytes, self.end_of_text)
+        sums = run_interruptible("validation", work, model, ranks, stop, model.autocast)
+        return dict(summarize(*ranks.sum_floats(sums))) if sums is not None else {}
+
+    def _hellaswag(self, model: ParallelModel, stop: StopRequest) -> dict[str, Any]:
+        """Returns HellaSwag's accuracies in both styles, the examples divided among the ranks."""
+        config, ranks = self.config, self.ranks
+        requests = hellaswag.requests(self.questions)
+        tokens = max(config.batch_size * config.sequence_length, MIN_TOKENS)
+        forward, split = gpt_forward(model.gpt), (ranks.rank, ranks.world_size)
+        work = score(forward, requests, config.n_positions, tokens, ranks.device, True, *split)
+        pieces = run_interruptible("HellaSwag", work, model, ranks, stop, model.eager)
+        if pieces is None:
+            return {}
+        scores = merge((piece for share in ranks.gather(pieces) for piece in share), requests)
+        return dict(hellaswag.record_of(hellaswag.accuracies(self.questions, scores)))
+
+    def _generate(self, model: ParallelModel, step: int) -> Generator[None, None, str]:
+        """Generates the sample of `step` token by token, writes it, and returns it."""
+        config, tokenizer = self.config, self.tokenizer
+        begin = tokenizer.before_text if tokenizer else [0]
+        prompt = [*begin, *(tokenizer.encode(config.sample_prompt) if tokenizer else [])]
+        tokens = prompt[len(begin) :]
+        for (token,) in generate(model.gpt, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
+            tokens.append(token)
+            yield
+        text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+        if self.ranks.is_main:
+            path = Path(config.output_dir) / "samples" / f"step_{step:08d}.txt"
+            path.write_text(text + "\n", encoding="utf-8", errors="replace")
+        return text
+
+
+def _open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> Any:
+    """Returns HellaSwag's questions in both styles. Rank 0 finds or downloads the examples for all ranks."""
+
+    def read() -> list[Example]:
+        source = find_source(config.hellaswag_data, DEFAULT_OUTPUT, "hellaswag_data")
+        return hellaswag.read_examples(source, config.hellaswag_limit)
+
+    encoders = tokenizer.encode_whole, follow_on(tokenizer.encode)
+    return hellaswag.questions(ranks.on_main(read), *encoders, tokenizer.before_text[0])
+
+
+def run_interruptible(
+    name: str,
     work: Generator[Any, None, T],
-    model: GPT,
+    model: ParallelModel,
     ranks: Ranks,
     stop: StopRequest,
-    around: Callable[[], AbstractContextManager[Any]],
+    context: Callable[[], AbstractContextManager[Any]],
 ) -> T | None:
-    """Runs `work` to its end, from yield to yield on all ranks together, and returns its value.
+    """Runs `work` without gradients, in evaluation mode and within `context()`; returns its value.
 
-    `work` yields before each forward of the model, when all else that this takes is done, and as often on one rank as
-    on another; each stretch of it runs without gradients, in evaluation mode and within the context that `around`
-    makes. Between them the ranks agree: raises Stopped if one was asked to stop; if one failed, says so and returns
-    None. (One case ends the run all the same, if on some ranks only: a failure within a sharded model's forward, where
-    the others wait for weights until --step_timeout_minutes are over. The checkpoint came first.)
+    `work` must yield before every forward pass, and equally often on every rank. Reading and packing data comes before
+    the yield, so that a rank that fails there does so before the others enter a collective. At each yield the ranks
+    agree: if one was asked to stop, all raise Interrupted; if one failed, the failure is reported and all return None.
+
+    If some ranks fail within the forward pass of a sharded model, the others wait for their weights, and the watchdog
+    ends the run after --step_timeout_minutes. The checkpoint was saved before.
     """
     error: Exception | None = None
     value: list[T] = []
-    model.eval()
+    model.gpt.eval()
     try:
         while True:
-            *votes, failed = ranks.sum_floats([*stop.votes(), float(error is not None)])
+            interrupted, failed = ranks.any(stop.requested(), error is not None)
             if failed:
-                report(what, error, ranks)
+                _report_failure(name, error, ranks)
                 return None
             if value:
                 return value[0]
-            if any(votes):
-                raise Stopped
-            watchdog.at(what)
+            if interrupted:
+                raise Interrupted
+            watchdog.progress(name)
             try:
-                with torch.no_grad(), around():
+                with torch.no_grad(), context():
                     next(work)
             except StopIteration as end:
                 value = [end.value]
-            except Exception as e:  # whatever it is, training does not depend on it
+            except Exception as e:  # training does not depend on it, whatever it is
                 error = e
     finally:
         work.close()
-        model.train()
-        reshard(model)
+        model.gpt.train()
+        reshard(model.gpt)
 
 
-def report(what: str, error: Exception | None, ranks: Ranks) -> None:
-    """One line from rank 0 on what failed where, and the traceback from each rank that has one.
-
-    What the disk refuses needs none.
-    """
+def _report_failure(name: str, error: Exception | None, ranks: Ranks) -> None:
+    """Prints one warning on rank 0, and the traceback on each rank that failed, unless the disk was at fault."""
     if error is not None and not (isinstance(error, OSError) and storage_error(error)):
         traceback.print_exception(error)
-    told = ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
+    errors = ranks.gather(None if error is None else f"{type(error).__name__}: {error}")
     if ranks.is_main:
-        rank, problem = next((r, p) for r, p in enumerate(told) if p is not None)
+        rank, problem = next((r, p) for r, p in enumerate(errors) if p is not None)
         where = f" on rank {rank}" if ranks.world_size > 1 else ""
-        print(f"warning: {what} failed{where}, and is left out: {problem}", file=sys.stderr, flush=True)
+        print(f"warning: {name} failed{where} and is skipped: {problem}", file=sys.stderr, flush=True)
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, a console line, a bar for a person, W&B and TensorBoard when asked."""
+"""Metrics of a run: metrics.jsonl, console lines, a progress bar, W&B and TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import os
 import resource
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
@@ -79,7 +80,7 @@ def duration(seconds: float) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; what is not a whole record of a step (a line cut by a kill) is left out."""
+    """Returns the records of a metrics.jsonl, without lines that are not the record of a step (cut off by a kill)."""
     records = []
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
@@ -87,25 +88,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and _is_of_a_step(record):
+            if isinstance(record, dict) and type(record.get("step")) is int and "loss" in record:
                 records.append(record)
     return records
 
 
-def _is_of_a_step(record: dict[str, Any]) -> bool:
-    """Whether it has the step and the loss, and nothing in it is more than a number, or the word why it was skipped."""
-    plain = all(type(v) in (int, float) or v is None or (k == "skipped" and type(v) is str) for k, v in record.items())
-    return plain and type(record.get("step")) is int and "loss" in record
-
-
 def to_json(record: dict[str, Any]) -> str:
-    """One line; floats with all their digits, and null for what JSON has no number for."""
+    """Returns the record as one line of JSON: floats with all digits, null for NaN and infinity."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(plain) + "\n"
 
 
 def _has_wandb_key() -> bool:
-    """Whether `wandb login` or the environment has left a key."""
+    """Returns whether `wandb login` or the environment provides a key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -115,31 +110,47 @@ def _has_wandb_key() -> bool:
         return False
 
 
-class Metrics:
-    """Writes the records of a run. Ranks other than 0 only leave lines in their logs.
+class StepResult(NamedTuple):
+    """The outcome of one training step, the same on all ranks."""
 
-    All ranks call all methods. What the disk refuses rank 0 in a step is raised by `log` if there is one rank;
-    otherwise `problem` has it, and the next `flush`, `go_back` or `close` raises it on all of them.
+    loss: float  # mean over the tokens of the global batch, in nats
+    grad_norm: float  # before clipping
+    lr: float
+    skipped: str  # why the update was skipped, or ""
+
+
+class Metrics:
+    """Writes the records of a run. Ranks other than 0 write lines to their logs only.
+
+    All ranks must call every method. A write error on rank 0 is kept in `problem`, and raised on all ranks by the next
+    `flush`, `roll_back` or `close`. With a single rank `log` raises it at once.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, step: int, wandb_id: str | None):
-        self.config, self.ranks, self.is_main, self.wandb_id = config, ranks, ranks.is_main, wandb_id
+    def __init__(self, config: Config, ranks: Ranks, flops_per_token: float = 0.0):
+        self.config, self.ranks, self.is_main = config, ranks, ranks.is_main
+        self.wandb_id: str | None = None
+        self.problem: StorageError | None = None
+        self.path = Path(config.output_dir) / "metrics.jsonl"
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops(device_name(ranks.device))
         self._wandb: Any = None
         self._tensorboard: Any = None
         self._bar: Any = None
-        self.problem: StorageError | None = None
-        self.path = Path(config.output_dir) / "metrics.jsonl"
+
+    def start(self, step: int, elapsed_s: float = 0.0) -> None:
+        """Opens metrics.jsonl after `step`, and the loggers. `elapsed_s` is the training time so far."""
         self._on_main(lambda: self._start(step))
+        self._started = time.perf_counter() - elapsed_s
 
     def _on_main(self, act: Callable[[], None]) -> None:
-        """Rank 0 does it, and all ranks raise what went wrong, now or before."""
+        """Runs `act` on rank 0. All ranks raise its error, or the error of an earlier write."""
 
-        def do() -> None:
+        def checked() -> None:
             if self.problem is not None:
                 raise self.problem
             act()
 
-        self.ranks.on_main(do)
+        self.ranks.on_main(checked)
 
     def _start(self, step: int) -> None:
         self._rewind(step)
@@ -152,11 +163,11 @@ class Metrics:
         if self.config.tensorboard:
             self._start_tensorboard(step)
 
-    def go_back(self, step: int) -> None:
-        """The run goes on from an earlier step."""
-        self._on_main(lambda: self._go_back(step))
+    def roll_back(self, step: int) -> None:
+        """Drops the records after `step`, from which the run continues."""
+        self._on_main(lambda: self._roll_back(step))
 
-    def _go_back(self, step: int) -> None:
+    def _roll_back(self, step: int) -> None:
         self._file.close()
         self._rewind(step)
         if self._tensorboard is not None:
@@ -164,7 +175,7 @@ class Metrics:
             self._start_tensorboard(step)
 
     def _rewind(self, step: int) -> None:
-        """Drops records after `step`: they come again. They are kept in logs/, since they were measured."""
+        """Drops records after `step`, which will be written again, and keeps them in logs/."""
         self._cut(step)
         self._file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
 
@@ -202,22 +213,22 @@ class Metrics:
                 mode=mode,  # type: ignore[arg-type]
             )
         except Exception as e:  # a logging service must not stop a run
-            self.say(f"wandb: could not start ({e}); going on without it")
+            self.say(f"wandb: could not start ({e}); training continues without it")
 
     def _start_tensorboard(self, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise UserError("--tensorboard needs the package tensorboard; pip install tensorboard") from e
-        # purge_step hides events of steps that a kill made us repeat.
+        # purge_step hides the events of steps that are repeated after a kill.
         self._tensorboard = SummaryWriter(Path(self.config.output_dir) / "logs", purge_step=step + 1)
 
     def has(self, step: int) -> bool:
-        """Whether `step` is in metrics.jsonl. For rank 0."""
-        return self._last >= step
+        """Returns whether `step` has been logged, the same on all ranks."""
+        return self.ranks.on_main(lambda: self._last >= step)
 
     def say(self, line: str) -> None:
-        """A line for the person at the console, above the bar if there is one; of other ranks than 0 for their log."""
+        """Prints a line, above the progress bar if there is one. Ranks other than 0 write it to their log."""
         if not self.is_main:
             note(line)
         elif self._bar is not None:
@@ -226,8 +237,25 @@ class Metrics:
         else:
             print(line, flush=True)
 
+    def record(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+        """Returns the record of a step from its result and its duration."""
+        tok_per_s = self.config.total_batch_size / seconds
+        peak = self._peak_flops * self.ranks.world_size if self._peak_flops else None
+        return {
+            "step": step,
+            "tokens": step * self.config.total_batch_size,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tok_per_s": tok_per_s,
+            "mfu": tok_per_s * self._flops_per_token / peak if peak else None,
+            "elapsed_s": time.perf_counter() - self._started,
+            "memory_bytes": peak_memory(self.ranks.device),
+            **({"skipped": result.skipped} if result.skipped else {}),
+        }
+
     def log(self, record: dict[str, Any]) -> None:
-        """Records one step everywhere it is due. Raises StorageError if the disk refuses the only rank."""
+        """Writes the record of one step to every logger for which it is due."""
         step, last = record["step"], self.config.num_iterations
         if self.is_main and self.problem is None:
             self._write(record)
@@ -257,10 +285,10 @@ class Metrics:
             self._file.write(to_json(record))
             self._file.flush()
             self._last = record["step"]
-        except OSError as e:  # perhaps in the middle of the line; the next start removes it
+        except OSError as e:  # perhaps in the middle of a line; the next start removes it
             self.problem = StorageError(
                 f"--output_dir={self.config.output_dir}: step {record['step']} could not be written to"
-                f" {self.path.name} ({e.strerror}); the same command goes on from the last checkpoint"
+                f" {self.path.name} ({e.strerror}); run the same command again to resume from the last checkpoint"
             )
             if self.ranks.world_size == 1:
                 raise self.problem from e
@@ -275,7 +303,7 @@ class Metrics:
             f"mfu {100 * r['mfu']:.1f}%" if r["mfu"] is not None else "",
             f"{r['memory_bytes'] / 2**30:.2f} GiB",
             f"eta {duration(r['elapsed_s'] / r['step'] * (self.config.num_iterations - r['step']))}",
-            f"not taken: {r['skipped']}" if "skipped" in r else "",
+            f"skipped: {r['skipped']}" if "skipped" in r else "",
         ]
         return " | ".join(p for p in parts if p)
 
@@ -294,7 +322,7 @@ class Metrics:
         return f"{step} | HellaSwag completion: {completion} | lm_eval: {harness}"
 
     def flush(self) -> None:
-        """Has everything logged so far on disk, as a checkpoint is about to refer to it."""
+        """Flushes everything logged so far to disk, before a checkpoint refers to it."""
         self._on_main(self._flush)
 
     def _flush(self) -> None:
@@ -312,43 +340,3 @@ class Metrics:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-
-def plot_losses(run_dir: Path) -> Path | None:
-    """Draws loss.png from metrics.jsonl. None if there is nothing to draw or no matplotlib to draw it."""
-    return plot(run_dir, "loss", "loss (nats per token)", {"training": "loss", "validation": "val_loss"})
-
-
-def plot(
-    run_dir: Path, name: str, label: str, curves: dict[str, str], references: dict[str, dict[str, float]] | None = None
-) -> Path | None:
-    """Draws `name`.png: curves (label → key in metrics.jsonl) over steps, and lines at each curve's named references.
-
-    None if there is nothing to draw or no matplotlib to draw it.
-    """
-    records = read_records(run_dir / "metrics.jsonl")
-    found = {title: [(r["step"], r[key]) for r in records if r.get(key) is not None] for title, key in curves.items()}
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    if not any(found.values()):
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for title, points in found.items():
-        if points:
-            marker = "" if title == "training" else "o"  # which has a point for every step
-            [line] = axes.plot(*zip(*points, strict=True), linewidth=1, marker=marker, markersize=3, label=title)
-            for name_of, value in (references or {}).get(title, {}).items():
-                axes.axhline(value, linewidth=0.8, linestyle="--", color=line.get_color())
-                label_of = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 8}
-                axes.annotate(f"{name_of}, {title}", (1, value), color=line.get_color(), **label_of)
-    axes.set(xlabel="step", ylabel=label, title=run_dir.resolve().name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run_dir / f"{name}.png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    return run_dir / f"{name}.png"

@@ -1,7 +1,8 @@
-"""AdamW with GPT-2's habits, and its state keyed by parameter name."""
+"""AdamW as GPT-2 uses it, its state keyed by parameter name, and the learning-rate schedule."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ from torch.optim import AdamW, Optimizer
 from cfg.config import Config
 
 
-def make_optimizer(model: nn.Module, config: Config, world_size: int) -> tuple[Optimizer, str]:
-    """AdamW (Loshchilov and Hutter 2019) and a line that describes it.
+def make_optimizer(model: nn.Module, config: Config, world_size: int) -> Optimizer:
+    """Returns AdamW (Loshchilov and Hutter 2019), fused into one kernel.
 
-    Weight decay acts on parameters of two or more dimensions only: matrices and embeddings, not
-    biases and norms. Fused into one kernel, which torch has on CPU, CUDA and MPS. In stage 1 each rank
-    keeps the moments of some parameters, steps those, and broadcasts them.
+    Weight decay acts on parameters of two or more dimensions: matrices and embeddings, not biases and norms. In
+    stage 1 each rank keeps the moments of some parameters, updates those, and broadcasts them.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
@@ -33,28 +33,54 @@ def make_optimizer(model: nn.Module, config: Config, world_size: int) -> tuple[O
         "eps": config.adam_eps,
         "fused": True,
     }
-    optimizer: Optimizer
     if config.zero_stage == 1 and world_size > 1:
-        # As views of one buffer per rank, parameters go out in one broadcast per rank.
-        optimizer = ZeroRedundancyOptimizer(groups, AdamW, parameters_as_bucket_view=True, **settings)
-    else:
-        optimizer = AdamW(groups, **settings)
-    line = (
-        f"AdamW (fused): {sum(p.numel() for p in matrices):,} parameters decayed"
-        f" by {config.weight_decay}, {sum(p.numel() for p in vectors):,} not"
-    )
-    return optimizer, line
+        # As views of one buffer per rank, parameters are sent in one broadcast per rank.
+        return ZeroRedundancyOptimizer(groups, AdamW, parameters_as_bucket_view=True, **settings)
+    return AdamW(groups, **settings)
+
+
+def describe(optimizer: Optimizer, config: Config) -> str:
+    """Returns the banner's line about the optimizer."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    matrices = sum(p.numel() for p in parameters if p.dim() >= 2)
+    vectors = sum(p.numel() for p in parameters if p.dim() < 2)
+    return f"AdamW (fused): {matrices:,} parameters decayed by {config.weight_decay}, {vectors:,} not"
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Returns the learning rate of update number `step`, counted from 1 to --num_iterations.
+
+    It is a pure function of the step, so there is no scheduler state to save. Linear warm-up over `warmup_iters`
+    updates, then `schedule` from the peak down to the floor `learning_rate_decay_frac * learning_rate`, which the last
+    update reaches: cosine (Loshchilov and Hutter 2017), linear, constant (no floor), or wsd (Hu et al. 2024: constant,
+    then linear over the last `cooldown_frac` of the run).
+    """
+    c, num_iterations = config, config.num_iterations
+    peak, floor = c.learning_rate, c.learning_rate * c.learning_rate_decay_frac
+    if step <= c.warmup_iters:
+        return peak * step / c.warmup_iters
+    if c.schedule == "constant":
+        return peak
+    start = float(c.warmup_iters)
+    if c.schedule == "wsd":
+        start = max(start, num_iterations * (1 - c.cooldown_frac))
+    if step <= start:
+        return peak
+    progress = min(1.0, (step - start) / (num_iterations - start)) if num_iterations > start else 1.0
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if c.schedule == "cosine" else 1 - progress
+    return floor + remaining * (peak - floor)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def named_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state that this rank holds, as `{parameter name}/{state name}` → tensor.
+    """Returns the optimizer state that this rank holds, as `{parameter name}/{state name}` → tensor.
 
-    Empty before the first step. The tensors are the optimizer's own; those of a sharded parameter are DTensors.
+    It is empty before the first step. The tensors are not copies; for a sharded parameter they are DTensors.
     """
     own = _own(optimizer)
     names = _names(own, model)
@@ -63,7 +89,7 @@ def named_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
 
 
 def make_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """As `named_states`, after giving an optimizer that has not stepped yet a state of zeros, for a load to fill."""
+    """Fills the optimizer with zero states, into which a checkpoint can be loaded, and returns `named_states`."""
     own = _own(optimizer)
     params = [p for group in own.param_groups for p in group["params"]]
     state = {
@@ -74,22 +100,23 @@ def make_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
         }
         for i, p in enumerate(params)
     }
-    # load_state_dict puts each moment on its parameter's device, and `step` where fused wants it (pytorch#124133).
+    # load_state_dict moves each moment to its parameter's device, and `step` where fused AdamW needs it
+    # (pytorch#124133).
     own.load_state_dict({"state": state, "param_groups": own.state_dict()["param_groups"]})
     return named_states(optimizer, model)
 
 
 def forget_states(optimizer: Optimizer) -> None:
-    """Makes the optimizer one that has not stepped yet."""
+    """Drops all optimizer state, as before the first step."""
     _own(optimizer).state.clear()
 
 
 def _own(optimizer: Optimizer) -> Optimizer:
-    """The optimizer of this rank's partition in stage 1, otherwise the optimizer itself."""
+    """Returns the optimizer of this rank's partition in stage 1, otherwise the optimizer itself."""
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
 def _names(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """Parameter names in the optimizer's own order."""
+    """Returns the parameters' names in the optimizer's order."""
     name_of = {id(p): name for name, p in model.named_parameters()}
     return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]

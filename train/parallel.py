@@ -1,7 +1,10 @@
-"""From a model's description to one that trains on all ranks: docs/parallel.md tells what each stage divides."""
+"""Puts a model on all ranks: DDP, ZeRO-1 or FSDP2, as --zero_stage says. docs/parallel.md compares the stages."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,38 +19,140 @@ from torch.nn.parallel import DistributedDataParallel
 from cfg.config import Config
 from model.gpt import GPT, InitialValue, init_weights
 from model.loss import compiled_chunk_loss
-from util.ranks import Ranks
+from util.ranks import Ranks, set_timeout
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """A model on all ranks: one set of parameters under two names."""
+class ParallelModel:
+    """A model on all ranks. Calling it is the forward pass of training; `gpt` is the model without DDP's wrapper.
 
-    model: GPT  # names the parameters, evaluates, samples
-    train_model: torch.nn.Module  # the same, wrapped by DDP where there is DDP: this one trains
-    mesh: DeviceMesh | None  # of stages 2 and 3: (shard,) or (replicate, shard)
+    Checkpoints, evaluation and sampling use `gpt`. Both share one set of parameters.
+    """
 
-    def describe(self, config: Config) -> str:
-        """The strategy as the run's first line shows it."""
+    gpt: GPT
+    train_module: torch.nn.Module  # `gpt`, or DDP around it
+    mesh: DeviceMesh | None  # stages 2 and 3: (shard,) or (replicate, shard)
+    config: Config
+    ranks: Ranks
+
+    def __call__(self, idx: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the summed loss in nats and the number of targets, for ids and targets (B, T)."""
+        return self.train_module(idx, targets, positions=positions)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Returns the context in which matrix products are computed in --dtype."""
+        dtype = getattr(torch, self.config.dtype)
+        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Runs the block under autocast without the compiler, which would compile again for each length of text."""
+        with torch.compiler.set_stance("force_eager"), self.autocast():
+            yield
+
+    def set_gradient_sync(self, last: bool) -> None:
+        """Chooses before the forward pass of a micro-step whether its backward pass reduces gradients over ranks.
+
+        Before, because DDP decides there (huggingface/accelerate#1726). Gradients are reduced once a step, in the
+        `last` micro-step, and stage 2 gathers parameters once. With --sync_every_microbatch sharded gradients are
+        reduced over the shards in every micro-step, and over the replicas once. DDP's `no_sync` has no effect on
+        FSDP2 (pytorch#118298).
+        """
+        if isinstance(self.train_module, DistributedDataParallel):
+            cast(Any, self.train_module).require_backward_grad_sync = last
+        elif isinstance(self.gpt, FSDPModule):
+            # Offloaded gradients must not wait on the GPU for the last micro-step.
+            reduces = last or self.config.sync_every_microbatch or self.config.cpu_offload
+            self.gpt.set_is_last_backward(reduces)  # otherwise the last buffer lives through the next micro-step
+            self.gpt.set_requires_gradient_sync(reduces)
+            self.gpt.set_requires_all_reduce(last)
+            if self.config.zero_stage == 2:
+                self.gpt.set_reshard_after_backward(last)
+
+    def gradients(self) -> list[Tensor]:
+        """Returns the gradients that this rank holds."""
+        return [p.grad for p in self.gpt.parameters() if p.grad is not None]
+
+    def squared_grad_norm(self) -> Tensor:
+        """Returns this rank's share of the squared gradient norm: the sum over all ranks is the model's."""
+        return norm_squared(self.gradients(), self.mesh, self.ranks.world_size).to(self.ranks.device)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies all gradients by `factor`, in place."""
+        if factor != 1:
+            torch._foreach_mul_([local(g) for g in self.gradients()], factor)
+
+    def set_timeout(self, minutes: float) -> None:
+        """Sets how long a rank may wait for another in any process group that a training step uses."""
+        groups = [dist.group.WORLD] if dist.is_initialized() else []
+        if self.mesh is not None:
+            groups += self.mesh.get_all_groups()
+        set_timeout(minutes, groups)
+
+    def warm_up(self) -> None:
+        """Runs one backward pass, so that DDP arranges its gradient buckets before the first step instead of after it.
+
+        DDP rearranges them once, by the order in which gradients arrived in its first backward pass, and the
+        arrangement decides the order in which an all-reduce adds them. A resumed run would otherwise take its first
+        step with the other arrangement, and on more than two ranks round differently.
+        """
+        if isinstance(self.train_module, DistributedDataParallel):
+            # With the strides of a training batch, and positions if it has them, so that the compiler compiles once.
+            shape = self.config.batch_size, self.config.sequence_length + 1
+            idx = torch.zeros(shape, dtype=torch.long, device=self.ranks.device)[:, :-1]
+            positions = torch.arange(idx.size(1), device=idx.device).expand_as(idx) if self.config.doc_mask else None
+            with self.autocast():
+                loss, _ = self(idx, idx, positions)
+            loss.backward()
+            self.gpt.zero_grad(set_to_none=True)
+
+    def check_replicas(self) -> None:
+        """Raises RuntimeError if a parameter differs between ranks that must hold identical copies of it.
+
+        FSDP broadcasts nothing, so a rank that drew or loaded other values would train on unnoticed (OLMo-core#319).
+        """
+        if name := self.differing_parameter():
+            raise RuntimeError(f"{name} is not the same on all ranks that should hold the same part of it")
+
+    def differing_parameter(self) -> str | None:
+        """Returns the name of a parameter that differs between ranks holding the same part of it, or None.
+
+        Compares the sums of the parameters' bits read as integers.
+        """
+        parameters = dict(self.gpt.named_parameters())
+        bits = [local(p.detach()).contiguous().view(torch.int32) for p in parameters.values()]
+        sums = [int(b.sum(dtype=torch.int64)) for b in bits]
+        coordinate = self.mesh["shard"].get_local_rank() if self.mesh is not None else 0
+        all_sums = self.ranks.gather((coordinate, sums))
+        expected = next(others for where, others in all_sums if where == coordinate)
+        wrong = [n for n, a, b in zip(parameters, expected, sums, strict=True) if a != b]
+        return next((name for names in self.ranks.gather(wrong) for name in names), None)
+
+    def strategy(self) -> str:
+        """Returns the strategy as the banner shows it."""
         if self.mesh is None:
-            return ", ZeRO-1" if config.zero_stage == 1 and self.train_model is not self.model else ""
+            return ", ZeRO-1" if self.config.zero_stage == 1 and self.train_module is not self.gpt else ""
         shape = " × ".join(map(str, self.mesh.shape))
-        return f", ZeRO-{config.zero_stage} on {shape}" + (", offloaded to the host" if config.cpu_offload else "")
-
-    @property
-    def groups(self) -> list[dist.ProcessGroup]:
-        """Every process group in which a step communicates."""
-        if self.mesh is None:
-            return [dist.group.WORLD] if dist.is_initialized() else []
-        return [dist.group.WORLD, *self.mesh.get_all_groups()]
+        offloaded = ", offloaded to the host" if self.config.cpu_offload else ""
+        return f", ZeRO-{self.config.zero_stage} on {shape}{offloaded}"
 
 
-def parallelize(config: Config, ranks: Ranks, initial_value: InitialValue | None = None) -> Parallel:
-    """Builds the model with its initial weights, in the order recompute → compile each block → shard or replicate.
+def set_math_mode(config: Config, device: torch.device) -> None:
+    """Applies --tensorcores and --deterministic to torch."""
+    if config.tensorcores and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+        # Not warn_only: memory-efficient attention, which fp32 uses, would then warn and stay nondeterministic.
+        torch.use_deterministic_algorithms(True)
 
-    It is built on the meta device, so that no rank ever holds all of a sharded model; each parameter is then drawn or
-    read whole, one after the other, and every rank keeps its part: the same weights on any number of them. Without
-    an `initial_value` they are drawn.
+
+def parallelize(config: Config, ranks: Ranks, initial_value: InitialValue | None = None) -> ParallelModel:
+    """Returns the model with its initial weights: activation checkpointing → compile → shard or replicate.
+
+    The model is built on the meta device, so that no rank ever holds all of a sharded model. Then each parameter is
+    drawn (or read with `initial_value`) whole, one after the other, and every rank keeps its part. The weights are
+    therefore the same on any number of ranks.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -63,15 +168,15 @@ def parallelize(config: Config, ranks: Ranks, initial_value: InitialValue | None
     if mesh is None and ranks.world_size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         train_model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    return Parallel(model, train_model, mesh)
+    return ParallelModel(model, train_model, mesh, config, ranks)
 
 
 def compile_model(model: GPT, config: Config, device: torch.device) -> None:
-    """Compiles the loss and, in place, each block's forward; with --compile=model the model's `hidden` instead.
+    """Compiles the loss and each block's forward in place; with --compile=model, `hidden` instead of the blocks.
 
-    Per block, parameter names stay clean, the hooks that shard or replicate stay outside, and since blocks are alike
-    the compiler does the work once. As a whole, norms and residual additions fuse across blocks; it takes longer to
-    compile, and with several ranks gradients are reduced after the backward pass instead of during it.
+    Per block, parameter names stay unchanged, the hooks of FSDP stay outside, and the compiler works once for all
+    blocks. As one graph, norms and residual additions fuse across blocks, compilation takes longer, and with several
+    ranks gradients are reduced after the backward pass instead of during it.
     """
     # DDP's gradient hooks already fire block by block; splitting within a block would only break its fusion.
     torch._dynamo.config.optimize_ddp = False
@@ -81,13 +186,16 @@ def compile_model(model: GPT, config: Config, device: torch.device) -> None:
         for block in model.h:
             cast(Any, block).forward = torch.compile(block.forward)
     model.chunk_loss = compiled_chunk_loss()
-    # FlexAttention has no dropout, and takes no head narrower than a tensor core's tile.
+    # FlexAttention has no dropout and needs heads at least as wide as a tensor core's tile.
     flexible = config.flash and not config.dropout and config.head_size >= 16
     model.flex = device.type == "cuda" and flexible
 
 
 def make_mesh(config: Config, world_size: int, device_type: str) -> DeviceMesh:
-    """(shard,), or with --replicas (replicate, shard): neighbouring ranks, usually one node, share one copy."""
+    """Returns a mesh (shard,), or with --replicas (replicate, shard).
+
+    The ranks of a shard group are neighbours, usually one node, and hold one copy of the model together.
+    """
     if config.replicas == 1:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     shape = (config.replicas, world_size // config.replicas)
@@ -95,10 +203,10 @@ def make_mesh(config: Config, world_size: int, device_type: str) -> DeviceMesh:
 
 
 def shard(model: GPT, config: Config, ranks: Ranks) -> DeviceMesh:
-    """FSDP2 over each block, and over the rest (embeddings, last norm, head) as the root.
+    """Applies FSDP2 to each block, and to the rest (embeddings, last norm, head) as the root. Returns the mesh.
 
-    Master weights, gradients and their reduction are fp32; what is gathered for computing is in --dtype. Stage 3
-    drops a block's weights after its forward pass, but not the last one's, which backward needs at once.
+    Master weights, gradients and their reduction are fp32; weights gathered for computing are in --dtype. Stage 3
+    frees a block's gathered weights after its forward pass, except the last block's, which backward needs at once.
     """
     mesh = make_mesh(config, ranks.world_size, ranks.device.type)
     compute = None if config.dtype == "float32" else getattr(torch, config.dtype)
@@ -116,87 +224,31 @@ def shard(model: GPT, config: Config, ranks: Ranks) -> DeviceMesh:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a parameter, a gradient or an optimizer state; all of it where nothing is sharded."""
+    """Returns this rank's part of a parameter, gradient or optimizer state; all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Copies into a parameter the part of the whole `value` that this rank holds, without communication."""
+    """Copies this rank's part of the whole `value` into a parameter, without communication."""
     if isinstance(parameter, DTensor):
         value = local(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
     local(parameter).copy_(value)
 
 
-def sync_gradients(parallel: Parallel, config: Config, last: bool) -> None:
-    """Says before a micro-step's forward pass whether it is the `last`, after which gradients must be reduced.
-
-    Before, since DDP decides there (huggingface/accelerate#1726). Gradients are reduced once a step, and stage 2
-    gathers parameters once. With --sync_every_microbatch sharded gradients are reduced over the shards each time,
-    and only over the replicas once; DDP's `no_sync` would do nothing here (pytorch#118298).
-    """
-    if isinstance(parallel.train_model, DistributedDataParallel):
-        cast(Any, parallel.train_model).require_backward_grad_sync = last
-    elif isinstance(parallel.model, FSDPModule):
-        # Gradients that are offloaded must not wait for the last micro-step on the GPU.
-        reduces = last or config.sync_every_microbatch or config.cpu_offload
-        parallel.model.set_is_last_backward(reduces)  # else the last buffer lives through the next micro-step
-        parallel.model.set_requires_gradient_sync(reduces)
-        parallel.model.set_requires_all_reduce(last)
-        if config.zero_stage == 2:
-            parallel.model.set_reshard_after_backward(last)
-
-
 def reshard(model: GPT) -> None:
-    """Frees what a forward pass without a backward left gathered, so that parameters are this rank's part again."""
+    """Frees the weights that a forward pass without backward left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def norm_squared(gradients: list[Tensor], mesh: DeviceMesh | None, world_size: int) -> Tensor:
-    """This rank's share of the squared norm of all gradients: summed over all ranks it is that of the whole model."""
+    """Returns this rank's share of the squared norm of all gradients: the sum over all ranks is the model's."""
     parts = [local(g) for g in gradients]
     if parts[0].device.type == "cpu":
-        # There a norm adds up squares one after the other in fp32: over 10^8 of them it is percents off, and another
-        # number for each way of sharding. In pieces it is right, and no slower.
+        # On the CPU a norm adds squares one by one in fp32. Over 10^8 numbers that is off by percents, and differently
+        # for each way of sharding. In pieces it is accurate, and no slower.
         parts = [piece for part in parts for piece in part.flatten().split(2**16)]
     copies = world_size if mesh is None else mesh.size(0) if mesh.ndim == 2 else 1
     return torch.nn.utils.get_total_norm(parts).float().square() / copies
-
-
-def scale_gradients(gradients: list[Tensor], factor: float) -> None:
-    torch._foreach_mul_([local(g) for g in gradients], factor)
-
-
-def differing_replica(parallel: Parallel, ranks: Ranks) -> str | None:
-    """The name of a parameter that is not bit for bit the same on all ranks that hold the same part of it, or None.
-
-    Compares the sums of the bits read as integers. FSDP broadcasts nothing, so a rank that drew or loaded
-    something else would train on unnoticed (OLMo-core#319).
-    """
-    parameters = dict(parallel.model.named_parameters())
-    sums = [int(local(p.detach()).contiguous().view(torch.int32).sum(dtype=torch.int64)) for p in parameters.values()]
-    coordinate = parallel.mesh["shard"].get_local_rank() if parallel.mesh is not None else 0
-    everyone = ranks.gather((coordinate, sums))
-    mine = next(theirs for where, theirs in everyone if where == coordinate)
-    wrong = [n for n, a, b in zip(parameters, mine, sums, strict=True) if a != b]
-    return next((name for names in ranks.gather(wrong) for name in names), None)
-
-
-def settle(parallel: Parallel, config: Config, ranks: Ranks, autocast: Any) -> None:
-    """Makes DDP arrange its gradient buckets before the first step instead of after it.
-
-    It rearranges them once, by the order in which gradients arrived in its first backward pass, and how
-    gradients lie in buckets decides the order in which an all-reduce adds them. A resumed run would
-    otherwise take its first step with the other arrangement, and on more than two ranks round differently.
-    """
-    if isinstance(parallel.train_model, DistributedDataParallel):
-        # With a training batch's strides, and positions if it has them, so that the compiler compiles once.
-        tokens = torch.zeros(config.batch_size, config.sequence_length + 1, dtype=torch.long, device=ranks.device)
-        idx = tokens[:, :-1]
-        positions = torch.arange(idx.size(1), device=ranks.device).expand_as(idx) if config.doc_mask else None
-        with autocast:
-            loss, _ = parallel.train_model(idx, idx, positions=positions)
-        loss.backward()
-        parallel.model.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""What a rank says, kept in logs/rank_N.log with the time: the last lines tell what it was doing when it failed."""
+"""Log files of the ranks: logs/rank_N.log holds what each rank printed, with the time, and its last stacks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any, TextIO
 
 import torch
 
+from util.errors import UserError
 from util.ranks import Ranks
 
 _log: TextIO | None = None
 
 
 class _Console:
-    """stdout or stderr, copied to the log. If nobody reads it any longer, that counts as a closed terminal."""
+    """stdout or stderr, copied to the log. A console that can no longer be written counts as a closed terminal."""
 
     def __init__(self, stream: Any):
         self._stream, self._line = stream, ""
@@ -36,21 +37,21 @@ class _Console:
     def flush(self) -> None:
         self._try("flush")
 
-    def _try(self, what: str, *text: str) -> None:
+    def _try(self, method: str, *text: str) -> None:
         try:
-            getattr(self._stream, what)(*text)
+            getattr(self._stream, method)(*text)
         except OSError:
             self._stream = open(os.devnull, "w")
-            os.kill(os.getpid(), signal.SIGHUP)  # ends well; under nohup it goes on
+            os.kill(os.getpid(), signal.SIGHUP)  # saves and stops; under nohup training continues
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def keep_log(output_dir: Path, ranks: Ranks) -> None:
-    """From now on stdout, stderr and the stacks of a fatal signal are also in this rank's log."""
+    """Copies stdout, stderr and the stacks of a fatal signal to this rank's log from now on."""
     global _log
-    _log = open(path_of(output_dir, ranks.rank), "a", errors="replace", buffering=1)
+    _log = open(log_path(output_dir, ranks.rank), "a", errors="replace", buffering=1)
     faulthandler.enable(_log)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     note(
@@ -60,35 +61,45 @@ def keep_log(output_dir: Path, ranks: Ranks) -> None:
     sys.stdout, sys.stderr = _Console(sys.stdout), _Console(sys.stderr)
 
 
-def path_of(output_dir: Path, rank: int) -> Path:
+def log_path(output_dir: Path, rank: int) -> Path:
     return output_dir / "logs" / f"rank_{rank}.log"
 
 
 def note(line: str) -> None:
-    """A line for the log alone."""
+    """Writes a line to the log only."""
     if _log is not None:
-        with suppress(OSError):  # a full disk must not end a run here; it will where it matters
+        with suppress(OSError):  # if the disk is full, the next save reports it
             _log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
 def note_stacks() -> None:
-    """What every thread is doing, for the log."""
+    """Writes the stack of every thread to the log."""
     if _log is not None:
         faulthandler.dump_traceback(_log)
 
 
-def record_memory() -> None:
-    """From now on torch notes where in the code each piece of GPU memory that is in use was taken."""
-    torch.cuda.memory._record_memory_history("state", stacks="python")
+def record_memory(device: torch.device) -> None:
+    """Makes torch record where in the code each piece of GPU memory in use was allocated."""
+    if device.type == "cuda":
+        torch.cuda.memory._record_memory_history("state", stacks="python")
 
 
-def dump_memory() -> str:
-    """Leaves what is in the GPU's memory beside the log, for pytorch.org/memory_viz; says so, as the end of a line."""
+def out_of_memory(error: torch.OutOfMemoryError) -> UserError:
+    """Writes a snapshot of the GPU's memory beside the log, and returns the error for the user."""
+    return UserError(
+        f"out of memory on the GPU ({str(error).split('.')[0]}); lower --batch_size (--total_batch_size stays the same,"
+        f" with more micro-steps), or run scripts/plan.py to see what --activation_checkpointing and --zero_stage"
+        f" save{_dump_memory()}"
+    )
+
+
+def _dump_memory() -> str:
+    """Writes the snapshot and returns where it is, as the end of a message."""
     if _log is None:
         return ""
     path = Path(_log.name.replace("rank_", "oom_rank_")).with_suffix(".pickle")
     try:
         torch.cuda.memory._dump_snapshot(str(path))
-    except Exception as e:  # which is not the failure to be reported
+    except Exception as e:  # must not hide the error to be reported
         return f" (no memory snapshot: {e})"
-    return f"; {path} has what the memory was used for, for https://docs.pytorch.org/memory_viz"
+    return f"; {path} shows what the memory was used for, on https://docs.pytorch.org/memory_viz"

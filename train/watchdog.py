@@ -1,7 +1,8 @@
-"""A watch on training: a rank that makes no progress for too long says which rank is to blame, and ends.
+"""Watchdog: ends a run in which a rank makes no progress for too long, and names the rank that blocks the others.
 
-A process group's own timeout ends the ranks that wait, but says nothing of whom they waited for, and NCCL's not even in
-Python. So a thread of each rank tells torchrun's store every few seconds that it lives, and where its main thread is.
+A process group's timeout ends the waiting ranks without saying whom they waited for, and NCCL's does not even reach
+Python. So a thread of each rank sends a heartbeat to torchrun's store every second: a counter, the current task, and
+the line of code where the main thread is.
 """
 
 from __future__ import annotations
@@ -22,50 +23,56 @@ from train.rank_log import note, note_stacks
 from util.ranks import MARGIN, Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-PERIOD = 1.0  # seconds between two signs of life
-SILENCE = 6 * PERIOD  # without one for so long a rank is taken to be stopped or gone
-OVERDUE = -1  # instead of the number of a sign of life: a rank that has itself found that it waits too long
+PERIOD = 1.0  # seconds between heartbeats
+SILENCE = 6 * PERIOD  # a rank without a heartbeat for this long is stopped or gone
+OVERDUE = -1  # in place of the counter: this rank has found that it waits too long itself
 
 
 class _Task(NamedTuple):
-    what: str
-    seconds: float  # that it may take
+    name: str
+    seconds: float  # time limit
 
 
-usual_minutes = float("inf")  # that what is begun without a time of its own may take
-_task = _Task("the start", float("inf"))  # a new one at each progress
+default_minutes = float("inf")  # time limit of a task that is started without one
+_task = _Task("the start", float("inf"))  # a new object at each progress
 
 
-def at(what: str, minutes: float | None = None) -> None:
-    """Progress: this rank now begins `what`, which must not take longer than `minutes`."""
+def progress(name: str, minutes: float | None = None) -> None:
+    """Reports progress: this rank now starts the task `name`, which must end within `minutes`."""
     global _task
-    _task = _Task(what, 60 * (usual_minutes if minutes is None else minutes))
+    _task = _Task(name, 60 * (default_minutes if minutes is None else minutes))
+
+
+def set_default_minutes(minutes: float) -> None:
+    """Sets the time limit of tasks that are started without one."""
+    global default_minutes
+    default_minutes = minutes
 
 
 def start(ranks: Ranks) -> None:
-    """Begins to watch. With one rank there is nobody to wait for."""
+    """Starts the watchdog thread. A single rank cannot wait for another, so it has none."""
     if ranks.store is not None:
-        threading.Thread(target=_watch, args=(ranks, ranks.store), name="watch", daemon=True).start()
+        threading.Thread(target=_watch, args=(ranks, ranks.store), name="watchdog", daemon=True).start()
 
 
 def _watch(ranks: Ranks, store: dist.Store) -> None:
-    task, waited, sign, before = _task, 0.0, 0, time.monotonic()
-    with suppress(Exception):  # the store goes when torchrun does
+    task, waited, heartbeat, before = _task, 0.0, 0, time.monotonic()
+    with suppress(Exception):  # the store disappears when torchrun ends
         while waited <= task.seconds:
             time.sleep(PERIOD)
-            # A job that was suspended as a whole does not find itself overdue when it goes on.
+            # If the whole job was suspended, its pause does not count.
             now = time.monotonic()
             waited, before = waited + min(now - before, 2 * PERIOD), now
             if task is not _task:
                 task, waited = _task, 0.0
-            sign += 1
-            store.set(str(ranks.rank), json.dumps([sign, task.what, _place()]))
+            heartbeat += 1
+            store.set(str(ranks.rank), json.dumps([heartbeat, task.name, _place()]))
     if waited > task.seconds:
-        _end(ranks, store, task)
+        _end_process(ranks, store, task)
 
 
 def _place() -> str:
-    """Where in our code the main thread is."""
+    """Returns the line of rawgpt's code that the main thread is in."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -75,50 +82,53 @@ def _place() -> str:
     return "its start or end"
 
 
-def _end(ranks: Ranks, store: dist.Store, task: _Task) -> None:
-    """Says who is to blame, and ends this process."""
+def _end_process(ranks: Ranks, store: dist.Store, task: _Task) -> None:
+    """Prints which rank blocks the others, and ends this process."""
     note_stacks()
-    store.set(str(ranks.rank), json.dumps([OVERDUE, task.what, _place()]))
-    seen: list[dict[int, Any]] = []
-    # In a thread, as the store does not answer if the rank that keeps it is the one that was stopped.
-    asking = threading.Thread(target=_ask_twice, args=(ranks, store, task, seen), daemon=True)
-    asking.start()
-    asking.join(3 * SILENCE)
-    speaker, blame = ranks.rank, "torchrun's store does not answer: whoever keeps it is stopped or gone"
-    if len(seen) == 2:
-        silent = [rank for rank in range(ranks.world_size) if seen[0][rank] == seen[1][rank] and seen[1][rank][0] >= 0]
-        blame = _blame(silent, seen[1])
-        speaker = min(set(seen[1]) - set(silent))
+    store.set(str(ranks.rank), json.dumps([OVERDUE, task.name, _place()]))
+    reports: list[dict[int, Any]] = []
+    # In a thread, because the store does not answer if the stopped rank is the one that hosts it.
+    reader = threading.Thread(target=_read_heartbeats_twice, args=(ranks, store, task, reports), daemon=True)
+    reader.start()
+    reader.join(3 * SILENCE)
+    speaker, cause = ranks.rank, "torchrun's store does not answer: the process that hosts it is stopped or gone"
+    if len(reports) == 2:
+        first, second = reports
+        silent = [rank for rank in range(ranks.world_size) if first[rank] == second[rank] and second[rank][0] >= 0]
+        cause = _diagnose(silent, second)
+        speaker = min(set(second) - set(silent))
     line = (
-        f"error: no progress for {task.seconds / 60:g} minutes in {task.what}: {blame}; logs/rank_*.log has what each"
-        f" rank was doing; if it needs longer, see --step_timeout_minutes and --start_timeout_minutes"
+        f"error: no progress for {task.seconds / 60:g} minutes in {task.name}: {cause}; logs/rank_*.log shows what each"
+        f" rank was doing; if this step needs more time, raise --step_timeout_minutes or --start_timeout_minutes"
     )
     note(line)
     if ranks.rank == speaker:
         print(line, file=sys.__stderr__, flush=True)
     else:
-        time.sleep(5)  # torchrun stops all as soon as the first has gone, and one is to say it
+        time.sleep(5)  # torchrun stops all ranks as soon as the first has ended: let the speaker print first
     if ranks.device.type == "cuda":
-        time.sleep(MARGIN + 60)  # NCCL's own watchdog writes its flight recorder, and aborts
+        time.sleep(MARGIN + 60)  # meanwhile NCCL's own watchdog writes its flight recorder, and aborts
     os._exit(1)
 
 
-def _ask_twice(ranks: Ranks, store: dist.Store, task: _Task, seen: list[dict[int, Any]]) -> None:
-    """What each rank has last said, now and after a while in which all who live have said something new."""
+def _read_heartbeats_twice(ranks: Ranks, store: dist.Store, task: _Task, reports: list[dict[int, Any]]) -> None:
+    """Appends each rank's last heartbeat to `reports`, now and after a pause in which every live rank sends one."""
     for pause in (0.0, SILENCE):
         time.sleep(pause)
-        every = [str(rank) for rank in range(ranks.world_size)]
-        seen.append(
-            {int(r): json.loads(store.get(r)) if store.check([r]) else [0, task.what, "its start"] for r in every}
+        keys = [str(rank) for rank in range(ranks.world_size)]
+        reports.append(
+            {int(k): json.loads(store.get(k)) if store.check([k]) else [0, task.name, "its start"] for k in keys}
         )
 
 
-def _blame(silent: list[int], told: dict[int, Any]) -> str:
-    """Who holds up the others: those that are silent, or else those that are somewhere else than most."""
+def _diagnose(silent: list[int], reports: dict[int, Any]) -> str:
+    """Names the ranks that block the others: those without a heartbeat, else those at another place than most."""
     if silent:
-        lines = [f"rank {rank} does not answer, last seen in {told[rank][1]} at {told[rank][2]}" for rank in silent[:8]]
+        lines = [
+            f"rank {rank} does not answer, last seen in {reports[rank][1]} at {reports[rank][2]}" for rank in silent[:8]
+        ]
         return "; ".join(lines) + " (stopped, or its machine is gone)"
-    places = {rank: f"{where} in {what}" for rank, (_, what, where) in told.items()}
+    places = {rank: f"{place} in {task}" for rank, (_, task, place) in reports.items()}
     usual, count = Counter(places.values()).most_common(1)[0]
     odd = [rank for rank in places if places[rank] != usual]
     if not odd:

@@ -1,4 +1,4 @@
-"""Ranks: who am I, on which device, and the few collectives the loop needs."""
+"""The ranks of a run: their devices, process groups, and the few collectives that are needed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from util.device import choose_device
@@ -18,90 +19,101 @@ from util.errors import UserError, storage_error
 from util.launcher import launched_world_size
 
 T = TypeVar("T")
-MARGIN = 30.0  # seconds by which process groups time out later than train/watchdog.py, which can say who is to blame
+MARGIN = 30.0  # seconds by which process groups time out later than train/watchdog.py, which names the blocking rank
+
+
+def as_user_error(error: Exception) -> UserError | None:
+    """Returns the one-line form of a UserError or an operating-system error, or None for other exceptions."""
+    if isinstance(error, UserError):
+        return error
+    return storage_error(error) if isinstance(error, OSError) else None
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers. With one process there is nobody to talk to.
-
-    `cpu_group` is a gloo group with a long timeout, for what ranks decide or write on the host while others wait.
-    """
+    """This process's rank, device and process groups. With one process every collective is a no-op."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
-    cpu_group: dist.ProcessGroup | None = None
-    store: dist.Store | None = None  # torchrun's, for train/watchdog.py; None with one process
+    cpu_group: dist.ProcessGroup | None = None  # gloo, with a long timeout: decisions and files; None: one process
+    store: dist.Store | None = None  # torchrun's store, for train/watchdog.py; None: one process
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """All-reduces `x` in place."""
+    def sum(self, *values: Tensor) -> list[float]:
+        """Returns scalar tensors summed over ranks, in their dtype, with one all-reduce on the training device."""
+        total = torch.stack(values)
         if self.world_size > 1:
-            dist.all_reduce(x)
-        return x
+            dist.all_reduce(total)
+        return total.tolist()
 
     def sum_floats(self, values: list[float]) -> list[float]:
-        """Sums over ranks, element by element, in float64."""
+        """Returns numbers summed over ranks, element by element, in float64."""
         if self.world_size == 1:
             return values
-        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        return self.sum(*torch.tensor(values, dtype=torch.float64, device=self.device))
 
-    def on_main(self, decide: Callable[[], T]) -> T:
-        """Runs `decide` on rank 0; its value, or its UserError or what the disk refused, reaches every rank."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Returns for each flag whether it is true on any rank. Uses the CPU group, so it does not wait for the GPU."""
         if self.world_size == 1:
-            return decide()
-        box: list[Any] = [None]
-        if self.is_main:
-            try:
-                box = [decide()]
-            except UserError as error:
-                box = [error]
-            except OSError as error:
-                if (refused := storage_error(error)) is None:
-                    raise
-                box = [refused]
-        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
-        if isinstance(box[0], UserError):
-            raise box[0]
-        return cast(T, box[0])
-
-    def on_all(self, act: Callable[[], T]) -> T:
-        """What `act`, which must not communicate, gives on this rank. If it fails on one, as above, all raise that."""
-        if self.world_size == 1:
-            return act()
-        problem: UserError | None = None
-        try:
-            value = act()
-        except UserError as error:
-            problem = error
-        except OSError as error:
-            if (problem := storage_error(error)) is None:
-                raise
-        if first := next((p for p in self.gather(problem) if p is not None), None):
-            raise first
-        return value
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.cpu_group)
+        return values.bool().tolist()
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, on every rank."""
+        """Returns the values of all ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
+    def on_all(self, act: Callable[[], T], convert: Callable[[Exception], UserError | None] = as_user_error) -> T:
+        """Runs `act` on every rank and returns its value. If it fails on any rank, all ranks raise that error.
+
+        `convert` makes a UserError of an exception; exceptions for which it returns None are raised on their rank
+        only. `act` must not call collectives.
+        """
+        value, error = self._attempt(act, convert)
+        if first := next((e for e in self.gather(error) if e is not None), None):
+            raise first
+        return cast(T, value)
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Runs `act` on rank 0 and returns its value on all ranks. If it fails, all ranks raise its UserError."""
+        box: list[Any] = [self._attempt(act, as_user_error) if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        value, error = box[0]
+        if error is not None:
+            raise error
+        return cast(T, value)
+
+    @staticmethod
+    def _attempt(
+        act: Callable[[], T], convert: Callable[[Exception], UserError | None]
+    ) -> tuple[T | None, UserError | None]:
+        try:
+            return act(), None
+        except Exception as e:
+            if (error := convert(e)) is None:
+                raise
+            error.__cause__ = None if error is e else e
+            return None, error
+
 
 def init_ranks(
     wanted_device: str, start_timeout_minutes: float = 30, sharded: bool = False, logs: Path | None = None
 ) -> Ranks:
-    """Joins the process group that torchrun describes in the environment, if there is one.
+    """Joins the process group that torchrun describes in the environment, if there is one, and returns the ranks.
 
-    `sharded`: also one process becomes a group, of itself, which FSDP needs. `logs` is where NCCL's flight recorder
-    leaves each rank's last collectives if one of them times out.
+    With `sharded` a single process becomes a group too, because FSDP needs one. `logs` is the directory for NCCL's
+    flight recorder: each rank's last collectives, written if one of them times out.
     """
     world_size = launched_world_size()
     rank, local_rank = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK")) if world_size > 1 else (0, 0)
@@ -126,17 +138,17 @@ def init_ranks(
         world_size=world_size,
     )
     cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-    # A connection of its own: the other is not to be had while this rank waits in it.
-    signs = dist.PrefixStore("watch", store.clone()) if world_size > 1 else None
-    return Ranks(rank, local_rank, world_size, device, cpu_group, signs)
+    # The watchdog gets its own connection: a store connection is blocked while a thread waits on it.
+    heartbeats = dist.PrefixStore("watch", store.clone()) if world_size > 1 else None
+    return Ranks(rank, local_rank, world_size, device, cpu_group, heartbeats)
 
 
 def _meet(timeout: timedelta) -> dist.Store:
-    """torchrun's store, under a prefix of its own for each of torchrun's --max-restarts.
+    """Returns torchrun's store, with a separate prefix for each restart (torchrun --max-restarts).
 
-    The store lives as long as torchrun, and so do the addresses that workers left in it: after a restart gloo and
-    NCCL would look for the dead ones, and fail or hang (pytorch#135712; so it is in 2.11 to 2.13). Machines may count
-    restarts differently; on several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun use a new store each time.
+    The store lives as long as torchrun, and keeps the addresses of earlier workers. After a restart gloo and NCCL
+    would connect to the dead workers, and fail or hang (pytorch#135712, torch 2.11 to 2.13). Machines may count
+    restarts differently; on several machines TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every restart a new store.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -146,14 +158,14 @@ def _meet(timeout: timedelta) -> dist.Store:
 
 
 def group_timeout(minutes: float) -> timedelta:
-    """How long a process group waits where a rank has so many minutes."""
+    """Returns the timeout of a process group: MARGIN longer than the watchdog's."""
     return timedelta(minutes=minutes, seconds=MARGIN)
 
 
 def set_timeout(minutes: float, groups: list[dist.ProcessGroup]) -> None:
-    """From now on a rank that is waited for longer than this (and MARGIN) in one of `groups` ends the run.
+    """Sets how long a rank may wait for another in `groups`: `minutes` and MARGIN.
 
-    At start, compilation and uneven disks make some ranks wait long for others; in training that means a hang.
+    At the start, compilation and slow disks make ranks wait long for each other. Later a long wait is a hang.
     """
     for group in groups:
         _set_pg_timeout(group_timeout(minutes), group)

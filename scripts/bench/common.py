@@ -10,18 +10,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 
-import train_gpt
 from cfg.config import Config
 from model.gpt import InitialValue
-from train.metrics import device_name
+from train.metrics import StepResult, device_name
 from train.optim import make_optimizer
-from train.parallel import parallelize
-from train.scaling import LossScale
-from train.stability import StepGuard
+from train.parallel import ParallelModel, parallelize
+from train.stability import LossScaler, SpikeGuard
+from train_gpt import train_step
 from util.errors import UserError
 from util.files import write_atomically
 from util.ranks import Ranks
@@ -29,26 +29,19 @@ from util.ranks import Ranks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_run(config: Config, ranks: Ranks, initial_value: InitialValue | None = None) -> train_gpt.Run:
-    """Builds what `train_gpt.train_step` needs, in this process: no data, no output directory, no checkpoints."""
-    parallel = parallelize(config, ranks, initial_value)
-    optimizer, _ = make_optimizer(parallel.model, config, ranks.world_size)
-    nothing = cast(Any, None)
-    return train_gpt.Run(
-        config,
-        ranks,
-        train_data=nothing,
-        val_data=None,
-        tokenizer=None,
-        tokenizer_identity={},
-        end_of_text=None,
-        hellaswag=None,
-        parallel=parallel,
-        optimizer=optimizer,
-        scale=LossScale(config.dtype == "float16"),
-        guard=StepGuard(config),
-        saver=nothing,
-    )
+class Run:
+    """Everything that `train_gpt.train_step` needs, in this process: no data, no output directory, no checkpoints."""
+
+    def __init__(self, config: Config, ranks: Ranks, initial_value: InitialValue | None = None):
+        self.config, self.ranks = config, ranks
+        self.model: ParallelModel = parallelize(config, ranks, initial_value)
+        self.optimizer = make_optimizer(self.model.gpt, config, ranks.world_size)
+        self.scaler, self.guard = LossScaler(config), SpikeGuard(config)
+
+    def step(self, k: int, batch: Tensor) -> StepResult:
+        """Takes training step `k` on `batch`."""
+        parts = self.model, self.optimizer, self.scaler, self.guard
+        return train_step(k, batch, *parts, self.config, self.ranks, end_of_text=None)
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import train_gpt
 from cfg.config import Config, load_config
 from data.documents import document_positions
 from data.shards import write_shard
@@ -47,7 +46,7 @@ from eval.model import drain, in_dtype
 from eval.scoring import Request, gpt_forward, merge, score
 from model import loss as chunked_loss
 from model.loss import IGNORE_INDEX
-from scripts.bench.common import describe, make_run, save
+from scripts.bench.common import Run, describe, save
 from train.memory import deviation, planned_bytes
 from train.metrics import peak_memory, read_records
 from train.parallel import parallelize
@@ -120,7 +119,7 @@ def gradients(config: Config, full_logits: bool = False) -> dict[str, Tensor]:
     `full_logits` the loss is the plain F.cross_entropy.
     """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    model = parallelize(config, Ranks(0, 0, 1, device)).model
+    model = parallelize(config, Ranks(0, 0, 1, device)).gpt
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_size, config.sequence_length + 1)
     tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
@@ -267,13 +266,13 @@ def train_steps(bench: Bench, flags: list[str], steps: int) -> list[tuple[float,
     """Returns loss and gradient norm of each of the first steps, taken in this process."""
     config = bench.config(*flags)
     bench.ranks = bench.ranks or init_ranks(bench.device, sharded=True)
-    run, rows, length = make_run(config, bench.ranks), config.batch_size, config.sequence_length + 1
+    run, rows, length = Run(config, bench.ranks), config.batch_size, config.sequence_length + 1
     found = []
     for k in range(1, steps + 1):
         start = torch.arange(rows)[:, None] * 31 + k * 17
         batch = ((start + torch.arange(length)) % PERIOD).to(bench.device)
-        loss, norm, _, _ = train_gpt.train_step(run, k, batch, [])
-        found.append((loss, norm))
+        result = run.step(k, batch)
+        found.append((result.loss, result.grad_norm))
     return found
 
 
@@ -341,7 +340,7 @@ def check_scoring(bench: Bench) -> Iterator[Figure]:
 
     for family, dtype in itertools.product(FAMILIES, LIMITS):
         config, device = bench.config(*FAMILIES[family].split(), f"--dtype={dtype}"), torch.device(bench.device)
-        model = parallelize(config, Ranks(0, 0, 1, device)).model.eval()
+        model = parallelize(config, Ranks(0, 0, 1, device)).gpt.eval()
         longest = config.n_positions // 2
         requests = [
             Request(ids(longest, config.vocab_size), [ids(longest, config.vocab_size) for _ in range(4)])
@@ -365,7 +364,7 @@ def check_generation(bench: Bench) -> Iterator[Figure]:
     """Greedy tokens with the key-value cache, beyond the model's window too, and by a forward of all for each token."""
     for family in FAMILIES:
         config, device = bench.config(*FAMILIES[family].split()), torch.device(bench.device)
-        model = parallelize(config, Ranks(0, 0, 1, device)).model.eval()
+        model = parallelize(config, Ranks(0, 0, 1, device)).gpt.eval()
         limit = config.n_positions
         prompts = [[7], list(range(limit // 2)), list(range(limit - 4))]
         found = [list(row) for row in zip(*generate(model, prompts, 12, Sampling(temperature=0)), strict=True)]
@@ -419,7 +418,7 @@ def measure_documents(bench: Bench) -> Iterator[Figure]:
     """
     flags = ["--sequence_length=1024", "--batch_size=16", "--dtype=bfloat16", "--compile=1"]
     config, device = load_config(flags, world_size=1), torch.device(bench.device)
-    model = parallelize(config, Ranks(0, 0, 1, device)).model
+    model = parallelize(config, Ranks(0, 0, 1, device)).gpt
     shape = (config.batch_size, config.sequence_length)
     idx = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     rates = []

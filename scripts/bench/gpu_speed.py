@@ -33,10 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import train_gpt
 from cfg.config import Config, load_config
 from model import loss as chunked_loss
-from scripts.bench.common import describe, make_run, save
+from scripts.bench.common import Run, describe, save
 from scripts.bench.gpu_table import number
 from scripts.bench.nanogpt import load_nanogpt
 from train.memory import planned_bytes
@@ -267,8 +266,8 @@ def measure_training(bench: Bench, setting: Setting) -> None:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
 
     with loss_variant(bench, setting.scatter, setting.chunk) as chunk_loss:
-        run = make_run(config, bench.rank(), value)
-        run.model.chunk_loss = chunk_loss
+        run = Run(config, bench.rank(), value)
+        run.model.gpt.chunk_loss = chunk_loss
         tokens = config.batch_size * config.sequence_length
         micro_steps = config.total_batch_size // tokens
         shape = micro_steps * config.batch_size, config.sequence_length + 1
@@ -276,9 +275,9 @@ def measure_training(bench: Bench, setting: Setting) -> None:
         numbers = count(1)
 
         def step(n: int) -> None:
-            train_gpt.train_step(run, next(numbers), batch[: n * config.batch_size], votes=[])
+            run.step(next(numbers), batch[: n * config.batch_size])
 
-        time_steps(bench, step, micro_steps, tokens, run.model.flops_per_token(config.sequence_length))
+        time_steps(bench, step, micro_steps, tokens, run.model.gpt.flops_per_token(config.sequence_length))
         if not setting.scatter:  # whose memory is not planned
             planned = planned_bytes(config, 1, chunked_loss.memory_of(bench.rank().device)).peak
             bench.note("planned GiB", planned / 2**30)

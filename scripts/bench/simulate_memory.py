@@ -56,7 +56,7 @@ from model.gpt import GPT
 from model.loss import CHUNK_ELEMENTS
 from train.memory import MOST_ROWS_ON_CPU, micro_steps, moments, planned_bytes
 from train.optim import make_optimizer
-from train.parallel import Parallel, shard, sync_gradients
+from train.parallel import ParallelModel, shard
 from util.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -124,13 +124,14 @@ def simulate(config: Config, world_size: int) -> dict[str, int]:
         mesh = shard(model, config, Ranks(0, 0, world_size, CPU)) if config.zero_stage >= 2 else None
         with private_torch().FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device=CPU)
-            return two_steps(Parallel(model, model, mesh), config, world_size)
+            parallel = ParallelModel(model, model, mesh, config, Ranks(0, 0, world_size, CPU))
+            return two_steps(parallel, config, world_size)
 
 
-def two_steps(parallel: Parallel, config: Config, world_size: int) -> dict[str, int]:
+def two_steps(parallel: ParallelModel, config: Config, world_size: int) -> dict[str, int]:
     """The second step's peak: by then the optimizer has its states."""
-    model = parallel.model
-    optimizer, _ = make_optimizer(model, config, world_size)
+    model = parallel.gpt
+    optimizer = make_optimizer(model, config, world_size)
     tools = private_torch()
     tracker = tools.FSDPMemTracker(model, optimizer) if parallel.mesh else tools.MemTracker()
     if not parallel.mesh:
@@ -142,7 +143,7 @@ def two_steps(parallel: Parallel, config: Config, world_size: int) -> dict[str, 
         with tracker:  # which forgets its peak on entering
             for i in range(n):
                 tracker.reset_mod_stats()
-                sync_gradients(parallel, config, last=i == n - 1)
+                parallel.set_gradient_sync(last=i == n - 1)
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                     loss, _ = model(idx, idx)
                 loss.backward()

@@ -80,7 +80,7 @@ def one_side(side: str, config: Config, steps: int, nanogpt: Path | None) -> dic
         model = GPT(config)
         init_weights(model, 0)
         model.to(device)
-        optimizer = make_optimizer(model, config, world_size=1)[0]
+        optimizer = make_optimizer(model, config, world_size=1)
     elif side == "nanogpt":
         assert nanogpt is not None
         theirs = load_nanogpt(nanogpt)

@@ -41,10 +41,10 @@ def compute_or_fail(self, *args):
     return residual(self, *args)
 
 
-def counted(run, step, *args):
+def counted(step, *args):
     global steps
     steps = step
-    return train_step(run, step, *args)
+    return train_step(step, *args)
 
 
 train_step, train_gpt.train_step = train_gpt.train_step, counted

@@ -25,9 +25,9 @@ config = load_config()
 import torch
 
 import train_gpt
-from train import checkpoint
+from train.checkpoint_writer import CheckpointWriter
 from train.optim import named_states
-from train.parallel import local
+from train.parallel import ParallelModel, local
 
 always, what, *numbers = re.fullmatch(r"(!?)(\w+)@(\d+)-(\d+)", os.environ.get("FAIL", "nothing@0-0")).groups()
 first, last = map(int, numbers)
@@ -35,45 +35,53 @@ start, ahead = map(int, os.environ.get("PASS_OVER", "0+0").split("+"))
 is_last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 now = False
 bad_batches = []
-train_step, norm_squared = train_gpt.train_step, train_gpt.norm_squared
+train_step, open_train_data = train_gpt.train_step, train_gpt.open_train_data
+squared_grad_norm = ParallelModel.squared_grad_norm
 
 
-def gradients_or_worse(gradients, *rest):
+def open_and_keep(*args):
+    global train_data
+    train_data = open_train_data(*args)
+    return train_data
+
+
+def wrong_gradients(model):
     if now and what == "gradient":
-        local(gradients[0]).view(-1)[:1] = torch.inf
+        local(model.gradients()[0]).view(-1)[:1] = torch.inf
     if now and what == "spike":
-        torch._foreach_mul_([local(g) for g in gradients], 1000.0)
-    return norm_squared(gradients, *rest)
+        model.scale_gradients(1000.0)
+    return squared_grad_norm(model)
 
 
-def batch_of(run, step):
+def batch_of(step, ranks):
     """Returns this rank's part of the batch of a step of an undisturbed run."""
-    return run.train_data.batch(step, run.ranks.rank, run.ranks.world_size).long()
+    return train_data.batch(step, ranks.rank, ranks.world_size).long()
 
 
-def step_or_worse(run, step, batch, *rest):
+def wrong_step(step, batch, model, optimizer, *rest):
     global now
+    ranks = model.ranks
     if start and step >= start:
-        batch = batch_of(run, step + ahead)
+        batch = batch_of(step + ahead, ranks)
     if what != "nothing" and not always and not bad_batches:
-        bad_batches.extend(batch_of(run, bad_step) for bad_step in range(first, last + 1))
+        bad_batches.extend(batch_of(bad_step, ranks) for bad_step in range(first, last + 1))
     now = is_last and (first <= step <= last if always else any(torch.equal(batch, bad) for bad in bad_batches))
-    if run.ranks.is_main and "BATCHES" in os.environ:
+    if ranks.is_main and "BATCHES" in os.environ:
         with open(os.environ["BATCHES"], "a") as f:
             f.write(json.dumps({"step": step, "batch": batch.tolist()}) + "\n")
     while now and what == "stuck":
         time.sleep(0.1)
     if now and what == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    hook = run.model.register_forward_hook(lambda *call: (call[-1][0] * (torch.nan if now else 1), call[-1][1]))
+    hook = model.gpt.register_forward_hook(lambda *call: (call[-1][0] * (torch.nan if now else 1), call[-1][1]))
     if what != "loss":
         hook.remove()
-    result = train_step(run, step, batch, *rest)
+    result = train_step(step, batch, model, optimizer, *rest)
     hook.remove()
     if now and what in ("weights", "moments"):
-        moments = (t for name, t in named_states(run.optimizer, run.model).items() if name.endswith("/exp_avg"))
+        moments = (t for name, t in named_states(optimizer, model.gpt).items() if name.endswith("/exp_avg"))
         with torch.no_grad():
-            local(next(run.model.parameters() if what == "weights" else moments)).view(-1)[:1] = torch.nan
+            local(next(model.gpt.parameters() if what == "weights" else moments)).view(-1)[:1] = torch.nan
     return result
 
 
@@ -82,7 +90,8 @@ def write_slowly(*args):
     write(*args)
 
 
-train_gpt.train_step, train_gpt.norm_squared = step_or_worse, gradients_or_worse
+train_gpt.train_step, train_gpt.open_train_data = wrong_step, open_and_keep
+ParallelModel.squared_grad_norm = wrong_gradients
 if what == "oom":
-    write, checkpoint.Saver._write = checkpoint.Saver._write, write_slowly
+    write, CheckpointWriter._write = CheckpointWriter._write, write_slowly
 run_command(lambda: train_gpt.main(config), teardown=False)

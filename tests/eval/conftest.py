@@ -9,7 +9,7 @@ from cfg.config import load_config
 from eval import cli
 from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
-from train.checkpoint import Saver
+from train.checkpoint_writer import CheckpointWriter
 from train.optim import make_optimizer
 from util.ranks import Ranks
 
@@ -24,7 +24,7 @@ def save_untrained(folder, *flags, tokenizer="none"):
     init_weights(model, 0)
     shake(model)
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
-    Saver(config, ranks).save(1, model, make_optimizer(model, config, 1)[0], {"tokenizer": {"name": tokenizer}})
+    CheckpointWriter(config, ranks).save(1, model, make_optimizer(model, config, 1), {"tokenizer": {"name": tokenizer}})
     return folder
 
 

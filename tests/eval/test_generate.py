@@ -23,7 +23,7 @@ from eval.generate import FEW, Sampling, candidates, draw, generate, read, read_
 from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
 from model.kv_cache import KVCache
-from train import checkpoint
+from train.checkpoint_writer import CheckpointWriter
 from train.optim import make_optimizer
 from util.errors import UserError
 from util.ranks import Ranks
@@ -225,8 +225,8 @@ def saved(tmp_path_factory):
     model = make("--sequence_length=64")
     state = {"record": {"step": 1}, "tokenizer": tokenizer.identity}
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
-    saver = checkpoint.Saver(config, ranks)
-    saver.save(1, model, make_optimizer(model, config, 1)[0], state, tokenizer.files)
+    saver = CheckpointWriter(config, ranks)
+    saver.save(1, model, make_optimizer(model, config, 1), state, tokenizer.files)
     return folder / "run", tokenizer
 
 

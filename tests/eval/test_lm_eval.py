@@ -20,7 +20,7 @@ from data.tokenizers.hf_json import _byte_letters
 from data.tokenizers.tokenizer import END_OF_TEXT, load_tokenizer
 from eval.generate import Sampling
 from model.gpt import GPT
-from train.checkpoint import Saver
+from train.checkpoint_writer import CheckpointWriter
 from train.optim import make_optimizer
 from util.errors import UserError
 from util.ranks import Ranks
@@ -167,8 +167,8 @@ def checkpoint(hf_folder, tmp_path_factory):
         for name, parameter in ours.named_parameters():
             value = source[name].t() if name.endswith("weight") and "c_" in name else source[name]
             parameter[: len(value)] = value  # the vocabulary is padded
-    saver = Saver(config, Ranks(0, 0, 1, torch.device("cpu")))
-    saver.save(1, ours, make_optimizer(ours, config, 1)[0], {"tokenizer": load_tokenizer().identity})
+    saver = CheckpointWriter(config, Ranks(0, 0, 1, torch.device("cpu")))
+    saver.save(1, ours, make_optimizer(ours, config, 1), {"tokenizer": load_tokenizer().identity})
     return folder
 
 

@@ -4,6 +4,7 @@ argv[2] is the folder in which the settings leave their checkpoints for those on
 """
 
 import json
+import math
 import sys
 import traceback
 import weakref
@@ -20,18 +21,10 @@ from cfg.origin import open_origin
 from model.formats.checkpoint import list_checkpoints
 from model.formats.pretrained import initial_values, reader
 from model.gpt import GPT, initial_value
-from train import checkpoint
+from train.checkpoint import load_checkpoint
+from train.checkpoint_writer import CheckpointWriter
 from train.optim import make_optimizer, named_states
-from train.parallel import (
-    differing_replica,
-    local,
-    make_mesh,
-    norm_squared,
-    parallelize,
-    reshard,
-    scale_gradients,
-    sync_gradients,
-)
+from train.parallel import local, make_mesh, norm_squared, parallelize, reshard
 from util.errors import run_command
 from util.ranks import Ranks, close_ranks, init_ranks
 
@@ -54,23 +47,22 @@ class Setting:
         self.config = load_config([*flags, "--device=cpu", f"--output_dir={output_dir}"], ranks.world_size)
         self.ranks = ranks
         self.parallel = parallelize(self.config, ranks)
-        self.model = self.parallel.model
-        self.optimizer = make_optimizer(self.model, self.config, ranks.world_size)[0]
+        self.model = self.parallel.gpt
+        self.optimizer = make_optimizer(self.model, self.config, ranks.world_size)
 
     def step(self, seed, micro_steps=MICRO_STEPS):
         """One update, as train_gpt.py does it; the gradient norm."""
         rows = torch.arange(8 * micro_steps * 17).view(-1, 17) * (seed + 1) % 251
         mine = rows.chunk(self.ranks.world_size)[self.ranks.rank]
         for i, micro_batch in enumerate(mine.chunk(micro_steps)):
-            sync_gradients(self.parallel, self.config, last=i == micro_steps - 1)
-            loss, _ = self.parallel.train_model(micro_batch[:, :-1], micro_batch[:, 1:])
+            self.parallel.set_gradient_sync(last=i == micro_steps - 1)
+            loss, _ = self.parallel(micro_batch[:, :-1], micro_batch[:, 1:])
             (loss * self.ranks.world_size / rows.numel()).backward()
-        gradients = [p.grad for p in self.model.parameters()]
-        squared = self.ranks.sum(norm_squared(gradients, self.parallel.mesh, self.ranks.world_size))
-        scale_gradients(gradients, 0.5)
+        [squared] = self.ranks.sum(self.parallel.squared_grad_norm())
+        self.parallel.scale_gradients(0.5)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return squared.sqrt().item()
+        return squared**0.5
 
     def whole(self):
         """Every parameter and every state of the optimizer, whole, on every rank."""
@@ -119,7 +111,7 @@ def check_imported_weights(ranks, folder):
         with torch.device("meta"):
             shapes = {n: p.shape for n, p in GPT(config).named_parameters()}
         expected = {n: values(n, s).float() for n, s in shapes.items()}
-        model = parallelize(config, ranks, lambda name, shape: read(name)).model
+        model = parallelize(config, ranks, lambda name, shape: read(name)).gpt
         named = {n: p.detach() for n, p in model.named_parameters()}
         assert_equal({n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named.items()}, expected)
         if config.zero_stage >= 2:
@@ -181,13 +173,13 @@ def check_replicas(ranks, folder):
     """A rank that holds something else than its copies is found by the parameter's name, on all ranks."""
     for name, flags in settings(ranks.world_size).items():
         setting = Setting(ranks, *flags)
-        assert differing_replica(setting.parallel, ranks) is None
+        assert setting.parallel.differing_parameter() is None
         if ranks.rank == ranks.world_size - 1:
             with torch.no_grad():
                 local(setting.model.h[1].mlp.c_fc.weight)[-1, -1] += 1e-3
         has_copies = ranks.world_size > 1 and (setting.config.zero_stage < 2 or setting.config.replicas > 1)
         expected = "h.1.mlp.c_fc.weight" if has_copies else None
-        assert differing_replica(setting.parallel, ranks) == expected, name
+        assert setting.parallel.differing_parameter() == expected, name
 
 
 def check_norm(ranks, folder):
@@ -196,11 +188,11 @@ def check_norm(ranks, folder):
     mesh = make_mesh(Setting(ranks, "--zero_stage=3").config, ranks.world_size, "cpu")
     shard = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
     for gradient, how in ((whole, None), (shard, mesh)):
-        norm = ranks.sum(norm_squared([gradient], how, ranks.world_size)).sqrt().item()
+        norm = ranks.sum(norm_squared([gradient], how, ranks.world_size))[0] ** 0.5
         assert abs(norm / whole.double().norm().item() - 1) < 1e-6, norm
     if ranks.rank == ranks.world_size - 1:
         local(shard)[-1] = float("nan")
-    assert ranks.sum(norm_squared([shard], mesh, ranks.world_size)).isnan()
+    assert math.isnan(ranks.sum(norm_squared([shard], mesh, ranks.world_size))[0])
 
 
 def check_evaluation_leaves_shards(ranks, folder):
@@ -221,7 +213,7 @@ def check_save(ranks, folder):
         setting = Setting(ranks, *flags, f"--async_save={i % 2}", output_dir=output_dir)
         for k in range(2):
             setting.step(k)
-        saver = checkpoint.Saver(setting.config, ranks)
+        saver = CheckpointWriter(setting.config, ranks)
         saver.save(2, setting.model, setting.optimizer, {})
         whole = setting.whole()
         setting.step(2)  # the copy is written, not what the next step makes of it
@@ -238,7 +230,7 @@ def check_load(ranks, folder):
         norms = []
         for flags in settings(ranks.world_size).values():
             setting = Setting(ranks, *flags)
-            checkpoint.load(list_checkpoints(family)[0], setting.model, setting.optimizer)
+            load_checkpoint(list_checkpoints(family)[0], setting.model, setting.optimizer)
             assert_equal(setting.whole(), expected)
             norms.append(setting.step(2))
         assert max(norms) - min(norms) < 5e-6, (family, norms)

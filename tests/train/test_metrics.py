@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfg.config import load_config
-from train.metrics import Metrics, duration, peak_flops, plot_losses, read_records, to_json
+from train.metrics import Metrics, duration, peak_flops, read_records, to_json
+from train.plot import plot_losses
 from util.errors import StorageError
 from util.ranks import Ranks
 
@@ -29,7 +30,9 @@ def record(step, **extra):
 
 def start(tmp_path, step=0, *flags):
     (tmp_path / "logs").mkdir(exist_ok=True)
-    return Metrics(load_config([f"--output_dir={tmp_path}", *flags], world_size=1), ALONE, step, None)
+    metrics = Metrics(load_config([f"--output_dir={tmp_path}", *flags], world_size=1), ALONE)
+    metrics.start(step)
+    return metrics
 
 
 def test_numbers_keep_all_their_digits(tmp_path):
@@ -46,7 +49,7 @@ def test_what_is_not_a_number_is_null_and_the_file_stays_json(tmp_path, capsys):
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert line["loss"] is None and line["grad_norm"] is None
     assert read_records(tmp_path / "metrics.jsonl") == [line]
-    assert "not taken: loss or gradient not finite" in capsys.readouterr().out
+    assert "skipped: loss or gradient not finite" in capsys.readouterr().out
 
 
 def test_a_resume_drops_later_and_torn_lines_and_keeps_a_copy(tmp_path):
@@ -128,7 +131,8 @@ def test_other_ranks_write_nothing(tmp_path):
             return None  # what rank 0 gives
 
     second = Second(1, 1, 2, torch.device("cpu"))
-    metrics = Metrics(load_config([f"--output_dir={tmp_path}"], world_size=1), second, 0, None)
+    metrics = Metrics(load_config([f"--output_dir={tmp_path}"], world_size=1), second)
+    metrics.start(0)
     metrics.log(record(1))
     metrics.say("hello")
     metrics.close()

@@ -5,12 +5,12 @@ import math
 import pytest
 
 from cfg.config import load_config
-from train.schedule import learning_rate
+from train.optim import learning_rate
 
 
 def rates(*flags, steps=100):
     config = load_config([f"--num_iterations={steps}", "--learning_rate=1.0", *flags], world_size=1)
-    return [learning_rate(step, steps, config) for step in range(1, steps + 1)]
+    return [learning_rate(step, config) for step in range(1, steps + 1)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])

@@ -43,7 +43,8 @@ def test_one_rank_needs_no_collective():
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     assert ranks.on_main(lambda: "chosen") == "chosen"
     assert ranks.sum_floats([1.0, 2.0]) == [1.0, 2.0]
-    assert ranks.sum(torch.tensor(3.0)).item() == 3.0
+    assert ranks.sum(torch.tensor(3.0), torch.tensor(1.0)) == [3.0, 1.0]
+    assert ranks.any(False, True) == [False, True]
 
 
 def test_training_leaves_without_the_teardown_in_which_gloo_may_abort():

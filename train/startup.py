@@ -1,0 +1,20 @@
+"""The start of train_gpt.py: flags are checked before torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from util.launcher import die_with_launcher
+
+if TYPE_CHECKING:
+    from cfg.config import Config
+
+
+def read_config() -> Config:
+    """Reads the command line, so that --help and mistakes are answered at once. Ties the process to torchrun first."""
+    die_with_launcher()
+    from cfg.config import load_config
+    from util.errors import one_line_errors
+
+    with one_line_errors():
+        return load_config()
