@@ -42,9 +42,10 @@ from data.shards import Shard
 from data.tokenizers.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, check_same_tokenizer, load_tokenizer
 from data.tokenizers.transfer import token_rows
 from eval import hellaswag
+from eval.encoding import text_encoder
 from eval.generate import Sampling, generate
 from eval.reference import GPT2_ACC_NORM
-from eval.scoring import follow_on, gpt_forward, merge, score
+from eval.scoring import ScoringModel, gpt_forward, score_in_steps
 from eval.validation import fixed_windows, summarize, windows_loss
 from model.formats.checkpoint import read_state
 from model.formats.pretrained import initial_values, newest, reader
@@ -84,7 +85,7 @@ class Run:
     tokenizer: Tokenizer | None
     tokenizer_identity: dict[str, Any]  # name, size and hash: what shards and checkpoints are compared with
     end_of_text: int | None  # the token that documents begin with; None without --doc_mask
-    hellaswag: hellaswag.Asked | None  # None without --hellaswag_every
+    hellaswag: hellaswag.Questions | None  # None without --hellaswag_every
     parallel: Parallel
     optimizer: torch.optim.Optimizer
     scale: LossScale
@@ -127,7 +128,7 @@ def setup(config: Config) -> Run:
     train_data = open_train_data(config, identity)
     val_data = open_val_data(config, identity) if config.input_val_bin else None
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
-    asked = open_hellaswag(config, ranks, tokenizer) if config.hellaswag_every and tokenizer else None
+    questions = open_hellaswag(config, ranks, tokenizer) if config.hellaswag_every and tokenizer else None
     weights = first_weights(config, ranks)
     ranks.on_main(lambda: guard.claim_output_dir(output_dir))
     guard.check_shared(output_dir, ranks)
@@ -142,7 +143,7 @@ def setup(config: Config) -> Run:
     set_timeout(config.start_timeout_minutes, parallel.groups)  # those of --replicas have one of their own
     optimizer, line = make_optimizer(parallel.model, config, ranks.world_size)
     saver = checkpoint.Saver(config, ranks)
-    data = (train_data, val_data, tokenizer, identity, end_of_text, asked)
+    data = (train_data, val_data, tokenizer, identity, end_of_text, questions)
     scale, steps = LossScale(config.dtype == "float16"), StepGuard(config)
     run = Run(config, ranks, *data, parallel, optimizer, scale, steps, saver)
     if ranks.is_main:
@@ -227,15 +228,14 @@ def open_tokenizer(config: Config, ranks: Ranks) -> Tokenizer | None:
     return load_tokenizer(config.tokenizer, config.vocab_size)
 
 
-def open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> hellaswag.Asked:
-    """The examples, which rank 0 finds or fetches for all, as both scorings ask them."""
+def open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> hellaswag.Questions:
+    """Returns the questions of the examples, which rank 0 finds or downloads for all ranks."""
 
     def read() -> list[Example]:
         source = find_source(config.hellaswag_data, DEFAULT_OUTPUT, "hellaswag_data")
         return hellaswag.read_examples(source, config.hellaswag_limit)
 
-    how = (tokenizer.encode_whole, follow_on(tokenizer.encode), tokenizer.before_text[0])
-    return hellaswag.questions(ranks.on_main(read), *how)
+    return hellaswag.make_questions(ranks.on_main(read), text_encoder(tokenizer))
 
 
 def resume(run: Run, choice: str) -> dict[str, Any]:
@@ -350,17 +350,13 @@ def validate(run: Run, stop: guard.StopRequest) -> dict[str, float | None]:
 
 def hellaswag_accuracy(run: Run, stop: guard.StopRequest) -> dict[str, float]:
     """Accuracies in both scorings, the examples split over the ranks."""
-    config, ranks, asked = run.config, run.ranks, run.hellaswag
-    assert asked is not None, "HellaSwag is due only with its examples"
-    requests = hellaswag.requests(asked)
+    config, ranks, questions = run.config, run.ranks, run.hellaswag
+    assert questions is not None, "HellaSwag is due only with its examples"
     tokens = max(config.batch_size * config.sequence_length, 4096)  # without gradients that is little
-    split = (ranks.rank, ranks.world_size)
-    work = score(gpt_forward(run.model), requests, config.n_positions, tokens, ranks.device, True, *split)
-    pieces = aside("HellaSwag", work, run.model, ranks, stop, run.eager)
-    if pieces is None:
-        return {}
-    scores = merge((piece for share in ranks.gather(pieces) for piece in share), requests)
-    return hellaswag.record_of(hellaswag.accuracies(asked, scores))
+    model = ScoringModel(gpt_forward(run.model), ranks, config.n_positions, tokens)
+    work = score_in_steps(model, hellaswag.to_requests(questions))
+    scores = aside("HellaSwag", work, run.model, ranks, stop, run.eager)
+    return hellaswag.to_record(hellaswag.accuracies(questions, scores)) if scores is not None else {}
 
 
 def sample(run: Run, stop: guard.StopRequest, step: int) -> str:
