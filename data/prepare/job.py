@@ -1,8 +1,8 @@
 """Text → shards, on all cores: the same bytes whatever the number of workers and however often it was interrupted.
 
 The input is planned as units (data/prepare/sources.py). Worker processes read and encode a unit each and leave its
-tokens in a file; this process appends them to the shards in the order of the units, and keeps a journal of how far it is. All
-of it happens in the hidden folder `.partial` of the output; the shards are moved out when they are complete, the
+tokens in a file; this process appends them to the shards in the order of the units, and keeps a journal of how far it
+is. All of it happens in the hidden folder `.partial` of the output; the shards are moved out when they are complete, the
 manifest last, so that an interrupted run leaves nothing that a glob would pick up and the same command goes on from
 the journal.
 
