@@ -11,12 +11,14 @@ if __name__ == "__main__":
     die_with_launcher()  # first of all: torch takes seconds to import, in which the launcher may be killed
 
 from cfg.config import Config, load_config, to_yaml
-from cfg.origin import open_origin
+from model.formats.pretrained import open_pretrained
 from util.errors import DivergedError, UserError, one_line_errors, run_command
 
 if __name__ == "__main__":
     with one_line_errors():
-        config = load_config()  # before torch is imported, so that --help and mistakes are answered at once
+        config = load_config(
+            describe=open_pretrained
+        )  # before torch is imported, so that --help and mistakes are answered at once
 
 import math
 import os
@@ -47,12 +49,12 @@ from eval.reference import GPT2_ACC_NORM
 from eval.scoring import follow_on, gpt_forward, merge, score
 from eval.validation import fixed_windows, summarize, windows_loss
 from model.formats.checkpoint import read_state
-from model.formats.pretrained import initial_values, newest, reader
+from model.formats.pretrained import initial_values, newest_checkpoint, open_weights
 from model.gpt import GPT, InitialValue
 from train import checkpoint, guard, watchdog
 from train.evaluate import aside
 from train.memory import choose_batch_size
-from train.metrics import Metrics, device_name, peak_flops, peak_memory, plot, plot_losses, read_records
+from train.metrics import Metrics, plot, plot_losses, read_records
 from train.optim import make_optimizer, named_states, set_learning_rate
 from train.parallel import (
     Parallel,
@@ -67,6 +69,8 @@ from train.rank_log import dump_memory, keep_log, record_memory
 from train.scaling import LossScale
 from train.schedule import learning_rate
 from train.stability import StepGuard, all_finite
+from util.device import device_name, peak_memory
+from util.gpus import peak_flops
 from util.ranks import Ranks, close_ranks, init_ranks, set_timeout
 
 SAMPLING = Sampling(temperature=0.8, top_k=50)
@@ -154,15 +158,15 @@ def first_weights(config: Config, ranks: Ranks) -> InitialValue | None:
     """The weights of the model that --init_from names, with the embeddings of --tokenizer if asked; None: random."""
     if config.init_from == "scratch":
         return None
-    origin, rows = open_origin(config.init_from), None
+    origin, rows = open_pretrained(config.init_from), None
     if not origin.kind:  # a run of ours, which may go on meanwhile: rank 0 chooses the checkpoint for all
         run_dir = origin.path
-        origin = replace(origin, path=ranks.on_main(lambda: newest(run_dir)))
+        origin = replace(origin, path=ranks.on_main(lambda: newest_checkpoint(run_dir)))
     if config.resize_embeddings:
         sizes = origin.flags["vocab_size"], config.vocab_size
         old, new = load_tokenizer(origin.tokenizer, sizes[0]), load_tokenizer(config.tokenizer, sizes[1])
         rows = token_rows(old, new, *sizes)
-    return initial_values(reader(origin), config, rows)
+    return initial_values(open_weights(origin), config, rows)
 
 
 def announce(run: Run, optimizer_line: str) -> None:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cfg.origin import check_hub_name
 from data.tokenizers.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from eval.cli import my_rank
 from eval.scoring import Batch, Forward, Request, Score, follow_on, gpt_forward, merge, score
@@ -209,8 +208,6 @@ def open_hf(args: Namespace, device: torch.device, batch_tokens: int, dtype: tor
     here = os.path.isdir(name)
     if not here and (name.startswith((".", "/")) or name.count("/") > 1):
         raise UserError(f"--hf={args.hf}: no such folder")
-    if not here:
-        check_hub_name(name, f"--hf={args.hf}")
     if here and not (Path(name) / "config.json").is_file():
         raise UserError(f"--hf={args.hf}: no config.json in it, so not a model's folder")
     if args.tokenizer and not os.path.exists(os.path.expanduser(args.tokenizer)):

@@ -33,35 +33,35 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
+from cfg.flags import training_only_flags
 from model.formats.checkpoint import (
     FORMAT,
     MANIFEST,
     STATE,
     find_checkpoint,
+    find_damage,
     list_checkpoints,
     load_tensors,
-    problem_with,
     read_manifest,
     read_state,
-    seal,
     step_of,
     tensor_shapes,
+    with_sha256,
 )
 from model.gpt import GPT
 from train.optim import forget_states, make_states, named_states
 from util.errors import StorageError, UserError, quote
-from util.faults import fault_point
-from util.files import file_sha256, flush_to_disk, naming, write_atomically
+from util.files import fault_point, file_sha256, flush_to_disk, path_in_errors, write_atomically
 from util.ranks import Ranks, group_timeout
 
 T = TypeVar("T")
 SAVING, DELETING = ".saving_", ".deleting_"
 # Model flags that may differ between a checkpoint and the run that resumes it.
-FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init"}
+FREE_MODEL_FLAGS = training_only_flags()  # not vocab_pad, which changes the shapes of saved tensors
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with naming(path):
+    with path_in_errors(path):
         path.write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -215,7 +215,7 @@ class Saver:
             flush_to_disk(path)
             manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         fault_point("save manifest", temporary / MANIFEST)
-        _write_json(temporary / MANIFEST, seal(manifest))
+        _write_json(temporary / MANIFEST, with_sha256(manifest))
         flush_to_disk(temporary / MANIFEST)
         for folder in (temporary / "model", temporary / "optimizer", temporary):
             flush_to_disk(folder)
@@ -259,7 +259,7 @@ def _make_room(folder: Path, step: int, kinds: Any, guard: Any) -> bool:
     """
     final, temporary = folder / f"step_{step:08d}", folder / f"{SAVING}{step:08d}"
     if final.exists():
-        if problem_with(final) is None and read_state(final).get("guard") == guard:
+        if find_damage(final) is None and read_state(final).get("guard") == guard:
             return False
         _move_aside(final)
     fault_point("save make room", temporary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cfg.config import OptimizerConfig
+from cfg.flags import OptimizerConfig
 
 
 def learning_rate(step: int, num_iterations: int, c: OptimizerConfig) -> float:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EREMOTEIO)
@@ -51,6 +52,15 @@ def storage_error(error: OSError) -> StorageError | None:
     return StorageError(f"{error.filename or 'a file could not be read or written'}: {error.strerror}")
 
 
+@contextmanager
+def user_errors(path: Path | str) -> Iterator[None]:
+    """Converts an OSError in the block into the UserError `path: what the system says`."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+
+
 def closest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `word` was most likely meant to be, or None if nothing is near."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
@@ -59,8 +69,6 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
 
 def quote(value: Any) -> str:
     """A value as a message quotes it: on one line, and of what is endless only the beginning."""
-    if isinstance(value, int) and abs(value) >= 2**100:
-        value = hex(value)  # Python writes no decimal number of more than 4300 digits
     text = str(value)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 200 else f"{text[:60]}…"

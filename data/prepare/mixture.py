@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from util.errors import UserError, quote
-from cfg.yaml_text import read_yaml
+from util.files import read_yaml
 from data.prepare.job import JOURNAL, Job, Progress, begin, locked, prepare, publish, read_manifest, refusals, tokens_in
 from data.shards import ShardWriter
 from data.prepare.sources import identify, input_files, plan
@@ -51,7 +51,7 @@ class Mixture(BaseModel):
 def read_mixture(path: Path) -> Mixture:
     """Raises UserError naming the file and the line of it that is wrong. Weights come back as shares of 1."""
     try:
-        content = read_yaml(path, depth=4)
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise ValueError("must hold `tokens:` and `sources:`")
         mixture = Mixture(**content)

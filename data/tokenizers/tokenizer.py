@@ -20,7 +20,7 @@ import numpy as np
 
 from util.errors import UserError, closest, quote
 from util.files import read_json
-from cfg.origin import hf_folder
+from util.hub import model_folder
 from data import assets
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
     if name in NAMES:
         tokenizer = _load_named(name)
     elif name.startswith("hf:"):
-        tokenizer = _load_path(hf_folder(name.removeprefix("hf:"), f"--tokenizer={name}")[0])
+        tokenizer = _load_path(model_folder(name.removeprefix("hf:"), f"--tokenizer={name}")[0])
     elif os.path.exists(path := os.path.expanduser(name)):
         tokenizer = _load_path(Path(path))
     else:

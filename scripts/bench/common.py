@@ -17,11 +17,11 @@ import torch
 import train_gpt
 from cfg.config import Config
 from model.gpt import InitialValue
-from train.metrics import device_name
 from train.optim import make_optimizer
 from train.parallel import parallelize
 from train.scaling import LossScale
 from train.stability import StepGuard
+from util.device import device_name
 from util.errors import UserError
 from util.files import write_atomically
 from util.ranks import Ranks
