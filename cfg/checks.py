@@ -1,24 +1,23 @@
-"""How the flags fit together: what each of them alone may be says cfg/config.py."""
+"""Checks between flags. The ranges of single flags are in cfg/flags.py."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from util.errors import UserError, quote
 
 if TYPE_CHECKING:
-    from cfg.config import Config, ModelConfig
+    from cfg.flags import Config, ModelConfig
 
-# Where ~ may stand.
+# Flags in which a leading ~ means the home directory.
 PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer", "hellaswag_data")
 
 
 def check_model(c: ModelConfig) -> None:
-    """Raises UserError, beginning with the flag, for sizes that do not go together. None of them is left to derive."""
+    """Checks that the sizes of a model fit together. Zeros that mean "derive it" must have been replaced."""
     for name in ("n_kv_head", "n_positions", "mlp_hidden"):
         if not getattr(c, name):
-            raise UserError(f"--{name}=0 is no size of a model that was trained")
+            raise UserError(f"--{name}=0: a trained model must say it; the file is damaged")
     pair = 2 if c.positions == "rotary" else 1  # rotary positions turn pairs
     unit = c.n_head * pair
     if c.head_dim % pair:
@@ -30,13 +29,13 @@ def check_model(c: ModelConfig) -> None:
         divisors = [d for d in range(1, c.n_head + 1) if c.n_head % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - c.n_kv_head))
         raise UserError(f"--n_kv_head={c.n_kv_head} must divide --n_head={c.n_head}; nearest: {nearest}")
-    rope_stretch(c.rope_scaling)
+    parse_rope_scaling(c.rope_scaling)
     if c.rope_scaling and c.positions != "rotary":
         raise UserError(f"--rope_scaling={quote(c.rope_scaling)} is for --positions=rotary")
 
 
-def rope_stretch(text: str) -> tuple[str, list[float]]:
-    """The kind and the numbers of --rope_scaling; ("", []) without one. Raises UserError if it is neither kind's."""
+def parse_rope_scaling(text: str) -> tuple[str, list[float]]:
+    """Returns the kind and the numbers of --rope_scaling, ("", []) for an empty text."""
     counts = {"linear": 1, "llama3": 4}
     kind, _, rest = text.partition(":")
     try:
@@ -86,21 +85,6 @@ def check_run(c: Config, world_size: int) -> None:
             f" = {rows} × {c.sequence_length} × {world_size} = {micro};"
             f" nearest: {_multiples(c.total_batch_size, micro)}"
         )
-
-
-LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, on Linux
-
-
-def check_paths(c: Config) -> None:
-    """Raises UserError for a name that no file can have, which else comes to light here and there."""
-    for flag in (*PATH_FLAGS, "init_from"):
-        path = getattr(c, flag)
-        if "\0" in path:
-            raise UserError(f"--{flag}={quote(path)}: no file has a NUL character in its name")
-        path = os.path.expanduser(path)
-        parts = [len(os.fsencode(part)) for part in path.split(os.sep)]
-        if not flag.startswith("input_") and (max(parts) > LONGEST_NAME or sum(parts) + len(parts) > LONGEST_PATH):
-            raise UserError(f"--{flag}={quote(path)}: longer than the name of a file can be")
 
 
 def _multiples(value: int, of: int) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cfg.origin import HUB_NAME, check_hub_revision
 from data.prepare.cli import add_flags, check, check_flags, folder, run
 from data.prepare.job import MANIFEST, PARTIAL, RECIPE, read_json
 from data.prepare.sources import input_files
@@ -44,8 +43,6 @@ def hub_files(repository: str, name: str, revision: str | None, download: bool) 
 
     Raises UserError for an unknown name, or if the hub cannot be reached.
     """
-    if revision is not None:
-        check_hub_revision(revision, f"--revision={revision}")
     try:
         import datasets
     except ImportError as e:
@@ -92,7 +89,7 @@ def main() -> None:
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)
-    if not HUB_NAME.fullmatch(args.name) or "/" in args.name:
+    if not re.fullmatch(r"\w[\w.-]*", args.name):  # it names the output folder
         raise UserError(f"--name={args.name} must be the name of a configuration, such as sample-10BT")
     args.output_dir = args.output_dir or default_output(args.name)
     if args.check:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cfg.origin import check_hub_name
 from data.fingerprint import check_same_tokenizer
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import Tokenizer
@@ -209,8 +208,6 @@ def check_hf_flags(args: Namespace, name: str) -> None:
             raise UserError(f"--hf={args.hf}: the folder has no config.json, so it does not hold a model")
     elif name.startswith((".", "/")) or name.count("/") > 1:
         raise UserError(f"--hf={args.hf}: no such folder")
-    else:
-        check_hub_name(name, f"--hf={args.hf}")
     if args.tokenizer and not os.path.exists(os.path.expanduser(args.tokenizer)):
         raise UserError(f"--tokenizer={args.tokenizer}: no such folder; with --hf name a Hugging Face tokenizer folder")
 

@@ -11,20 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from cfg.config import ModelConfig
+from cfg.flags import ModelConfig
 from model.layers import RMSNorm, apply_rotary
 
 Rotary = tuple[Tensor, Tensor]
 Mask: TypeAlias = Tensor | BlockMask
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # this layer's `KVCache.add`
+UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # `KVCache.add` of one layer
 
 
 def document_mask(positions: Tensor, flex: bool, window: int = 0) -> Mask:
-    """Who sees whom where a row holds several documents: what came before in the same one, and itself.
+    """Returns the causal mask within documents: a token attends to itself and to earlier tokens of its document.
 
-    `positions` (B, T) count from the start of each document. With a `window`, only the last so many of these, itself
-    included (Mistral 7B, Jiang et al. 2023). Returns (B, 1, T, T) bool, query by key, True where attention goes; with
-    `flex` the same for FlexAttention (Dong et al. 2024), which skips the tiles without any.
+    `positions` (B, T) count from the start of each document. With a `window` a token attends to at most that many
+    tokens, itself included (Mistral 7B, Jiang et al. 2023). The mask is (B, 1, T, T) bool, query × key, True for
+    attention; with `flex` a mask for FlexAttention (Dong et al. 2024), which skips empty tiles.
     """
     B, T = positions.shape
     index = torch.arange(T, device=positions.device)
@@ -32,20 +32,20 @@ def document_mask(positions: Tensor, flex: bool, window: int = 0) -> Mask:
     if window:
         starts = torch.maximum(starts, index - window + 1)
 
-    def visible(b: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    def attends(b: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         return (starts[b, query] <= key) & (key <= query)
 
     if flex:
-        return create_block_mask(visible, B, None, T, T, device=positions.device)
-    return visible(torch.arange(B, device=positions.device)[:, None, None, None], None, index[:, None], index)
+        return create_block_mask(attends, B, None, T, T, device=positions.device)
+    return attends(torch.arange(B, device=positions.device)[:, None, None, None], None, index[:, None], index)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before, or what a `document_mask` says.
+    """Multi-head causal attention, or attention under a given mask.
 
-    `c_attn` holds query, key and value in that order. With `n_kv_head < n_head` each key/value head
-    serves n_head / n_kv_head query heads (GQA, Ainslie et al. 2023). QK-norm is an RMSNorm on each
-    query and key head before the rotation (Henry et al. 2020; placed as in Qwen3).
+    `c_attn` holds query, key and value in that order. With `n_kv_head < n_head` each key/value head serves
+    n_head / n_kv_head query heads (GQA, Ainslie et al. 2023). QK-norm is an RMSNorm on each query and key head before
+    the rotation (Henry et al. 2020; placed as in Qwen3).
     """
 
     def __init__(self, config: ModelConfig):
@@ -64,7 +64,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None, remember: Remember | None = None
+        self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None, update_cache: UpdateCache | None = None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
         sizes = [self.n_head * self.head_dim] + [self.n_kv_head * self.head_dim] * 2
@@ -73,16 +73,16 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # attention wants one dtype
-        if remember is not None:
-            k, v = remember(k, v)
-        causal = mask is None and T > 1  # one token sees all that came before
+        q, k = q.to(v.dtype), k.to(v.dtype)  # attention kernels need one dtype
+        if update_cache is not None:
+            k, v = update_cache(k, v)
+        causal = mask is None and T > 1  # a single token attends to all cached ones
         dropout = self.dropout if self.training else 0.0
         gqa = self.n_kv_head != self.n_head
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
         elif self.flash:
-            if gqa and mask is not None and q.is_cuda:  # where the kernel that takes masks takes no groups
+            if gqa and mask is not None and q.is_cuda:  # the CUDA kernel for masks does not support GQA
                 k, v, gqa = *(t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v)), False
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=gqa)
         else:
@@ -91,9 +91,9 @@ class CausalSelfAttention(nn.Module):
 
 
 def masked_softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None) -> Tensor:
-    """softmax(QKᵀ/√D, mask) V written out, softmax in fp32. Shapes as in the class; returns (B, H, T, D).
+    """Returns softmax(QKᵀ/√D, mask) V, (B, H, T, D), with softmax in fp32, for q (B, H, T, D), k and v (B, H_kv, S, D).
 
-    `mask` as of `document_mask`; None is causal, the queries being the last of the keys' positions.
+    `mask`: see `document_mask`. None is causal: the T queries are at the last T of the S positions.
     """
     repeat = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)

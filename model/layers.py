@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfg.checks import rope_stretch
-from cfg.config import ModelConfig
+from cfg.checks import parse_rope_scaling
+from cfg.flags import ModelConfig
 
-# Norms compute in their input's dtype: FSDP gathers weights in 16 bits, while the residual stream is fp32, and
-# torch's own refuse the mixture or leave their fused kernels.
+# Norms compute in the dtype of their input. FSDP gathers weights in 16 bits while the residual stream is fp32, and
+# torch's norms refuse two dtypes or leave their fused kernels.
 
 
 class LayerNorm(nn.LayerNorm):
@@ -31,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    """LayerNorm as in GPT-2, or RMSNorm as in Llama."""
+    """Returns the norm of --norm: LayerNorm as in GPT-2, or RMSNorm as in Llama."""
     if config.norm == "rmsnorm":
         return RMSNorm(width, eps=config.norm_eps)
     return LayerNorm(width, eps=config.norm_eps, bias=config.bias)
@@ -40,8 +40,8 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 class MLP(nn.Module):
     """Feed-forward: GELU (Hendrycks and Gimpel 2016), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020).
 
-    "gelu" is GPT-2's approximation by a tanh, "gelu_exact" the function itself, as nanoGPT has it since May 2023.
-    SwiGLU keeps gate and value in one matrix, `c_fc`: the first `mlp_hidden` rows are the gate.
+    "gelu" is GPT-2's tanh approximation, "gelu_exact" the exact function, as in nanoGPT since May 2023. SwiGLU
+    keeps gate and value in one matrix, `c_fc`: the first `mlp_hidden` rows are the gate.
     """
 
     def __init__(self, config: ModelConfig):
@@ -65,16 +65,16 @@ class MLP(nn.Module):
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """By how much each pair of a head's dimensions turns from one position to the next, radians, (head_size/2,) fp32.
+    """Returns the angle in radians by which each pair of a head's dimensions turns per position, (head_size/2,) fp32.
 
-    RoFormer (Su et al. 2021): pair i by 1 / base^(2i/head_size). Stretched linearly (Chen et al. 2023) all turn FACTOR
-    times slower. Stretched as Llama 3.1's (Grattafiori et al. 2024; formula of meta-llama/llama-models,
-    models/llama3/model.py), so do only those that turn fewer than LOW times within POSITIONS; those that turn more than
-    HIGH times stay, and between them it goes over from one to the other.
+    RoFormer (Su et al. 2021): 1 / base^(2i/head_size) for pair i. With linear scaling (Chen et al. 2023) all pairs
+    turn FACTOR times slower. With Llama 3.1's scaling (Grattafiori et al. 2024; formula of meta-llama/llama-models,
+    models/llama3/model.py) only pairs with fewer than LOW turns within POSITIONS do; pairs with more than HIGH turns
+    stay as they are, and between LOW and HIGH the factor is interpolated.
     """
     exponents = torch.arange(0, config.head_size, 2, device=device, dtype=torch.float32) / config.head_size
     frequencies = config.rope_base**-exponents
-    kind, numbers = rope_stretch(config.rope_scaling)
+    kind, numbers = parse_rope_scaling(config.rope_scaling)
     if kind == "linear":
         return frequencies / numbers[0]
     if kind == "llama3":
@@ -86,16 +86,17 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotary_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles of `positions`, each (*positions.shape, head_size/2), fp32.
+    """Returns cosines and sines of the rotary angles of `positions`, each (*positions.shape, head_size/2), fp32.
 
-    Computed anew in each forward: it is small beside a block, and there is no buffer to shard, cast or outgrow.
+    They are computed in each forward pass: it is little work compared with a block, and no buffer has to be sharded,
+    cast or enlarged.
     """
     angles = positions.float()[..., None] * rotary_frequencies(config, positions.device)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, H, T, D) by position, cos and sin being (T, D/2) or (B, 1, T, D/2).
+    """Rotates x (B, H, T, D) by position; cos and sin are (T, D/2) or (B, 1, T, D/2).
 
     Dimension i is paired with i + D/2, as in Llama's released weights.
     """

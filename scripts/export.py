@@ -49,16 +49,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cfg.config import ModelConfig
-from cfg.hf import config_of
-from cfg.origin import Origin, open_origin
+from cfg.config import ModelConfig, model_config
 from data.tokenizers.export import tokenizer_files
 from data.tokenizers.tokenizer import Tokenizer
 from eval.model import load_model_tokenizer
-from model.formats.checkpoint import MANIFEST, load_tensors, read_manifest, seal, tensor_shapes
-from model.formats.hf import INDEX, SINGLE, split_for_export
-from model.formats.others import write_llmc
-from model.formats.pretrained import checkpoint_reader, model_config, newest, reader
+from model.formats.checkpoint import MANIFEST, load_tensors, read_manifest, tensor_shapes, with_sha256
+from model.formats.hf import write_config
+from model.formats.hf_tensors import INDEX, SINGLE, split_for_export
+from model.formats.llmc import write_file
+from model.formats.pretrained import (
+    PretrainedModel,
+    checkpoint_reader,
+    newest_checkpoint,
+    open_pretrained,
+    open_weights,
+)
 from model.gpt import parameter_shapes
 from scripts.model_card import model_card
 from util.files import file_sha256, flush_to_disk
@@ -68,19 +73,19 @@ from util.files import file_sha256, flush_to_disk
 class Source:
     """The model to be written."""
 
-    origin: Origin
+    pretrained: PretrainedModel
     path: Path  # the checkpoint, folder or file it is read from
     config: ModelConfig
     read: Callable[[str], Tensor]  # a parameter by its name, the vocabulary without padding
 
 
 def open_source(name: str) -> Source:
-    origin = open_origin(name, "checkpoint")
-    config = model_config(origin.flags, name)
-    if origin.kind:
-        return Source(origin, origin.path, config, reader(origin))
-    found = newest(origin.path)
-    return Source(origin, found, config, checkpoint_reader(found, config))
+    pretrained = open_pretrained(name, "checkpoint")
+    config = model_config(pretrained.flags, name)
+    if pretrained.kind:
+        return Source(pretrained, pretrained.path, config, open_weights(pretrained))
+    found = newest_checkpoint(pretrained.path)
+    return Source(pretrained, found, config, checkpoint_reader(found, config))
 
 
 def consolidate(source: Source, folder: Path) -> None:
@@ -98,7 +103,7 @@ def consolidate(source: Source, folder: Path) -> None:
     manifest["files"] = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
     }
-    write_json(folder / MANIFEST, seal(manifest))
+    write_json(folder / MANIFEST, with_sha256(manifest))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -110,7 +115,7 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
 
     Raises UserError if transformers has no class for it.
     """
-    model = config_of(source.config.model_dump())
+    model = write_config(source.config.model_dump())
     tokenizer = open_tokenizer(source, tokenizer_name)
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer:
@@ -123,13 +128,13 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     write_weights(source, folder, model["model_type"] == "gpt2", dtype, limit)
     count = sum(map(prod, parameter_shapes(source.config).values()))
-    card = model_card(source.path, source.origin, source.config, kind, count)
+    card = model_card(source.path, source.pretrained, source.config, kind, count)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def open_tokenizer(source: Source, name: str) -> Tokenizer | None:
     """The one that is named, else the model's own, if that is known and can be had."""
-    flags = source.origin.flags | {"tokenizer": source.origin.tokenizer, "vocab_size": source.config.vocab_size}
+    flags = source.pretrained.flags | {"tokenizer": source.pretrained.tokenizer, "vocab_size": source.config.vocab_size}
     try:
         return load_model_tokenizer(name, source.path, flags)
     except UserError as error:
@@ -203,7 +208,7 @@ def main(args: Namespace) -> None:
     except OSError as e:
         raise UserError(f"--output={output}: no such folder can be made ({e.strerror}); choose another place") from e
     if args.to == "consolidated":
-        if source.origin.kind:
+        if source.pretrained.kind:
             raise UserError(
                 f"--to=consolidated is for checkpoints of ours, which --checkpoint={args.checkpoint} is not"
             )
@@ -212,7 +217,7 @@ def main(args: Namespace) -> None:
         limit = args.max_file_gb * 1e9
         write_folder(output, lambda folder: export_hf(source, folder, dtype, limit, args.tokenizer))
     else:
-        write_llmc(output, source.config, source.read, dtype)
+        write_file(output, source.config, source.read, dtype)
     files = [p for p in output.rglob("*") if p.is_file()] if output.is_dir() else [output]
     print(f"{output}: {source.path} in {sum(p.stat().st_size for p in files) / 2**30:.2f} GiB")
 

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from cfg.config import GROUPS, Config, shown_default, type_name
+from cfg.flags import GROUPS, Config, shown_default, type_name
 
 
 def flags_markdown() -> str:

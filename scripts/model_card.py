@@ -6,9 +6,9 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from cfg.config import ModelConfig
-from cfg.origin import Origin
+from cfg.flags import ModelConfig, architecture
 from model.formats.checkpoint import read_manifest, read_state, step_of
+from model.formats.pretrained import PretrainedModel
 from train.metrics import read_records
 
 # Flags that tell how a model was trained, in the order in which one asks.
@@ -24,20 +24,22 @@ MEASURED = {
 }
 
 
-def model_card(path: Path, origin: Origin, config: ModelConfig, dtype: str, parameters: int) -> str:
+def model_card(path: Path, pretrained: PretrainedModel, config: ModelConfig, dtype: str, parameters: int) -> str:
     """Markdown. Facts come from the checkpoint's own files; of another's model we know but its shape."""
-    shape = {k: v for k, v in config.model_dump().items() if k not in ("dropout", "flash", "zero_init", "vocab_pad")}
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- rawgpt", "---", ""]
-    lines += [f"# {path.resolve().name if origin.kind else run_name(path)}", ""]
-    if origin.kind:
-        lines += [f"{parameters:,} parameters in {dtype}, converted from `{origin.kind}:{path.name}` by rawgpt.", ""]
+    lines += [f"# {path.resolve().name if pretrained.kind else run_name(path)}", ""]
+    if pretrained.kind:
+        lines += [
+            f"{parameters:,} parameters in {dtype}, converted from `{pretrained.kind}:{path.name}` by rawgpt.",
+            "",
+        ]
     else:
         lines += trained(path, parameters, dtype)
     lines += ["## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
     lines += ['model = AutoModelForCausalLM.from_pretrained("FOLDER")', "```", ""]
     lines += ["This folder can be trained on with `train_gpt.py --init_from=hf:FOLDER`.", ""]
-    lines += ["## Architecture", "", *table({k: v for k, v in shape.items() if v not in ("", 0, False)})]
+    lines += ["## Architecture", "", *table({k: v for k, v in architecture(config).items() if v not in ("", 0, False)})]
     return "\n".join(lines)
 
 

@@ -16,21 +16,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.config import Config, load_config
+from model.formats.pretrained import open_pretrained
 from util.errors import CommandParser, UserError, closest, one_line_errors, run_command
+from util.gpus import GPU_MEMORY_GB, peak_flops
 
-# By data sheet, of every GPU in PEAK_TFLOPS; of several sizes the one most rented, the other behind the name.
-GPU_MEMORY_GB = {
-    "GB200": 186, "B200": 180, "B100": 192, "GH200": 96, "H200": 141,
-    "H100 NVL": 94, "H100 PCIe": 80, "H100": 80, "H800": 80, "H20": 96,
-    "A100": 80, "A100 40GB": 40, "A800": 80, "A10G": 24, "A10": 24, "A30": 24, "A40": 48,
-    "L40S": 48, "L40": 48, "L4": 24, "V100": 16, "V100 32GB": 32, "T4": 16,
-    "RTX 6000 Ada": 48, "RTX A6000": 48,
-    "RTX 5090": 32, "RTX 5080": 16, "RTX 5070 Ti": 16, "RTX 5070": 12,
-    "RTX 4090": 24, "RTX 4080 SUPER": 16, "RTX 4080": 16, "RTX 4070 Ti SUPER": 16, "RTX 4070 Ti": 12,
-    "RTX 4070 SUPER": 12, "RTX 4070": 12, "RTX 4060 Ti": 8, "RTX 4060": 8,
-    "RTX 3090 Ti": 24, "RTX 3090": 24, "RTX 3080 Ti": 12, "RTX 3080": 10,
-    "RTX 3070 Ti": 8, "RTX 3070": 8, "RTX 3060 Ti": 8, "RTX 3060": 12,
-}  # fmt: skip
 OLD_GPUS = ("V100", "T4")  # without bfloat16 and flash attention
 ENOUGH_TOKENS = 4096  # in a micro-step, below which a GPU's matrix units are not kept busy
 
@@ -88,7 +77,6 @@ from train.memory import (
     planned_bytes,
     usable_bytes,
 )
-from train.metrics import peak_flops
 
 CHOICES = ("zero_stage", "replicas", "activation_checkpointing", "cpu_offload", "sync_every_microbatch", "batch_size")
 # From what costs least to what costs most: (recompute, reduce every micro-step). Selective recomputes no products.
@@ -302,7 +290,7 @@ def ways_out(config: Config, given: dict[str, Any], args: argparse.Namespace) ->
 
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:
-    base = load_config(flags, args.gpus)
+    base = load_config(flags, args.gpus, open_pretrained)
     if not base.flash:
         raise UserError("--flash=0 holds T × T scores, which the plan does not know; leave it at 1")
     changes: dict[str, Any] = {}

@@ -42,6 +42,7 @@ import numpy as np
 
 from cfg.config import load_config
 from data.shards import write_shard
+from model.formats.pretrained import open_pretrained
 from util.errors import CommandParser, UserError, run_command
 
 TARGETS = ("worker", "all", "launcher")
@@ -148,7 +149,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     if args.output_dir and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output_dir={folder} is not empty; choose a new folder")
     flags = [*FLAGS, f"--total_batch_size={2 * 64 * args.ranks}", *flags]  # two micro-steps
-    load_config(flags, args.ranks)
+    load_config(flags, args.ranks, open_pretrained)
     return args, flags
 
 

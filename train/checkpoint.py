@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
+from cfg.flags import training_only_flags
 from data.fingerprint import check_same_data, check_same_tokenizer
 from data.loader import Loader
 from data.mixed_loader import MixedLoader
@@ -36,7 +37,7 @@ from util.errors import DivergedError, UserError, quote
 from util.ranks import Ranks
 
 # Model flags that may differ between a checkpoint and the run that resumes it.
-FREE_MODEL_FLAGS = {"dropout", "flash", "zero_init"}
+FREE_MODEL_FLAGS = training_only_flags()  # not vocab_pad, which changes the shapes of saved tensors
 
 
 class Checkpointer:

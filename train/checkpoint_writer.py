@@ -36,17 +36,16 @@ from model.formats.checkpoint import (
     FORMAT,
     MANIFEST,
     STATE,
+    find_damage,
     list_checkpoints,
-    problem_with,
     read_state,
-    seal,
     step_of,
+    with_sha256,
 )
 from model.gpt import GPT
 from train.optim import named_states
 from util.errors import StorageError
-from util.faults import fault_point
-from util.files import file_sha256, flush_to_disk, naming, write_atomically
+from util.files import fault_point, file_sha256, flush_to_disk, path_in_errors, write_atomically
 from util.ranks import Ranks, group_timeout
 
 T = TypeVar("T")
@@ -54,7 +53,7 @@ SAVING, DELETING = ".saving_", ".deleting_"
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with naming(path):
+    with path_in_errors(path):
         path.write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -207,7 +206,7 @@ class CheckpointWriter:
             flush_to_disk(path)
             manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         fault_point("save manifest", temporary / MANIFEST)
-        _write_json(temporary / MANIFEST, seal(manifest))
+        _write_json(temporary / MANIFEST, with_sha256(manifest))
         flush_to_disk(temporary / MANIFEST)
         for folder in (temporary / "model", temporary / "optimizer", temporary):
             flush_to_disk(folder)
@@ -247,7 +246,7 @@ def _prepare_dir(folder: Path, step: int, kinds: Any, state: dict[str, Any]) -> 
     """
     final, temporary = folder / f"step_{step:08d}", folder / f"{SAVING}{step:08d}"
     if final.exists():
-        if problem_with(final) is None and read_state(final).get("guard") == state.get("guard"):
+        if find_damage(final) is None and read_state(final).get("guard") == state.get("guard"):
             return False
         _move_damaged(final)
     fault_point("save make room", temporary)

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from cfg.config import Config
-from cfg.origin import open_origin
 from data.tokenizers.load import NAMES, load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS, Tokenizer
 from data.tokenizers.transfer import token_rows
-from model.formats.pretrained import initial_values, newest, reader
+from model.formats.pretrained import initial_values, newest_checkpoint, open_pretrained, open_weights
 from model.gpt import InitialValue
 from util.errors import UserError
 from util.ranks import Ranks
@@ -56,12 +55,12 @@ def load_pretrained(config: Config, ranks: Ranks) -> InitialValue | None:
     """
     if config.init_from == "scratch":
         return None
-    origin, rows = open_origin(config.init_from), None
-    if not origin.kind:  # a rawgpt run, which may be training now: rank 0 chooses the checkpoint for all ranks
-        run_dir = origin.path
-        origin = replace(origin, path=ranks.on_main(lambda: newest(run_dir)))
+    pretrained, rows = open_pretrained(config.init_from), None
+    if not pretrained.kind:  # a rawgpt run, which may be training now: rank 0 chooses the checkpoint for all ranks
+        run_dir = pretrained.path
+        pretrained = replace(pretrained, path=ranks.on_main(lambda: newest_checkpoint(run_dir)))
     if config.resize_embeddings:
-        sizes = origin.flags["vocab_size"], config.vocab_size
-        old, new = load_tokenizer(origin.tokenizer, sizes[0]), load_tokenizer(config.tokenizer, sizes[1])
+        sizes = pretrained.flags["vocab_size"], config.vocab_size
+        old, new = load_tokenizer(pretrained.tokenizer, sizes[0]), load_tokenizer(config.tokenizer, sizes[1])
         rows = token_rows(old, new, *sizes)
-    return initial_values(reader(origin), config, rows)
+    return initial_values(open_weights(pretrained), config, rows)

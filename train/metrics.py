@@ -6,7 +6,6 @@ import json
 import math
 import netrc
 import os
-import resource
 import secrets
 import sys
 import time
@@ -15,61 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-import torch
-
 from cfg.config import Config
 from train.rank_log import note
+from util.device import device_name, peak_memory
 from util.errors import StorageError, UserError
-from util.faults import fault_point
-from util.files import naming, write_atomically
+from util.files import fault_point, path_in_errors, write_atomically
+from util.gpus import peak_flops
 from util.ranks import Ranks
-
-# Dense peak of the 16-bit matrix units with fp32 accumulation, in TFLOP/s, from NVIDIA's data sheets
-# and architecture white papers (bf16; fp16 where there is no bf16). The first key contained in the
-# device's name counts, so longer names stand first. MFU is quoted against this in any --dtype.
-PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "B100": 1750, "GH200": 989, "H200": 989,
-    "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148,
-    "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150,
-    "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
-    "RTX 6000 Ada": 364, "RTX A6000": 155,
-    "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7,
-    "RTX 4090": 165.2, "RTX 4080 SUPER": 104.4, "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2,
-    "RTX 4070 SUPER": 71.0, "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2,
-    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080 Ti": 68.2, "RTX 3080": 59.5,
-    "RTX 3070 Ti": 43.5, "RTX 3070": 40.6, "RTX 3060 Ti": 32.4, "RTX 3060": 25.5,
-}  # fmt: skip
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a device by its name, or None if it is not in the table.
-
-    Laptop and export versions and slices of a GPU bear the name of a faster one.
-    """
-    words = device_name.replace("-", " ").split()
-    if {"Laptop", "Max", "MIG", "D"} & set(words):
-        return None
-    for key, tflops in PEAK_TFLOPS.items():
-        wanted = key.split()
-        if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
-            return tflops * 1e12
-    return None
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: most ever allocated on a CUDA device, otherwise the largest resident size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # On Linux getrusage starts from what the parent process held at the fork; VmHWM (kB) does not.
-    status = Path("/proc/self/status")
-    if status.exists() and "VmHWM:" in (text := status.read_text()):
-        return 1024 * int(text.split("VmHWM:")[1].split()[0])
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB, but bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def duration(seconds: float) -> str:
@@ -189,7 +140,7 @@ class Metrics:
         again = set(after.splitlines())
         superseded = self.path.parent / "logs" / "metrics_superseded.jsonl"
         fault_point("superseded", superseded)
-        with naming(superseded), open(superseded, "a") as f:
+        with path_in_errors(superseded), open(superseded, "a") as f:
             f.writelines(line + "\n" for line in before.splitlines() if line not in again)
         write_atomically(self.path, after.encode())
 
@@ -326,7 +277,7 @@ class Metrics:
         self._on_main(self._flush)
 
     def _flush(self) -> None:
-        with naming(self.path):
+        with path_in_errors(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -157,7 +157,7 @@ def parallelize(config: Config, ranks: Ranks, initial_value: InitialValue | None
     with torch.device("meta"):
         model = GPT(config)
     for block in model.h:
-        block.recompute = config.activation_checkpointing
+        block.activation_checkpointing = config.activation_checkpointing
     model.residual_dtype = getattr(torch, config.residual_dtype)
     if config.compile:
         compile_model(model, config, ranks.device)

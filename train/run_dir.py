@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from util.errors import DISK_REFUSES, DivergedError, StorageError, UserError, storage_error
-from util.faults import fault_point
-from util.files import take_lock, write_atomically
+from util.files import fault_point, take_lock, write_atomically
 from util.ranks import Ranks
 
 _held_lock: IO[str] | None = None

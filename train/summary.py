@@ -13,9 +13,10 @@ from data.mixed_loader import MixedLoader
 from data.shards import Shard
 from eval.reference import GPT2_ACC_NORM
 from train import optim
-from train.metrics import device_name, read_records
+from train.metrics import read_records
 from train.parallel import ParallelModel
 from train.plot import plot, plot_losses
+from util.device import device_name
 from util.ranks import Ranks
 
 

@@ -69,8 +69,6 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
 
 def quote(value: Any) -> str:
     """A value as a message quotes it: on one line, and of what is endless only the beginning."""
-    if isinstance(value, int) and abs(value) >= 2**100:
-        value = hex(value)  # Python writes no decimal number of more than 4300 digits
     text = str(value)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 200 else f"{text[:60]}…"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files: atomic writes, flushing, locks, hashes, JSON and YAML, and the one hook by which tests inject faults."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,8 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+# RAWGPT_FAULT=POINT[@RANK][#TIME]=WHAT; see fault_point.
+_FAULT = re.compile(r"(?P<point>[a-z ]+)(@(?P<rank>\d+))?(#(?P<time>\d+))?=(?P<what>[A-Z]+)")
+_fault = _FAULT.fullmatch(os.environ.get("RAWGPT_FAULT", ""))
+_times_passed = 0
+
 
 def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(2**22):
@@ -24,8 +32,8 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a write or a flush to a full disk, names this one."""
+def path_in_errors(path: Path) -> Iterator[None]:
+    """Adds `path` to an OSError that names no file. Errors of write() and fsync() on a full disk do not."""
     try:
         yield
     except OSError as e:
@@ -35,18 +43,32 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises OSError if it cannot be read, ValueError if it holds none."""
+    """Reads a JSON file. Raises OSError if it cannot be read, ValueError if its content is not JSON."""
     if path.exists() and not path.is_file():
-        raise ValueError("not a file")  # a pipe, say, on which one would wait
+        raise ValueError("not a file")  # reading a named pipe would wait forever
     try:
         return json.loads(path.read_bytes())
     except RecursionError as e:
-        raise ValueError("lists within lists without end") from e
+        raise ValueError("nested too deeply") from e
+
+
+def read_yaml(path: Path) -> Any:
+    """Reads a YAML file of plain values. Raises OSError if it cannot be read, ValueError if its content is not YAML."""
+    import yaml
+
+    if path.exists() and not path.is_file():
+        raise ValueError("is not a file")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except RecursionError as e:
+        raise ValueError("is nested too deeply") from e
+    except yaml.YAMLError as e:
+        raise ValueError(f"is not readable as YAML: {e}") from e
 
 
 def flush_to_disk(path: Path) -> None:
-    """Has the file's content, or the directory's entries, on disk before we go on."""
-    with naming(path):
+    """Waits until a file's content, or a directory's entries, are on disk."""
+    with path_in_errors(path):
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -55,9 +77,9 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all, whoever else writes it at the same time, even if the power fails."""
+    """Writes a file that appears whole or not at all, even with concurrent writers or a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+    with path_in_errors(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
         try:
             f.write(content)
             f.flush()
@@ -72,9 +94,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def create_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which appears at `path` when the block is left without an exception, flushed to disk.
+    """Yields a file to write to. It appears at `path`, flushed to disk, when the block ends without an exception.
 
-    Raises FileExistsError if something is there already, at the start or by then.
+    Raises FileExistsError if `path` exists at the start or at the end.
     """
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -92,8 +114,9 @@ def create_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _rename_to_new(name: str, path: Path) -> None:
+    """Renames a file without replacing another: os.link fails if `path` exists, os.rename does not."""
     try:
-        os.link(name, path)  # unlike a rename, this refuses to replace a file
+        os.link(name, path)
     except OSError as e:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from e
@@ -101,24 +124,46 @@ def _rename_to_new(name: str, path: Path) -> None:
 
 
 def take_lock(path: Path) -> tuple[IO[str], str | None]:
-    """Locks `path` for as long as the returned file is open, which no process outlives.
+    """Locks `path` until the returned file is closed or the process ends.
 
-    Beside it None, or, if another process holds the lock, that process's number as text. What stands in the file does
-    not matter, only whether somebody holds it. On a file system without locks a warning says that nothing is locked.
+    The second value is None, or the number of the process that already holds the lock, as text. Only the lock counts,
+    not the content of the file. On a file system without locks it prints a warning and returns an unlocked file.
     """
     lock = open(path, "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter is how some network file systems put it
+    except (BlockingIOError, PermissionError):  # some network file systems raise PermissionError for a held lock
         lock.seek(0)
         return lock, lock.read().strip() or "unknown"
-    except OSError as e:  # a file system without locks: better unlocked than not at all
+    except OSError as e:
         print(
             f"warning: {path} cannot be locked ({e.strerror}); nothing keeps a second process out of {path.parent}",
             file=sys.stderr,
         )
-    with naming(path):
+    with path_in_errors(path):
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
     return lock, None
+
+
+def fault_point(name: str, path: Path | None = None) -> None:
+    """Fails here if RAWGPT_FAULT orders it; does nothing without that variable. The one fault hook for tests.
+
+    RAWGPT_FAULT=POINT[@RANK][#TIME]=WHAT makes the TIME-th call (default: the first) for POINT on RANK (default: any)
+    raise the OSError of that name (ENOSPC, EIO ...) about `path`, or send KILL or STOP to this process. The tests of
+    docs/reliability.md use it. After torchrun has restarted the workers the fault does not happen again.
+    """
+    global _times_passed
+    if _fault is None or _fault["point"] != name or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    if _fault["rank"] not in (None, os.environ.get("RANK", "0")):
+        return
+    _times_passed += 1
+    if _times_passed != int(_fault["time"] or 1):
+        return
+    if _fault["what"] in ("KILL", "STOP"):
+        os.kill(os.getpid(), signal.Signals[f"SIG{_fault['what']}"])
+        return
+    number = getattr(errno, _fault["what"])
+    raise OSError(number, os.strerror(number), str(path) if path else None)

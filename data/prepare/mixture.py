@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cfg.yaml_text import read_yaml
 from data.prepare.job import (
     JOURNAL,
     Job,
@@ -40,6 +39,7 @@ from data.prepare.job import (
 from data.prepare.sources import identify, input_files, plan
 from data.shards import ShardWriter
 from util.errors import UserError, quote
+from util.files import read_yaml
 
 SLACK = 2**20  # tokens prepared beyond a source's share, so that its last document is a whole one
 
@@ -62,7 +62,7 @@ class Mixture(BaseModel):
 def read_mixture(path: Path) -> Mixture:
     """Raises UserError naming the file and the line of it that is wrong. Weights come back as shares of 1."""
     try:
-        content = read_yaml(path, depth=4)
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise ValueError("must hold `tokens:` and `sources:`")
         mixture = Mixture(**content)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cfg.origin import hf_folder
 from data import assets
 from data.tokenizers.hf_json import load_tokenizer_json
 from data.tokenizers.llama2c import load_llama2c_tokenizer
@@ -21,6 +20,7 @@ from data.tokenizers.tokenizer import (
     read_rank_file,
 )
 from util.errors import UserError, closest, quote
+from util.hub import model_folder
 
 _FIM = (FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX)
 # name: (file in data/assets.py, pattern, special tokens)
@@ -46,7 +46,7 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
     if name in NAMES:
         tokenizer = _load_named(name)
     elif name.startswith("hf:"):
-        tokenizer = _load_path(hf_folder(name.removeprefix("hf:"), f"--tokenizer={name}")[0])
+        tokenizer = _load_path(model_folder(name.removeprefix("hf:"), f"--tokenizer={name}")[0])
     elif os.path.exists(path := os.path.expanduser(name)):
         tokenizer = _load_path(Path(path))
     else:

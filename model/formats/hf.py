@@ -1,170 +1,243 @@
-"""Weights in Hugging Face's folders: their names for our parameters, and reading them a tensor at a time.
+"""Hugging Face's config.json ↔ our model flags. docs/huggingface.md lists what is read and written.
 
-cfg/hf.py has the configurations, scripts/export.py writes. Only safetensors are read, which hold numbers and nothing
-that could run; a folder is somebody else's, so nothing in it is believed before it is checked.
+Options that our model does not compute are refused by name: ignoring one would run the model with other arithmetic
+than it was trained with. Defaults are those of transformers' configuration classes. hf_tensors.py reads the weights.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
+from cfg.checks import parse_rope_scaling
+from cfg.config import model_config
+from cfg.flags import architecture
 from util.errors import UserError
 
-HEAD = "lm_head.weight"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER_BYTES = 2**24  # a model of 1,000 tensors has some 100 kB
-FLOATS = ("F64", "F32", "F16", "BF16")
-# What is in a Llama-like layer for each of ours; several are stacked, one below the other.
-ROTARY_PARTS = {
-    "ln_1": ["input_layernorm"],
-    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.q_norm": ["self_attn.q_norm"],
-    "attn.k_norm": ["self_attn.k_norm"],
-    "attn.c_proj": ["self_attn.o_proj"],
-    "ln_2": ["post_attention_layernorm"],
-    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.c_proj": ["mlp.down_proj"],
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",  # Llama 1 to 3, SmolLM, TinyLlama and many others
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
-ROTARY_OUTER = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
-# Buffers that older versions of transformers saved, and nobody needs.
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
+GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
+TRAINED_LENGTH = "original_max_position_embeddings"
+ROPE_KINDS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", TRAINED_LENGTH)}
 
 
-def parts_of(name: str, learned: bool) -> list[str]:
-    """The tensors that make up our parameter `name`, stacked in this order.
+def read_flags(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the architecture that a config.json describes, as flags of `ModelConfig` with no size left to derive.
 
-    GPT-2 (`learned` positions) has our names; its matrices other than embeddings and head are transposed (Conv1D).
+    Errors begin with `where`; unknown architectures and options are errors.
     """
-    if learned:
-        return [name if name.startswith("lm_head") else f"transformer.{name}"]
-    module, _, kind = name.rpartition(".")
-    if module in ROTARY_OUTER:
-        return [f"{ROTARY_OUTER[module]}.{kind}"]
-    _, layer, inner = module.split(".", 2)
-    return [f"model.layers.{layer}.{part}.{kind}" for part in ROTARY_PARTS[inner]]
-
-
-def is_transposed(name: str, learned: bool) -> bool:
-    return learned and ".c_" in name and name.endswith(".weight")
-
-
-def rows_of_parts(name: str, shapes: Mapping[str, torch.Size], count: int) -> list[int]:
-    """How many rows each of `count` parts has: of three, query has as many as the projection behind it has columns."""
-    rows = shapes[name][0]
-    if count < 3:
-        return [rows // count] * count
-    query = shapes[f"{name.rpartition('.attn.')[0]}.attn.c_proj.weight"][1]
-    return [query, (rows - query) // 2, (rows - query) // 2]
-
-
-def find_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → file of a folder. Raises UserError if it holds none, or an index that names what is not in it."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            listed = json.loads(index.read_bytes())["weight_map"]
-            pairs = {str(name): str(file) for name, file in listed.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"{index}: damaged ({e})") from e
-        for file in sorted(set(pairs.values())):
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise UserError(f"{index}: names {file!r}, which is not a .safetensors file of this folder; not read")
-            if not (folder / file).is_file():
-                raise UserError(f"{index}: names {file}, which is missing; fetch it again")
-        return {name: folder / file for name, file in pairs.items()}
-    if not (folder / SINGLE).is_file():
-        pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".pth")]
-        only = f"only {pickles[0]}, a pickle, which is not read" if pickles else "nothing of the kind"
-        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} ({only})")
-    with open_safetensors(folder / SINGLE) as file:
-        return {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118
-
-
-def open_safetensors(path: Path) -> Any:
-    """An open file. Raises UserError if it is not safetensors, or claims a header that no model has."""
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in CLASSES:
+        raise UserError(f"{where}: model_type {family!r} is not read; those that are: {', '.join(CLASSES)}")
+    named = config.get("architectures") or [CLASSES[family]]
+    named = named if isinstance(named, list) else [named]
+    if CLASSES[family] not in named:
+        raise UserError(f"{where}: architecture {named[0]} is not read; of {family}, only {CLASSES[family]}")
+    if config.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config: quantized weights are not read; get the original model")
     try:
-        with open(path, "rb") as f:
-            header = int.from_bytes(f.read(8), "little")
-        if header > min(MAX_HEADER_BYTES, path.stat().st_size):
-            raise UserError(f"{path}: claims a header of {header:,} bytes; damaged, or made to do harm")
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"{path}: not a safetensors file that can be read ({e}); fetch it again") from e
+        flags = _read_gpt2(config, where) if family == "gpt2" else _read_rotary(family, config, where)
+    except KeyError as e:
+        raise UserError(f"{where}: {e} is missing") from e
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise UserError(f"{where}: damaged ({e})") from e
+    return architecture(model_config(flags, where))
 
 
-class Reader:
-    """Our parameters, whole, one at a time, from the folder of a model whose flags cfg/hf.py gave."""
-
-    def __init__(self, folder: Path, learned: bool, shapes: Mapping[str, torch.Size]):
-        """`shapes` of all our parameters. Raises UserError if the folder has not just the tensors of these."""
-        self.learned, self.folder = learned, folder
-        self._open: dict[Path, Any] = {}
-        files = find_files(folder)
-        bare = learned and "wte.weight" in files  # without the head around it, as GPT-2's own release
-        self._stored = {n if n == HEAD or not bare else f"transformer.{n}": (file, n) for n, file in files.items()}
-        wanted = {part for name in shapes for part in parts_of(name, learned)}
-        if missing := sorted(wanted - self._stored.keys()):
-            raise UserError(f"{folder}: has no tensor {missing[0]}; not the model that its config.json describes")
-        rest = self._stored.keys() - wanted - {HEAD}  # a tied head may be written all the same
-        if unknown := sorted(n for n in rest if not BUFFERS.fullmatch(n)):
-            raise UserError(f"{folder}: has a tensor {unknown[0]}, which is not of the model in its config.json")
-        for name in shapes:
-            self._check(name, shapes)
-
-    def _file(self, part: str) -> tuple[Any, Path, str]:
-        """Open, its path, and what the part is called in it."""
-        path, stored = self._stored[part]
-        if path not in self._open:
-            self._open[path] = open_safetensors(path)
-        return self._open[path], path, stored
-
-    def _check(self, name: str, shapes: Mapping[str, torch.Size]) -> None:
-        """Raises UserError unless the parts of a parameter are floats of the right shapes; reads no numbers."""
-        found = []
-        for part in parts_of(name, self.learned):
-            file, path, stored = self._file(part)
-            try:
-                about = file.get_slice(stored)
-            except SafetensorError as e:
-                raise UserError(f"{path}: {e}; fetch it again") from e
-            if about.get_dtype() not in FLOATS:
-                raise UserError(f"{path}: {stored} is of {about.get_dtype()}; only {', '.join(FLOATS)} are read")
-            found.append(about.get_shape()[:: -1 if is_transposed(name, self.learned) else 1])
-        wanted = [[rows, *shapes[name][1:]] for rows in rows_of_parts(name, shapes, len(found))]
-        if found != wanted:
-            raise UserError(
-                f"{self.folder}: {' and '.join(parts_of(name, self.learned))}: of shape"
-                f" {' and '.join(str(tuple(part)) for part in found)}, but its config.json wants"
-                f" {' and '.join(str(tuple(part)) for part in wanted)}"
-            )
-
-    def part(self, name: str) -> Tensor:
-        file, path, stored = self._file(name)
-        try:
-            tensor: Tensor = file.get_tensor(stored)
-        except SafetensorError as e:
-            raise UserError(f"{path}: {e}; fetch it again") from e
-        return tensor
-
-    def __call__(self, name: str) -> Tensor:
-        """The parameter of our `name`, in the dtype of the file."""
-        parts = [self.part(part) for part in parts_of(name, self.learned)]
-        if is_transposed(name, self.learned):
-            parts = [part.t() for part in parts]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _only(config: dict[str, Any], where: str, **wanted: Any) -> None:
+    """Checks that each option has one of the `wanted` values. A missing option has the first of them."""
+    for key, values in wanted.items():
+        values = values if isinstance(values, tuple) else (values,)
+        if (value := config.get(key, values[0])) not in values:
+            raise UserError(f"{where}: {key}={value} is not supported; only {' or '.join(map(str, values))}")
 
 
-def split_for_export(name: str, value: Tensor, learned: bool, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """One of our parameters, of which all have these `shapes`, as the tensors of a Hugging Face folder."""
-    names = parts_of(name, learned)
-    parts = value.split(rows_of_parts(name, shapes, len(names)))
-    transposed = is_transposed(name, learned)
-    return {n: (part.t() if transposed else part).contiguous() for n, part in zip(names, parts, strict=True)}
+def _read_gpt2(config: dict[str, Any], where: str) -> dict[str, Any]:
+    _only(
+        config,
+        where,
+        activation_function=tuple(GELUS),
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False,
+    )
+    width, heads = int(config["n_embd"]), int(config["n_head"])
+    return {
+        "n_layer": int(config["n_layer"]),
+        "n_head": heads,
+        "n_kv_head": heads,
+        "n_embd": width,
+        "vocab_size": int(config["vocab_size"]),
+        "n_positions": int(config["n_positions"]),
+        "norm_eps": float(config.get("layer_norm_epsilon", 1e-5)),
+        "mlp": GELUS[config.get("activation_function", "gelu_new")],
+        "mlp_hidden": int(config.get("n_inner") or 4 * width),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
+    }
+
+
+def _read_rotary(family: str, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Reads Llama and its relatives."""
+    _only(config, where, hidden_act=("silu", "swish"), use_mrope=False)
+    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if attention_bias and not (family == "llama" and mlp_bias):
+        raise UserError(f"{where}: attention_bias=True is not supported without mlp_bias=True (--bias=1 is both)")
+    if mlp_bias and not attention_bias:
+        raise UserError(f"{where}: mlp_bias=True is not supported without attention_bias=True (--bias=1 is both)")
+    width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    kv_heads = config.get("num_key_value_heads", {"llama": heads, "mistral": 8}.get(family, 32))
+    head_dim = int(config.get("head_dim") or (128 if family == "qwen3" else 0))
+    base, scaling = _read_rope(config, where)
+    return {
+        "n_layer": int(config["num_hidden_layers"]),
+        "n_head": heads,
+        "n_kv_head": int(kv_heads or heads),
+        "n_embd": width,
+        "head_dim": 0 if head_dim * heads == width else head_dim,
+        "vocab_size": int(config["vocab_size"]),
+        "n_positions": int(config["max_position_embeddings"]),
+        "positions": "rotary",
+        "rope_base": base,
+        "rope_scaling": scaling,
+        "sliding_window": _read_window(family, config, where),
+        "norm": "rmsnorm",
+        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "mlp": "swiglu",
+        "mlp_hidden": int(config["intermediate_size"]),
+        "bias": attention_bias,
+        "qkv_bias": family == "qwen2",
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "qk_norm": family == "qwen3",
+    }
+
+
+def _read_rope(config: dict[str, Any], where: str) -> tuple[float, str]:
+    """Returns --rope_base and --rope_scaling. Since transformers 5 both are in rope_parameters."""
+    options = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)] or [{}]
+    found = [_read_rope_options(each, config, where) for each in options]
+    if found[0] != found[-1]:
+        raise UserError(f"{where}: rope_parameters and rope_scaling differ; remove the one that is wrong")
+    return found[0]
+
+
+def _read_rope_options(options: dict[str, Any], config: dict[str, Any], where: str) -> tuple[float, str]:
+    """Returns --rope_base and --rope_scaling from the content of rope_parameters or rope_scaling."""
+    if any(isinstance(value, dict) for value in options.values()):
+        raise UserError(f"{where}: rope_parameters that differ from layer to layer are not supported")
+    base = float(options.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if (part := options.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor={part} is not supported; only 1")
+    kind = options.get("rope_type", options.get("type", "default"))
+    if kind == "default":
+        return base, ""
+    if kind not in ROPE_KINDS:
+        raise UserError(f"{where}: rope_type {kind!r} is not supported; only default, {', '.join(ROPE_KINDS)}")
+    # The trained length may stand in two places, and versions of transformers do not agree on which one counts.
+    outer, inner = config.get(TRAINED_LENGTH), options.get(TRAINED_LENGTH)
+    if kind == "llama3" and outer is not None and outer != inner:
+        raise UserError(
+            f"{where}: {TRAINED_LENGTH}={outer}, but {inner} in the rotary scaling; remove the one that is wrong"
+        )
+    return base, f"{kind}:{','.join(f'{float(options[key]):.17g}' for key in ROPE_KINDS[kind])}"
+
+
+def _read_window(family: str, config: dict[str, Any], where: str) -> int:
+    """Returns --sliding_window, which our model has in all layers or in none."""
+    layers = int(config["num_hidden_layers"])
+    window = int(config.get("sliding_window", 4096) or 0)
+    if family == "llama" or (family != "mistral" and not config.get("use_sliding_window")):
+        window = 0  # these classes ignore the option
+    first = 0 if family == "mistral" else int(config.get("max_window_layers", 28))
+    windowed = max(0, layers - first) if window else 0
+    if kinds := config.get("layer_types"):
+        if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+            raise UserError(f"{where}: layer_types has {min(unknown)}; only full_attention and sliding_attention")
+        listed = sum(kind == "sliding_attention" for kind in kinds)
+        if listed != windowed and (not window or family == "mistral"):  # transformers' class ignores layer_types here
+            raise UserError(f"{where}: sliding_attention for {listed} of layer_types, but the model has {windowed}")
+        windowed = listed
+    if windowed not in (0, layers):
+        raise UserError(f"{where}: a sliding window in {windowed} of {layers} layers; only in all or none")
+    return window if windowed else 0
+
+
+def write_config(flags: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config.json of a model with these flags of `ModelConfig`.
+
+    A switch that no class of transformers computes is a UserError.
+    """
+    return _write_gpt2(flags) if flags["positions"] == "learned" else _write_rotary(flags)
+
+
+def _needs(flags: dict[str, Any], who: str, **wanted: Any) -> None:
+    """Checks that the flags have the values that the class `who` computes."""
+    for name, value in wanted.items():
+        if flags[name] != value:
+            now, then = (int(v) if isinstance(v, bool) else v for v in (flags[name], value))
+            raise UserError(f"--{name}={now}: transformers' {who} has only --{name}={then}; train with that to export")
+
+
+def _write_gpt2(flags: dict[str, Any]) -> dict[str, Any]:
+    who = CLASSES["gpt2"] + " (the one for --positions=learned)"
+    mlp = flags["mlp"] if flags["mlp"] in GELUS.values() else "gelu"
+    _needs(flags, who, norm="layernorm", mlp=mlp, qk_norm=False, logit_softcap=0.0, sliding_window=0, head_dim=0)
+    _needs(flags, who, n_kv_head=flags["n_head"])
+    return {
+        "model_type": "gpt2",
+        "architectures": [CLASSES["gpt2"]],
+        "n_layer": flags["n_layer"],
+        "n_head": flags["n_head"],
+        "n_embd": flags["n_embd"],
+        "n_inner": flags["mlp_hidden"],
+        "n_positions": flags["n_positions"],
+        "vocab_size": flags["vocab_size"],
+        "activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu"}[mlp],
+        "layer_norm_epsilon": flags["norm_eps"],
+        "attn_pdrop": flags["dropout"],
+        "embd_pdrop": flags["dropout"],
+        "resid_pdrop": flags["dropout"],
+        "tie_word_embeddings": flags["tie_embeddings"],
+    }
+
+
+def _write_rotary(flags: dict[str, Any]) -> dict[str, Any]:
+    special = [name for name in ("qk_norm", "qkv_bias", "sliding_window") if flags[name]]
+    family = {"qk_norm": "qwen3", "qkv_bias": "qwen2", "sliding_window": "mistral"}[special[0]] if special else "llama"
+    who = CLASSES[family] + (f" (the one for --{special[0]})" if special else "")
+    _needs(flags, who, norm="rmsnorm", mlp="swiglu", logit_softcap=0.0)
+    if family != "llama":
+        _needs(flags, who, bias=False)
+    for name in special[1:]:
+        _needs(flags, who, **{name: type(flags[name])(0)})
+    config: dict[str, Any] = {
+        "model_type": family,
+        "architectures": [CLASSES[family]],
+        "num_hidden_layers": flags["n_layer"],
+        "num_attention_heads": flags["n_head"],
+        "num_key_value_heads": flags["n_kv_head"],
+        "hidden_size": flags["n_embd"],
+        "head_dim": flags["head_dim"] or flags["n_embd"] // flags["n_head"],
+        "intermediate_size": flags["mlp_hidden"],
+        "max_position_embeddings": flags["n_positions"],
+        "vocab_size": flags["vocab_size"],
+        "hidden_act": "silu",
+        "rms_norm_eps": flags["norm_eps"],
+        "rope_theta": flags["rope_base"],
+        "attention_dropout": flags["dropout"],
+        "tie_word_embeddings": flags["tie_embeddings"],
+    }
+    if family == "llama":
+        config |= {"attention_bias": flags["bias"], "mlp_bias": flags["bias"]}
+    if family == "mistral":
+        config |= {"sliding_window": flags["sliding_window"]}
+    if flags["rope_scaling"]:
+        kind, values = parse_rope_scaling(flags["rope_scaling"])
+        options: dict[str, Any] = dict(zip(ROPE_KINDS[kind], values, strict=True))
+        if kind == "llama3":
+            options[TRAINED_LENGTH] = int(options[TRAINED_LENGTH])
+        config["rope_scaling"] = {"rope_type": kind, **options}
+    return config

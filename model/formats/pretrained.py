@@ -1,54 +1,175 @@
-"""The weights of a model that somebody has trained: what cfg/origin.py names, as values of our parameters."""
+"""Pretrained models, as --init_from and --checkpoint name them: their flags, their weights, and how to load them.
+
+A name is hf:FOLDER, or hf:OWNER/NAME[@REVISION] on the hub; nanogpt:FILE, llmc:FILE, llama2c:FILE; or a run or
+checkpoint of rawgpt. torch is imported in the functions that read weights, so that a wrong name is reported at once.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from pydantic import ValidationError
-from torch import Tensor
-
-from cfg.checks import check_model
-from cfg.config import ModelConfig
-from cfg.origin import WEIGHTS, Origin, fetch, open_origin, split
-from model.formats import hf, others
-from model.formats.checkpoint import find_checkpoint, load_tensors, read_manifest, tensor_shapes
-from model.gpt import GPT, VOCABULARY, InitialValue, init_weights, parameter_shapes
+from cfg.config import model_config
+from cfg.flags import ModelConfig
 from util.errors import UserError, quote
+from util.files import read_json
+from util.hub import WEIGHTS, download, model_folder
 
-# For each new token the old ones whose mean it becomes: their ids, one after another, and where each token's begin.
-Rows = tuple[np.ndarray, np.ndarray]
-READERS = {"nanogpt": others.nanogpt_reader, "llmc": others.llmc_reader, "llama2c": others.llama2c_reader}
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from model.formats.raw import Reader
+    from model.gpt import GPT, InitialValue
+
+KINDS = ("hf", "nanogpt", "llmc", "llama2c")
+# For each new token the old ones whose mean it becomes: all ids in one array, and where each token's ids begin.
+Rows = tuple["np.ndarray", "np.ndarray"]
 
 
-def reader(origin: Origin, report: Any = print) -> Callable[[str], Tensor]:
-    """What gives the parameter of a name, whole, embeddings and head without padding, in the dtype it is stored in.
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A pretrained model whose description has been read."""
 
-    It holds none of them. Raises UserError if the files are not those of the model they describe.
+    kind: str  # one of KINDS, or "" for a run or checkpoint of rawgpt
+    path: Path  # folder or file; for a model on the hub, its folder in the cache
+    hub: str  # its name on the hub, or ""
+    flags: dict[str, Any]  # of ModelConfig; for a run, all of its flags
+    tokenizer: str  # the name or path of its own, none if unknown
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Returns the kind, "" for a run or checkpoint of rawgpt, and the rest of the name."""
+    kind, colon, rest = text.partition(":")
+    return (kind, rest) if colon and kind in KINDS else ("", text)
+
+
+# --- the description ---
+
+
+def open_pretrained(text: str, flag: str = "init_from") -> PretrainedModel:
+    """Reads the description of a model, not its weights. Errors begin with --`flag`."""
+    kind, name = split_name(text)
+    where = f"--{flag}={quote(text)}"
+    if not name:
+        raise UserError(f"{where}: the name is empty")
+    if kind == "hf":
+        return _open_hf(name, where)
+    path = Path(os.path.expanduser(name))
+    if not kind:
+        return _open_run(path, where)
+    if not os.path.isfile(path):
+        raise UserError(f"{where}: no such file")
+    from model.formats import llama2c, llmc, nanogpt  # these import numpy, which --help does not need
+
+    if kind == "nanogpt":
+        flags, _ = nanogpt.open_file(path)
+    else:
+        flags = (llmc if kind == "llmc" else llama2c).open_file(path).flags
+    return PretrainedModel(kind, path, "", flags, _tokenizer_beside(kind, path, flags["vocab_size"]))
+
+
+def _open_hf(name: str, where: str) -> PretrainedModel:
+    from model.formats import hf
+
+    path, hub = model_folder(name, where)
+    file = path / "config.json"
+    try:
+        config = read_json(file)
+    except OSError as e:
+        raise UserError(f"{where}: {file}: {e.strerror}; the folder of a Hugging Face model has one") from e
+    except ValueError as e:
+        raise UserError(f"{where}: {file} is damaged ({e})") from e
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: {file} is damaged (not an object)")
+    flags = hf.read_flags(config, f"{where}: {file.name}")
+    if (path / "tokenizer.json").is_file():
+        tokenizer = f"hf:{hub}" if hub else str(path)
+    else:
+        tokenizer = _tokenizer_of_size(flags["vocab_size"])
+    return PretrainedModel("hf", path, hub, flags, tokenizer)
+
+
+def _open_run(path: Path, where: str) -> PretrainedModel:
+    flags = _flags_of_run(path, where)
+    model_config(flags, where)
+    own = next((str(p.parent) for p in sorted(path.rglob("tokenizer.json"))), "")
+    return PretrainedModel("", path, "", flags, own or str(flags.get("tokenizer", "none")))
+
+
+def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
+    """Returns the flags in the manifest of a checkpoint, or of the newest readable checkpoint of a run."""
+    if not os.path.isdir(path):
+        kinds = ", ".join(f"{kind}:" for kind in KINDS)
+        raise UserError(f"{where}: no such run or checkpoint; other models are named with {kinds} in front")
+    path = path.parent if path.name == "checkpoints" else path
+    for file in [path / "manifest.json", *sorted(path.glob("checkpoints/step_*/manifest.json"), reverse=True)]:
+        try:
+            flags = read_json(file)["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(flags, dict):
+            return flags
+    raise UserError(f"{where}: holds no checkpoint")
+
+
+def _tokenizer_of_size(vocab_size: int) -> str:
+    return "gpt2" if vocab_size in (50257, 50304) else "none"  # GPT-2's vocabulary, also as it is often padded
+
+
+def _tokenizer_beside(kind: str, path: Path, vocab_size: int) -> str:
+    """Returns the tokenizer that llama2.c keeps beside a model: tok512.bin for 512 tokens, tokenizer.bin for Llama."""
+    if kind != "llama2c":
+        return _tokenizer_of_size(vocab_size)
+    beside = path.with_name("tokenizer.bin" if vocab_size == 32000 else f"tok{vocab_size}.bin")
+    return str(beside) if beside.is_file() else "none"
+
+
+# --- the weights ---
+
+
+def open_weights(pretrained: PretrainedModel, report: Any = print) -> Reader:
+    """Returns `read(name)`, which loads one whole parameter in its stored dtype and without vocabulary padding.
+
+    Checks first that the files have the parameters of the model that they describe.
     """
-    config = model_config(origin.flags, str(origin.path))
-    if origin.kind in READERS:
-        return READERS[origin.kind](origin.path, config)
-    if origin.kind == "hf":
-        if origin.hub:
-            fetch(origin.hub, WEIGHTS, f"hf:{origin.hub}")
-        return hf.Reader(origin.path, config.positions == "learned", parameter_shapes(config))
-    return checkpoint_reader(newest(origin.path, report), config)
+    config = model_config(pretrained.flags, str(pretrained.path))
+    if pretrained.kind == "hf":
+        from model.formats.hf_tensors import HFReader
+        from model.gpt import parameter_shapes
+
+        if pretrained.hub:
+            download(pretrained.hub, WEIGHTS, f"hf:{pretrained.hub}")
+        return HFReader(pretrained.path, config.positions == "learned", parameter_shapes(config))
+    if pretrained.kind:
+        from model.formats import llama2c, llmc, nanogpt
+
+        readers = {"nanogpt": nanogpt.reader, "llmc": llmc.reader, "llama2c": llama2c.reader}
+        return readers[pretrained.kind](pretrained.path, config)
+    return checkpoint_reader(newest_checkpoint(pretrained.path, report), config)
 
 
-def newest(path: Path, report: Any = print) -> Path:
-    """The newest whole checkpoint of a run; the optimizer's files, which are not asked for, are not hashed."""
+def newest_checkpoint(path: Path, report: Any = print) -> Path:
+    """Returns the newest valid checkpoint of a run, or `path` itself. The optimizer's files are not hashed."""
+    from model.formats.checkpoint import find_checkpoint
+
     found = find_checkpoint(path, report, skip="optimizer/")
     if found is None:
         raise UserError(f"{path}: holds no checkpoint")
     return found
 
 
-def checkpoint_reader(path: Path, config: ModelConfig) -> Callable[[str], Tensor]:
-    """As `reader`, of one checkpoint of ours."""
+def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
+    """Returns `read(name)` for a rawgpt checkpoint."""
+    import torch
+
+    from model.formats.checkpoint import load_tensors, tensor_shapes
+    from model.gpt import VOCABULARY
+
     shapes = tensor_shapes(path, "model")
 
     def read(name: str) -> Tensor:
@@ -62,22 +183,24 @@ def checkpoint_reader(path: Path, config: ModelConfig) -> Callable[[str], Tensor
 
 
 def initial_values(read: Callable[[str], Tensor], config: ModelConfig, rows: Rows | None = None) -> InitialValue:
-    """For `init_weights`: what `read` gives, the vocabulary padded with zeros.
+    """Returns what `read` returns as initial values for `init_weights`, with the vocabulary padded by zeros.
 
-    `rows` say how embeddings and head get those of another vocabulary. Raises UserError for a shape that is not the
-    model's.
+    `rows` map the embeddings and the head to another vocabulary.
     """
+    import torch
+
+    from model.gpt import VOCABULARY
 
     def value(name: str, shape: torch.Size) -> Tensor:
         found = read(name)
         expected = shape
         if name in VOCABULARY:
-            found = found if rows is None else mixed_rows(found, rows)
+            found = found if rows is None else mean_of_rows(found, rows)
             expected = torch.Size((config.vocab_size, *shape[1:]))
         if found.shape != expected:
             raise UserError(
-                f"--init_from: {name} has shape {tuple(found.shape)}, but the model that comes with it wants"
-                f" {tuple(expected)}; the files are damaged, or not of one model"
+                f"--init_from: {name} has shape {tuple(found.shape)}, but the flags of its model need"
+                f" {tuple(expected)}; the files are damaged, or belong to different models"
             )
         if expected != shape:
             found = torch.cat((found, found.new_zeros(shape[0] - expected[0], *shape[1:])))
@@ -86,51 +209,44 @@ def initial_values(read: Callable[[str], Tensor], config: ModelConfig, rows: Row
     return value
 
 
-def mixed_rows(table: Tensor, rows: Rows) -> Tensor:
-    """(V_new, C) from (V_old, C): each the mean of the `rows` it is made of, or of all in use where there are none."""
+def mean_of_rows(table: Tensor, rows: Rows) -> Tensor:
+    """Returns (V_new, C) from (V_old, C): each row is the mean of its old rows, or of all used ones if it has none."""
+    import torch
+
     ids, offsets = (torch.from_numpy(a) for a in rows)
     table = table.float()
     mixed = torch.nn.functional.embedding_bag(ids, table, offsets, mode="mean", include_last_offset=True)
-    mixed[offsets.diff() == 0] = table[ids.unique()].mean(0)  # not of rows that pad the vocabulary
+    mixed[offsets.diff() == 0] = table[ids.unique()].mean(0)  # without the rows that pad the old vocabulary
     return mixed
 
 
-def model_config(flags: dict[str, Any], where: str) -> ModelConfig:
-    """The part of `flags` that describes a model."""
-    try:
-        config = ModelConfig(**{k: v for k, v in flags.items() if k in ModelConfig.model_fields})
-    except ValidationError as e:
-        first = e.errors()[0]
-        name = f"{first['loc'][0]}={quote(first['input'])}" if first["loc"] else "the whole"
-        raise UserError(f"{where}: describes no model that this version knows: {name}: {first['msg']}") from e
-    try:
-        check_model(config)
-    except UserError as e:
-        raise UserError(f"{where}: describes no model that this version knows: {e}") from e
-    return config
-
-
 def load_model(path: Path | str, device: torch.device, report: Any = print) -> tuple[GPT, dict[str, Any], Path]:
-    """The model of a checkpoint or run directory, or of what else --checkpoint may name, in eval mode.
+    """Loads the model that --checkpoint names, in eval mode.
 
-    With the flags it was trained with, as far as they are known, and the checkpoint, folder or file that was read.
+    Returns it with the flags that are known of its training, and the checkpoint, folder or file that was read.
     """
-    if split(str(path))[0]:
-        return load_foreign(open_origin(str(path), "checkpoint"), device)
-    found = newest(Path(path), report)
+    from model.formats.checkpoint import load_tensors, read_manifest
+    from model.gpt import GPT
+
+    if split_name(str(path))[0]:
+        return _load_foreign(open_pretrained(str(path), "checkpoint"), device)
+    found = newest_checkpoint(Path(path), report)
     flags = read_manifest(found)["config"]
     model = GPT(model_config(flags, str(found)))
     load_tensors(found, "model", {name: p.detach() for name, p in model.named_parameters()})
     return model.to(device).eval(), flags, found
 
 
-def load_foreign(origin: Origin, device: torch.device) -> tuple[GPT, dict[str, Any], Path]:
-    """As `load_model`."""
-    config = model_config(origin.flags, str(origin.path))
-    read = reader(origin)  # refuses files that are not of this model, before there is memory for it
+def _load_foreign(pretrained: PretrainedModel, device: torch.device) -> tuple[GPT, dict[str, Any], Path]:
+    import torch
+
+    from model.gpt import GPT, init_weights
+
+    config = model_config(pretrained.flags, str(pretrained.path))
+    read = open_weights(pretrained)  # checks the files before memory is allocated for the model
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
     init_weights(model, initial_values(read, config))
-    flags = {**config.model_dump(), "tokenizer": origin.tokenizer, "doc_mask": False}
-    return model.to(device).eval(), flags, origin.path
+    flags = {**config.model_dump(), "tokenizer": pretrained.tokenizer, "doc_mask": False}
+    return model.to(device).eval(), flags, pretrained.path

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from cfg.config import Config
 from model.gpt import InitialValue
-from train.metrics import StepResult, device_name
+from train.metrics import StepResult
 from train.optim import make_optimizer
 from train.parallel import ParallelModel, parallelize
 from train.stability import LossScaler, SpikeGuard
 from train_gpt import train_step
+from util.device import device_name
 from util.errors import UserError
 from util.files import write_atomically
 from util.ranks import Ranks

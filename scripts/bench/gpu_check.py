@@ -48,8 +48,9 @@ from model import loss as chunked_loss
 from model.loss import IGNORE_INDEX
 from scripts.bench.common import Run, describe, save
 from train.memory import deviation, planned_bytes
-from train.metrics import peak_memory, read_records
+from train.metrics import read_records
 from train.parallel import parallelize
+from util.device import peak_memory
 from util.errors import CommandParser, UserError, run_command
 from util.ranks import Ranks, close_ranks, init_ranks
 

@@ -39,8 +39,9 @@ from scripts.bench.common import Run, describe, save
 from scripts.bench.gpu_table import number
 from scripts.bench.nanogpt import load_nanogpt
 from train.memory import planned_bytes
-from train.metrics import device_name, peak_flops, peak_memory
+from util.device import device_name, peak_memory
 from util.errors import CommandParser, UserError, run_command
+from util.gpus import peak_flops
 from util.ranks import Ranks, close_ranks, init_ranks
 
 TINY = "--n_layer=2 --n_embd=64 --n_head=4 --vocab_size=500 --sequence_length=32 --batch_size=2 --compile=0"

@@ -118,7 +118,7 @@ def simulate(config: Config, world_size: int) -> dict[str, int]:
         with torch.device("meta"):
             model = GPT(config)
         for block in model.h:
-            block.recompute = config.activation_checkpointing
+            block.activation_checkpointing = config.activation_checkpointing
         model.residual_dtype = getattr(torch, config.residual_dtype)
         # Sharded outside the fake mode, in which a mesh cannot be made; sharded parameters remember meta tensors.
         mesh = shard(model, config, Ranks(0, 0, world_size, CPU)) if config.zero_stage >= 2 else None

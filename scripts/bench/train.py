@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from cfg.config import Config, load_config
 from model.gpt import GPT, init_weights
 from scripts.bench.nanogpt import load_nanogpt
-from train.metrics import peak_memory
 from train.optim import make_optimizer
+from util.device import peak_memory
 from util.errors import CommandParser, run_command
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cfg.config import load_config
+from model.formats.pretrained import open_pretrained
 from util.errors import run_command
 
-config = load_config()
+config = load_config(describe=open_pretrained)
 
 import torch
 

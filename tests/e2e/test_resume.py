@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over(trainer, trace, finished, injected,
     else:
         (newest / "manifest.json").write_text('{"format": 1, "files": ')
     done = trainer.run(finished, "--num_iterations=10")
-    assert f"{newest} is passed over" in done.stdout
+    assert f"{newest} is skipped" in done.stdout
     assert "resuming from" in done.stdout and "step_00000005" in done.stdout
     assert trace(finished) == reference
     assert (finished / "checkpoints" / "damaged_step_00000010.1").is_dir()  # kept, not overwritten
@@ -150,7 +150,7 @@ def test_when_all_are_damaged_it_does_not_start_over(trainer, finished, injected
     before = {path: path.read_bytes() for path in files}
     done = trainer.run(finished, "--num_iterations=10", code=5)
     assert re.fullmatch(
-        r"error: .*: no whole checkpoint is left \(newest: .*\); move it away to start over\n", done.stderr
+        r"error: .*: no valid checkpoint is left \(newest: .*\); move it away to start over\n", done.stderr
     )
     assert '"status": "storage error"' in (finished / "status.json").read_text()
     assert {path: path.read_bytes() for path in files} == before

@@ -179,7 +179,7 @@ def test_the_log_a_large_file_or_a_read_fails(chain, metrics, injected):
     assert kept(chain.dir) == before
 
     done, _ = chain.start(*flags, fault="read hash=EIO", resumes=3)
-    assert re.search(r"checkpoint .*step_00000004 is passed over: .*: Input/output error\n", done.stdout)
+    assert re.search(r"checkpoint .*step_00000004 is skipped: .*: Input/output error\n", done.stdout)
     chain.finished()
     assert not list(folder.glob("damaged*"))  # it was whole when its step was reached again
     injected(4)

@@ -81,7 +81,7 @@ def test_compiled_gives_the_same_numbers_as_eager(family, how, recompute):
 def compile_with(model, family, how, recompute="none"):
     torch._dynamo.reset()
     for block in model.h:
-        block.recompute = recompute
+        block.activation_checkpointing = recompute
     compile_model(model, load_config([*SMALL, *family, f"--compile={how}"], world_size=1), torch.device("cpu"))
 
 
@@ -244,7 +244,7 @@ def test_wrong_shapes_are_refused():
 def test_what_is_computed_again_changes_nothing(family, recompute, dropout):
     plain, recomputing = (make(*family, f"--dropout={dropout}") for _ in range(2))
     for block in recomputing.h:
-        block.recompute = recompute
+        block.activation_checkpointing = recompute
     found = []
     for model in (plain, recomputing):
         torch.manual_seed(0)

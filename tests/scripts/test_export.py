@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cfg.config import load_config
-from cfg.origin import Origin
 from data.tokenizers.export import tokenizer_files
 from data.tokenizers.load import load_tokenizer
 from eval import generate as generating
 from eval.generate import Sampling, generate
-from model.formats.pretrained import initial_values, load_model, model_config, reader
+from model.formats.pretrained import PretrainedModel, initial_values, load_model, model_config, open_weights
 from model.gpt import GPT, init_weights
 from scripts import export as command
 from util.errors import UserError
@@ -107,8 +106,8 @@ def source_of(config, seed=0):
     init_weights(model, lambda name, shape: torch.randn(shape, generator=generator) * 0.2)
     weights = {n: p.detach()[: config.vocab_size] if n in ("wte.weight", "lm_head.weight") else p.detach()
                for n, p in model.named_parameters()}  # fmt: skip
-    origin = Origin("hf", Path("somewhere"), "", config.model_dump(), "none")
-    return command.Source(origin, Path("somewhere"), model.config, weights.__getitem__), model
+    pretrained = PretrainedModel("hf", Path("somewhere"), "", config.model_dump(), "none")
+    return command.Source(pretrained, Path("somewhere"), model.config, weights.__getitem__), model
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -223,7 +222,9 @@ def test_the_import_of_an_export_is_the_checkpoint_bit_for_bit(text_run, paramet
     config = load_config([f"--init_from=hf:{folder}"], 1)
     assert config.tokenizer == str(folder)
     model = GPT(config)
-    init_weights(model, initial_values(reader(Origin("hf", folder, "", config.model_dump(), "none")), config))
+    init_weights(
+        model, initial_values(open_weights(PretrainedModel("hf", folder, "", config.model_dump(), "none")), config)
+    )
     named = dict(model.named_parameters())
     for name, value in parameters_of(run).items():
         assert torch.equal(named[name][:50257], value[:50257])

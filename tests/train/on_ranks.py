@@ -17,9 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from cfg.config import load_config
-from cfg.origin import open_origin
 from model.formats.checkpoint import list_checkpoints
-from model.formats.pretrained import initial_values, reader
+from model.formats.pretrained import initial_values, open_pretrained, open_weights
 from model.gpt import GPT, initial_value
 from train.checkpoint import load_checkpoint
 from train.checkpoint_writer import CheckpointWriter
@@ -95,8 +94,8 @@ def check_initial_weights(ranks, folder):
 
 def check_imported_weights(ranks, folder):
     """As they are in the files, in every stage; nowhere more than this rank's part and the parameter at hand."""
-    origin = open_origin(f"hf:{folder.parent / 'llama'}")
-    shape = ["--sequence_length=16", "--batch_size=2", f"--init_from=hf:{origin.path}", "--device=cpu"]
+    pretrained = open_pretrained(f"hf:{folder.parent / 'llama'}")
+    shape = ["--sequence_length=16", "--batch_size=2", f"--init_from=hf:{pretrained.path}", "--device=cpu"]
     handed_out = []
 
     def read(name):
@@ -106,8 +105,8 @@ def check_imported_weights(ranks, folder):
         return value
 
     for flags in settings(ranks.world_size).values():
-        config = load_config([*shape, *flags], ranks.world_size)
-        values = initial_values(reader(origin), config)
+        config = load_config([*shape, *flags], ranks.world_size, open_pretrained)
+        values = initial_values(open_weights(pretrained), config)
         with torch.device("meta"):
             shapes = {n: p.shape for n, p in GPT(config).named_parameters()}
         expected = {n: values(n, s).float() for n, s in shapes.items()}

@@ -16,13 +16,12 @@ from cfg.config import ModelConfig, load_config
 from model.formats import checkpoint as weights
 from model.formats.checkpoint import (
     MANIFEST,
-    RECORD,
     find_checkpoint,
+    find_damage,
     list_checkpoints,
-    problem_with,
     read_manifest,
     read_state,
-    seal,
+    with_sha256,
 )
 from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
@@ -31,7 +30,7 @@ from train.checkpoint import check_same_model, clean_up_partial, find_checkpoint
 from train.checkpoint_writer import CheckpointWriter
 from train.optim import make_optimizer, make_states, named_states
 from train.stability import SpikeGuard
-from util import faults
+from util import files
 from util.errors import StorageError, UserError
 from util.files import file_sha256
 from util.ranks import Ranks
@@ -61,7 +60,7 @@ def save(config, number, model, optimizer):
 
 
 def state_of(number):
-    return {"record": {**dict.fromkeys(RECORD, 1.0), "step": number}, "data": {}, "scaler": {}, "wandb_id": None}
+    return {"record": {"loss": 1.0, "elapsed_s": 1.0, "step": number}, "data": {}, "scaler": {}, "wandb_id": None}
 
 
 def test_round_trip_is_exact_and_training_goes_on_alike(tmp_path):
@@ -172,8 +171,8 @@ def test_a_manifest_cannot_point_outside(tmp_path):
     path = tmp_path / "checkpoints/step_00000001"
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../../secret"] = manifest["files"]["state.json"]
-    (path / "manifest.json").write_text(json.dumps(seal(manifest)))
-    assert "missing" in problem_with(path)
+    (path / "manifest.json").write_text(json.dumps(with_sha256(manifest)))
+    assert "missing" in find_damage(path)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,7 @@ def test_any_manifest_is_judged_without_a_traceback(tmp_path, content):
     path = tmp_path / "step_00000001"
     path.mkdir()
     (path / "manifest.json").write_text(content)
-    assert problem_with(path)
+    assert find_damage(path)
 
 
 def test_the_model_alone_can_be_loaded(tmp_path):
@@ -279,7 +278,7 @@ def test_a_checkpoint_with_a_missing_part_or_a_stray_file_is_refused(tmp_path):
     save(config, 1, model, optimizer)
     path = list_checkpoints(tmp_path)[0]
     save_file({"wte.weight": torch.zeros(3, 16)}, path / "model/stray.safetensors")
-    assert "model/stray.safetensors does not belong to it" in problem_with(path)
+    assert "model/stray.safetensors does not belong to it" in find_damage(path)
     (path / "model/stray.safetensors").unlink()
     file = next(path.glob("model/*"))
     tensors = load_file(file)
@@ -289,13 +288,13 @@ def test_a_checkpoint_with_a_missing_part_or_a_stray_file_is_refused(tmp_path):
     save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(about)})
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][f"model/{file.name}"] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-    (path / "manifest.json").write_text(json.dumps(seal(manifest)))
-    assert problem_with(path) is None  # so say the hashes
-    with pytest.raises(UserError, match="parts of wte.weight do not make up the whole"):
+    (path / "manifest.json").write_text(json.dumps(with_sha256(manifest)))
+    assert find_damage(path) is None  # so say the hashes
+    with pytest.raises(UserError, match="parts of wte.weight are missing"):
         load_checkpoint(path, model, optimizer)
     del manifest["config"]
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert "is not of format" in problem_with(path)
+    assert "is not of format" in find_damage(path)
 
 
 @pytest.fixture
@@ -341,7 +340,7 @@ def test_evaluation_hashes_the_model_and_only_looks_for_the_optimizer(two, folde
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert bool(problem_with(list_checkpoints(two)[0], skip="optimizer")) == found
+    assert bool(find_damage(list_checkpoints(two)[0], skip="optimizer")) == found
 
 
 def loaded(content):
@@ -386,15 +385,15 @@ def test_what_cannot_be_read_is_passed_over_or_an_end(two, monkeypatch, injected
 
 
 def order(monkeypatch, fault):
-    monkeypatch.setattr(faults, "_ordered", faults.ORDER.fullmatch(fault))
-    monkeypatch.setattr(faults, "_times", 0)
+    monkeypatch.setattr(files, "_fault", files._FAULT.fullmatch(fault))
+    monkeypatch.setattr(files, "_times_passed", 0)
 
 
 def test_links_to_what_is_gone_are_no_reason_to_start_over(two):
     for path in list_checkpoints(two):
         path.rename(two / path.name)
         path.symlink_to(two / "gone" / path.name)
-    with pytest.raises(StorageError, match="no whole checkpoint is left .newest: manifest.json: No such file"):
+    with pytest.raises(StorageError, match="no valid checkpoint is left .newest: manifest.json: No such file"):
         find_checkpoint(two, lambda line: None)
     for path in list_checkpoints(two):
         path.unlink()

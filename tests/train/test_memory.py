@@ -90,7 +90,7 @@ def test_a_compiled_block_keeps_what_the_plan_says(family, recompute):
     c = config("--compile=1", f"--residual_dtype={residual}", family=family)
     torch._dynamo.reset()
     block = Block(c)
-    block.recompute = recompute
+    block.activation_checkpointing = recompute
     forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
     kept = {}
 

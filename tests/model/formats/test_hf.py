@@ -17,9 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from cfg.hf import config_of, flags_of
-from cfg.origin import open_origin
-from model.formats.pretrained import load_model
+from model.formats.hf import read_flags, write_config
+from model.formats.pretrained import load_model, open_pretrained
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -218,9 +217,9 @@ def test_what_is_not_computed_here_is_refused_by_name(tmp_path, family, change, 
 def test_a_window_that_is_not_used():
     """transformers' classes pass over it: Llama's always, Qwen's without use_sliding_window or without a size."""
     for change in ({"sliding_window": 5}, {**QWEN2, "sliding_window": None, "max_window_layers": 0}):
-        assert flags_of({**small_llama().to_dict(), "layer_types": None, **change}, "here")["sliding_window"] == 0
+        assert read_flags({**small_llama().to_dict(), "layer_types": None, **change}, "here")["sliding_window"] == 0
     change = QWEN2 | {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}
-    assert flags_of(small_llama().to_dict() | change, "here")["sliding_window"] == 0
+    assert read_flags(small_llama().to_dict() | change, "here")["sliding_window"] == 0
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
@@ -229,14 +228,14 @@ def test_a_configuration_that_lacks_something(tmp_path, missing):
     del config[missing]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=missing):
-        open_origin(f"hf:{tmp_path}")
+        open_pretrained(f"hf:{tmp_path}")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "[" * 100_000])
 def test_a_damaged_configuration(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json is damaged"):
-        open_origin(f"hf:{tmp_path}")
+        open_pretrained(f"hf:{tmp_path}")
 
 
 def broken(folder, name, change):
@@ -286,7 +285,7 @@ def test_files_that_mean_harm(tmp_path):
         weights.write_bytes(content)
         refused("not a safetensors file|claims a header")
     weights.unlink()
-    refused("nothing of the kind")
+    refused("no weights at all")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     refused("a pickle, which is not read")
 
@@ -321,21 +320,21 @@ def test_what_is_not_a_folder_of_a_model(tmp_path, monkeypatch):
         (str(tmp_path / "nowhere"), "no such folder"),
         ("no such name", "no such folder"),
         ("../x", "no such folder"),
-        ("", "names nothing"),
+        ("", "the name is empty"),
         (str(tmp_path), "config.json"),
         ("nobody/nothing", "the hub does not have it or cannot be reached"),
     ]:
         with pytest.raises(UserError, match=said):
-            open_origin(f"hf:{name}")
+            open_pretrained(f"hf:{name}")
 
 
 @settings(max_examples=50, deadline=None)
 @given(config=rotary_configs())
 def test_configurations_survive_the_round_trip(config):
-    flags = flags_of(config.to_dict(), "config.json") | {"dropout": 0.0}
+    flags = read_flags(config.to_dict(), "config.json") | {"dropout": 0.0}
     special = [flags["bias"], flags["qkv_bias"], flags["qk_norm"], bool(flags["sliding_window"])]
     try:
-        back = flags_of(config_of(flags), "config.json")
+        back = read_flags(write_config(flags), "config.json")
     except UserError as error:
         assert sum(special) > 1 and "--" in str(error)
         return

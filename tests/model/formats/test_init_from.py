@@ -1,10 +1,11 @@
-"""--init_from brings a model's flags along, and what contradicts them is refused."""
+"""--init_from takes the flags of a pretrained model, and refuses flags that contradict them."""
 
 import json
 
 import pytest
 
 from cfg.config import load_config, to_yaml
+from model.formats.pretrained import open_pretrained
 from util.errors import UserError
 
 LLAMA = {
@@ -31,10 +32,10 @@ def folder(tmp_path):
 
 
 def load(folder, *flags):
-    return load_config([f"--init_from=hf:{folder}", *flags], 1)
+    return load_config([f"--init_from=hf:{folder}", *flags], 1, open_pretrained)
 
 
-def test_the_models_flags_are_the_runs(folder):
+def test_a_run_has_the_flags_of_its_pretrained_model(folder):
     config = load(folder)
     expected = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "mlp_hidden": 96, "vocab_size": 1000}
     expected |= {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tie_embeddings": False}
@@ -43,7 +44,7 @@ def test_the_models_flags_are_the_runs(folder):
     assert config.tokenizer == "none"
 
 
-def test_flags_and_presets_that_say_the_same_are_welcome(folder, tmp_path):
+def test_flags_and_presets_that_agree_are_accepted(folder, tmp_path):
     assert load(folder, "--n_layer=3", "--n_kv_head=2", "--mlp=swiglu") == load(folder)
     (tmp_path / "same.yaml").write_text(to_yaml(load(folder)))
     assert load(folder, f"--cfg={tmp_path / 'same.yaml'}").n_layer == 3
@@ -52,22 +53,22 @@ def test_flags_and_presets_that_say_the_same_are_welcome(folder, tmp_path):
 @pytest.mark.parametrize(
     "flag", ["n_layer=4", "n_kv_head=4", "mlp=gelu", "bias=1", "tie_embeddings=1", "norm_eps=1e-5"]
 )
-def test_another_model_is_not_what_the_weights_are_of(folder, flag):
+def test_a_flag_of_another_architecture_is_an_error(folder, flag):
     with pytest.raises(UserError, match=f"--{flag.split('=')[0]}=.*, but the model of --init_from has"):
         load(folder, f"--{flag}")
 
 
-def test_what_may_differ(folder):
+def test_training_flags_and_context_may_differ(folder):
     config = load(folder, "--dropout=0.1", "--flash=0", "--rope_base=1e6", "--rope_scaling=linear:2", "--vocab_pad=1")
     assert (config.dropout, config.rope_base, config.rope_scaling) == (0.1, 1e6, "linear:2")
     assert load(folder, "--sequence_length=64").n_positions == 256
-    assert load(folder, "--sequence_length=512").n_positions == 512  # rotary positions know no end
+    assert load(folder, "--sequence_length=512").n_positions == 512  # rotary positions have no table
     assert load(folder, "--n_positions=300", "--sequence_length=64").n_positions == 300
     with pytest.raises(UserError, match="--sequence_length=64 exceeds --n_positions=32; raise --n_positions$"):
         load(folder, "--n_positions=32", "--sequence_length=64")
 
 
-def test_a_learned_table_has_its_length(tmp_path):
+def test_a_learned_position_table_cannot_grow(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     config = load(tmp_path)
     assert (config.sequence_length, config.n_positions, config.tokenizer) == (128, 128, "gpt2")
@@ -77,27 +78,27 @@ def test_a_learned_table_has_its_length(tmp_path):
         load(tmp_path, "--sequence_length=256", "--n_positions=256")
 
 
-def test_another_vocabulary_on_request(folder):
+def test_another_vocabulary_needs_resize_embeddings(folder):
     with pytest.raises(UserError, match="--vocab_size=2000, but .* has 1000; or resize it with --resize_embeddings=1"):
         load(folder, "--vocab_size=2000")
-    with pytest.raises(UserError, match="must know both tokenizers, but the model of --init_from brings no"):
+    with pytest.raises(UserError, match="needs both tokenizers, but the model of --init_from has no"):
         load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=gpt2")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="must know both tokenizers, but --tokenizer=none"):
+    with pytest.raises(UserError, match="needs both tokenizers, but --tokenizer=none"):
         load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=none")
     assert load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=gpt2").vocab_size == 2000
     with pytest.raises(UserError, match="give the --vocab_size"):
         load(folder, "--resize_embeddings=1")
 
 
-def test_its_own_tokenizer_unless_another_is_named(folder):
+def test_the_default_tokenizer_is_that_of_the_model(folder):
     (folder / "tokenizer.json").write_text("{}")
     assert load(folder).tokenizer == str(folder)
     assert load(folder, "--tokenizer=none").tokenizer == "none"
     assert load(folder, "--tokenizer=gpt2").tokenizer == "gpt2"
 
 
-def test_a_run_of_ours(tmp_path):
+def test_a_rawgpt_run_or_checkpoint(tmp_path):
     flags = json.loads(
         json.dumps(load_config(["--n_layer=2", "--n_embd=24", "--n_head=2", "--dropout=0.1"], 1).model_dump())
     )
@@ -105,10 +106,10 @@ def test_a_run_of_ours(tmp_path):
         checkpoint = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "manifest.json").write_text(json.dumps({"config": flags}))
-    config = load_config([f"--init_from={tmp_path / 'run'}"], 1)
+    config = load_config([f"--init_from={tmp_path / 'run'}"], 1, open_pretrained)
     assert (config.n_layer, config.n_embd, config.dropout, config.tokenizer) == (2, 24, 0.0, "gpt2")
-    assert load_config([f"--init_from={checkpoint}"], 1).n_embd == 24
-    assert load_config([f"--init_from={checkpoint.parent}"], 1).n_embd == 24
+    assert load_config([f"--init_from={checkpoint}"], 1, open_pretrained).n_embd == 24
+    assert load_config([f"--init_from={checkpoint.parent}"], 1, open_pretrained).n_embd == 24
     for nothing in (tmp_path, tmp_path / "nowhere", "gpt2"):
         with pytest.raises(UserError, match="--init_from=.*: (holds no checkpoint|no such run or checkpoint)"):
-            load_config([f"--init_from={nothing}"], 1)
+            load_config([f"--init_from={nothing}"], 1, open_pretrained)

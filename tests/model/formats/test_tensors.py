@@ -1,4 +1,4 @@
-"""Neighbours' weights compute here what they compute there, and llm.c's files are written as llm.c writes them."""
+"""Weights of other projects give the logits of their projects, and llm.c's files are written as llm.c writes them."""
 
 import os
 import struct
@@ -10,10 +10,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cfg.config import ModelConfig
-from cfg.neighbours import llama2c_flags, llmc_flags, nanogpt_flags
-from model.formats.others import llama2c_reader, llmc_reader, nanogpt_reader, write_llmc
+from model.formats import llama2c, llmc, nanogpt
 from model.gpt import GPT, init_weights
-from tests.neighbour_files import (
+from tests.format_files import (
     C,
     H,
     L,
@@ -39,11 +38,16 @@ def saved(path, checkpoint):
     return path
 
 
+def flags_of(module, path):
+    found = module.open_file(path)
+    return found[0] if module is nanogpt else found.flags
+
+
 @torch.no_grad()
-def filled(flags, reader, path, dtype=torch.float32):
+def filled(module, path, dtype=torch.float32):
     """Our model from a file, through the interface that an import uses."""
-    config = ModelConfig(**flags(path))
-    model, read = GPT(config).eval(), reader(path, config)
+    config = ModelConfig(**flags_of(module, path))
+    model, read = GPT(config).eval(), module.reader(path, config)
     for name, parameter in model.named_parameters():
         value = read(name)
         assert value.dtype == dtype and value.shape[1:] == parameter.shape[1:]
@@ -79,21 +83,21 @@ def transformers_gpt2(weights, activation, head=None):
 
 
 def test_llmc_in_fp32(tmp_path):
-    model = filled(llmc_flags, llmc_reader, put(tmp_path / "x.bin", llmc_bytes(gpt2_weights())))
+    model = filled(llmc, put(tmp_path / "x.bin", llmc_bytes(gpt2_weights())))
     assert_same_logits(model, transformers_gpt2(gpt2_weights(), "gelu_new"))
 
 
 def test_llmc_in_bf16(tmp_path):
     path = put(tmp_path / "x.bin", llmc_bytes(gpt2_weights(), 5))
     rounded = {name: torch.tensor(value).bfloat16().float().numpy() for name, value in gpt2_weights().items()}
-    assert_same_logits(filled(llmc_flags, llmc_reader, path, torch.bfloat16), transformers_gpt2(rounded, "gelu_new"))
+    assert_same_logits(filled(llmc, path, torch.bfloat16), transformers_gpt2(rounded, "gelu_new"))
 
 
 @pytest.mark.parametrize("version, dtype", [(3, torch.float32), (5, torch.bfloat16)])
 def test_llmcs_file_is_written_again_byte_for_byte(tmp_path, version, dtype):
     path = put(tmp_path / "x.bin", llmc_bytes(gpt2_weights(), version))
-    config = ModelConfig(**llmc_flags(path))
-    write_llmc(tmp_path / "sub" / "y.bin", config, llmc_reader(path, config), dtype)
+    config = ModelConfig(**llmc.open_file(path).flags)
+    llmc.write_file(tmp_path / "sub" / "y.bin", config, llmc.reader(path, config), dtype)
     assert (tmp_path / "sub" / "y.bin").read_bytes() == path.read_bytes()
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["y.bin"]
 
@@ -112,9 +116,9 @@ def test_a_model_of_ours_goes_out_and_comes_back(tmp_path, dtype):
     config = ModelConfig(**GPT2, dropout=0.1, vocab_pad=1, zero_init=True)
     model = GPT(config)
     init_weights(model, 0)
-    write_llmc(tmp_path / "x.bin", config, of_model(model), dtype)
-    assert llmc_flags(tmp_path / "x.bin").items() <= config.model_dump().items()
-    read = llmc_reader(tmp_path / "x.bin", config)
+    llmc.write_file(tmp_path / "x.bin", config, of_model(model), dtype)
+    assert llmc.open_file(tmp_path / "x.bin").flags.items() <= config.model_dump().items()
+    read = llmc.reader(tmp_path / "x.bin", config)
     for name, parameter in model.named_parameters():
         assert torch.equal(read(name), parameter.detach().to(dtype)), name
 
@@ -138,30 +142,30 @@ def test_a_model_of_ours_goes_out_and_comes_back(tmp_path, dtype):
 def test_what_llmcs_format_cannot_hold_is_named(tmp_path, flags):
     config = ModelConfig(**(GPT2 | flags))
     with pytest.raises(UserError) as caught:
-        write_llmc(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float32)
+        llmc.write_file(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float32)
     (name, value), message = *flags.items(), str(caught.value)
-    assert message.startswith(f"--{name}={int(value) if isinstance(value, bool) else value} has no place")
+    assert message.startswith(f"--{name}={int(value) if isinstance(value, bool) else value}: llm.c")
     assert not list(tmp_path.iterdir())
 
 
 def test_llmcs_files_are_of_two_dtypes(tmp_path):
     config = ModelConfig(**GPT2)
     with pytest.raises(UserError, match="float32 or bfloat16, not float16"):
-        write_llmc(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float16)
+        llmc.write_file(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float16)
 
 
 def test_nothing_is_overwritten(tmp_path):
     config = ModelConfig(**GPT2)
     put(tmp_path / "x.bin", b"mine")
     with pytest.raises(UserError, match="already there"):
-        write_llmc(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float32)
+        llmc.write_file(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float32)
 
     def slow(name):  # while another writes the same file
         put(tmp_path / "y.bin", b"yours")
         return of_model(GPT(config))(name)
 
     with pytest.raises(UserError, match="y.bin is already there"):
-        write_llmc(tmp_path / "y.bin", config, slow, torch.float32)
+        llmc.write_file(tmp_path / "y.bin", config, slow, torch.float32)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x.bin": b"mine", "y.bin": b"yours"}
 
 
@@ -174,9 +178,9 @@ def test_a_file_that_could_not_be_finished_leaves_nothing(tmp_path):
         return of_model(GPT(config))(name)
 
     with pytest.raises(UserError, match="the disk is gone"):
-        write_llmc(tmp_path / "x.bin", config, broken, torch.float32)
+        llmc.write_file(tmp_path / "x.bin", config, broken, torch.float32)
     with pytest.raises(ValueError, match="wte.weight has shape"):  # with its padding
-        write_llmc(tmp_path / "x.bin", config, dict(GPT(config).named_parameters()).__getitem__, torch.float32)
+        llmc.write_file(tmp_path / "x.bin", config, dict(GPT(config).named_parameters()).__getitem__, torch.float32)
     assert not list(tmp_path.iterdir())
 
 
@@ -184,7 +188,7 @@ def test_a_file_that_could_not_be_finished_leaves_nothing(tmp_path):
 
 
 def llama2c_forward(w, ids, kv_heads, base):
-    """llama2.c's model as its run.c computes it: ids (T,) to logits (T, V), in fp64; rotary pairs are neighbours."""
+    """llama2.c's model as its run.c computes it: ids (T,) to logits (T, V), in fp64; rotary pairs are adjacent."""
     w = {name: value.astype(np.float64) for name, value in w.items()}
     size = C // H
     angles = np.outer(np.arange(len(ids)), base ** -(np.arange(0, size, 2) / size))
@@ -223,7 +227,7 @@ def test_llama2c(tmp_path, version, tied, kv_heads, base):
     weights = llama2c_weights(kv_heads, tied, base)
     path = put(tmp_path / "x.bin", llama2c_bytes(weights, version, kv_heads))
     assert_same_logits(
-        filled(llama2c_flags, llama2c_reader, path),
+        filled(llama2c, path),
         lambda idx: torch.tensor(np.stack([llama2c_forward(weights, row, kv_heads, base) for row in idx.numpy()])),
     )
 
@@ -236,18 +240,18 @@ def test_llama2c(tmp_path, version, tied, kv_heads, base):
 def test_nanogpt(tmp_path, bias, prefix):
     weights = gpt2_weights(bias)
     path = saved(tmp_path / "ckpt.pt", nanogpt_checkpoint(weights, prefix, masks=bias))
-    assert_same_logits(filled(nanogpt_flags, nanogpt_reader, path), transformers_gpt2(weights, "gelu"))
+    assert_same_logits(filled(nanogpt, path), transformers_gpt2(weights, "gelu"))
 
 
 def test_nanogpts_first_versions(tmp_path):
     weights, head = gpt2_weights(), random(V, C, seed=7)
     path = saved(tmp_path / "ckpt.pt", nanogpt_checkpoint(weights, head=head, bias=None))
-    assert_same_logits(filled(nanogpt_flags, nanogpt_reader, path), transformers_gpt2(weights, "gelu_new", head))
+    assert_same_logits(filled(nanogpt, path), transformers_gpt2(weights, "gelu_new", head))
 
 
 def test_the_two_gelus_differ(tmp_path):
     weights = gpt2_weights()
-    model = filled(nanogpt_flags, nanogpt_reader, saved(tmp_path / "ckpt.pt", nanogpt_checkpoint(weights)))
+    model = filled(nanogpt, saved(tmp_path / "ckpt.pt", nanogpt_checkpoint(weights)))
     with pytest.raises(AssertionError):
         assert_same_logits(model, transformers_gpt2(weights, "gelu_new"))
 
@@ -255,39 +259,39 @@ def test_the_two_gelus_differ(tmp_path):
 def test_nanogpts_checkpoint_in_bf16(tmp_path):
     checkpoint = nanogpt_checkpoint(gpt2_weights())
     checkpoint["model"] = {name: value.bfloat16() for name, value in checkpoint["model"].items()}
-    filled(nanogpt_flags, nanogpt_reader, saved(tmp_path / "ckpt.pt", checkpoint), torch.bfloat16)
+    filled(nanogpt, saved(tmp_path / "ckpt.pt", checkpoint), torch.bfloat16)
 
 
 # All
 
 
 def files(folder):
-    yield llmc_flags, llmc_reader, put(folder / "llmc.bin", llmc_bytes(gpt2_weights()))
-    yield llama2c_flags, llama2c_reader, put(folder / "llama2c.bin", llama2c_bytes(llama2c_weights()))
-    yield nanogpt_flags, nanogpt_reader, saved(folder / "ckpt.pt", nanogpt_checkpoint(gpt2_weights()))
+    yield llmc, put(folder / "llmc.bin", llmc_bytes(gpt2_weights()))
+    yield llama2c, put(folder / "llama2c.bin", llama2c_bytes(llama2c_weights()))
+    yield nanogpt, saved(folder / "ckpt.pt", nanogpt_checkpoint(gpt2_weights()))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    for flags, reader, path in files(tmp_path):
-        fits = flags(path)
-        with pytest.raises(UserError, match="holds no parameter h.0.attn.q_norm.weight"):
-            reader(path, ModelConfig(**fits))("h.0.attn.q_norm.weight")
+    for module, path in files(tmp_path):
+        fits = flags_of(module, path)
+        with pytest.raises(UserError, match="has no parameter h.0.attn.q_norm.weight"):
+            module.reader(path, ModelConfig(**fits))("h.0.attn.q_norm.weight")
         for change, name in [
             ({"n_layer": L + 1}, f"h.{L}.attn.c_attn"),
             ({"tie_embeddings": False}, "lm_head.weight is only in the model of the flags"),
-            ({"n_head": 2, "n_kv_head": 1}, "its heads are 4"),
+            ({"n_head": 2, "n_kv_head": 1}, "it has 4 heads"),
         ]:
             with pytest.raises(UserError, match=name) as caught:
-                reader(path, ModelConfig(**(fits | change)))
+                module.reader(path, ModelConfig(**(fits | change)))
             assert str(path) in str(caught.value)
         for change, name in [({"vocab_size": V + 1}, "wte.weight"), ({"mlp_hidden": 8}, "h.2.mlp.c_fc.weight")]:
             with pytest.raises(UserError, match=f"{name} has shape"):
-                reader(path, ModelConfig(**(fits | change)))(name)
+                module.reader(path, ModelConfig(**(fits | change)))(name)
 
 
 def test_a_file_that_shrinks_under_the_reader(tmp_path):
-    for flags, reader, path in list(files(tmp_path))[:2]:
-        read = reader(path, ModelConfig(**flags(path)))
+    for module, path in list(files(tmp_path))[:2]:
+        read = module.reader(path, ModelConfig(**flags_of(module, path)))
         os.truncate(path, 5000)
         with pytest.raises(UserError, match="changed while it was read"):
             read("ln_f.weight")
@@ -302,10 +306,10 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     header = struct.pack("<8i", 20240326, 3, 1024, 50257, 48, 25, 1600, 50304).ljust(1024, b"\0")
     path = put(tmp_path / "gpt2_1558M.bin", header)
     os.truncate(path, 1024 + 4 * (1_557_611_200 + 47 * 1600))
-    assert llmc_flags(path).items() >= sizes.items()
+    assert llmc.open_file(path).flags.items() >= sizes.items()
     tracemalloc.start()
     try:
-        assert llmc_reader(path, ModelConfig(**sizes))("h.47.ln_2.weight").shape == (1600,)
+        assert llmc.reader(path, ModelConfig(**sizes))("h.47.ln_2.weight").shape == (1600,)
         assert tracemalloc.get_traced_memory()[1] < 2**22
     finally:
         tracemalloc.stop()

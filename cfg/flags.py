@@ -1,0 +1,322 @@
+"""Every flag of train_gpt.py, once: its type, range, default and help.
+
+cfg/checks.py has the checks between flags, cfg/config.py reads the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+# Marks a flag of ModelConfig that changes training but not the function that the trained weights compute.
+TRAINING_ONLY: dict[str, Any] = {"training_only": True}
+
+
+class Flags(BaseModel):
+    """A group of flags. Upper limits (le) keep a typo from allocating without bound or overflowing int64."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_not_a_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses true and false for a number: pydantic would take them for 1 and 0."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind in (int, float):
+            raise PydanticCustomError("boolean", "input should be a number, not true or false")
+        return value
+
+
+class ModelConfig(Flags):
+    """Model: the default is GPT-2 124M"""
+
+    n_layer: int = Field(12, ge=1, le=10_000, description="transformer blocks")
+    n_head: int = Field(12, ge=1, le=2**16, description="query heads per block")
+    n_kv_head: int = Field(0, ge=0, le=2**16, description="key/value heads (grouped-query attention); 0: n_head")
+    n_embd: int = Field(768, ge=1, le=2**24, description="width of the residual stream")
+    head_dim: int = Field(0, ge=0, le=2**16, description="width of a head; 0: n_embd/n_head")
+    vocab_size: int = Field(50257, ge=2, le=2**24, description="true vocabulary; ids at or above it are refused")
+    vocab_pad: int = Field(
+        64, ge=1, le=2**24, description="pad the embedding rows to a multiple of this; padding is never predicted"
+    )
+    n_positions: int = Field(
+        0, ge=0, le=2**24, description="positions seen at once, rows of a learned table; 0: sequence_length"
+    )
+    positions: Literal["learned", "rotary"] = Field("learned", description="position encoding")
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
+    rope_scaling: str = Field(
+        "",
+        description="stretch rotary positions: linear:FACTOR, or llama3:FACTOR,LOW,HIGH,POSITIONS; empty: no",
+    )
+    sliding_window: int = Field(
+        0, ge=0, le=2**24, description="tokens that one attends to, itself included; 0: all before it"
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon of the normalisation")
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "relu2"] = Field(
+        "gelu", description="feed-forward: tanh-GELU (GPT-2), exact GELU (nanoGPT), SwiGLU or ReLU squared"
+    )
+    mlp_hidden: int = Field(
+        0, ge=0, le=2**27, description="feed-forward width; 0: 4*n_embd, for swiglu 8/3*n_embd rounded up to 64"
+    )
+    bias: bool = Field(True, description="biases in linear layers and LayerNorm")
+    qkv_bias: bool = Field(False, description="biases of query, key and value also with --bias=0")
+    tie_embeddings: bool = Field(True, description="the output head shares the token embedding")
+    qk_norm: bool = Field(False, description="RMSNorm on each query and key head")
+    logit_softcap: float = Field(0.0, ge=0, description="logits become c*tanh(logits/c); 0: off")
+    zero_init: bool = Field(
+        False, json_schema_extra=TRAINING_ONLY, description="output projections of attention and MLP start at zero"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, json_schema_extra=TRAINING_ONLY, description="dropout probability, also on attention weights"
+    )
+    flash: bool = Field(
+        True,
+        json_schema_extra=TRAINING_ONLY,
+        description="1: scaled_dot_product_attention; 0: plain masked softmax, the same numbers",
+    )
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+
+class InitConfig(Flags):
+    """Initial weights: random, or somebody's (docs/huggingface.md)"""
+
+    init_from: str = Field(
+        "scratch",
+        min_length=1,
+        description="scratch; hf:FOLDER_OR_NAME, nanogpt:FILE, llmc:FILE, llama2c:FILE, or a run or checkpoint of ours:"
+        " its weights and the model's flags",
+    )
+    resize_embeddings: bool = Field(
+        False,
+        description="with --init_from: turn its embeddings into those of another --tokenizer",
+    )
+
+
+class DataConfig(Flags):
+    """Data"""
+
+    input_train_bin: str = Field(
+        "data/tinyshakespeare/*_train.bin",
+        min_length=1,
+        description="glob of the training shards, or several to mix by weight: web=0.7:GLOB,code=0.3:GLOB",
+    )
+    input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
+    tokenizer: str = Field(
+        "gpt2",
+        min_length=1,
+        description="the shards' tokenizer, for samples and bits per byte: gpt2, gpt2-fim, cl100k_base, o200k_base,"
+        " the path of a tokenizer.json, of its folder or of a llama2.c tokenizer.bin, hf:NAME; none: unknown",
+    )
+    shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
+    check_data: bool = Field(False, description="check every token id at start, not a sample of them")
+    doc_mask: bool = Field(False, description="attend only within a document, and count positions from its start")
+
+
+class BatchConfig(Flags):
+    """Run length and batch"""
+
+    num_iterations: int = Field(1000, ge=1, description="optimizer steps in the whole run")
+    sequence_length: int = Field(1024, ge=1, le=2**24, description="tokens per sequence")
+    batch_size: int = Field(
+        4,
+        ge=0,
+        description="sequences per rank per micro-step; 0: the largest power of two, at most 64 (4 on a CPU), that fits"
+        " the GPU and divides a rank's sequences per step",
+    )
+    total_batch_size: int = Field(
+        0, ge=0, description="tokens per optimizer step over all ranks; 0: batch_size*sequence_length*ranks"
+    )
+    overfit_single_batch: bool = Field(False, description="train on the first batch only (sanity check)")
+    max_minutes: float = Field(0.0, ge=0, description="save and stop after this many minutes; 0: no limit")
+    seed: int = Field(1337, ge=0, lt=2**63, description="seed of weights, sample order and dropout")
+
+
+class OptimizerConfig(Flags):
+    """Optimizer and learning rate"""
+
+    optimizer: Literal["adamw"] = Field("adamw", description="optimizer")
+    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="shape of the learning rate after warm-up"
+    )
+    warmup_iters: int = Field(0, ge=0, description="steps of linear warm-up")
+    learning_rate_decay_frac: float = Field(
+        0.1, ge=0, le=1, description="final learning rate as a fraction of the peak"
+    )
+    cooldown_frac: float = Field(
+        0.2, gt=0, le=1, description="wsd: the last fraction of the run, over which the rate falls linearly"
+    )
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on weights of two or more dimensions")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    grad_clip: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: off")
+    skip_spikes: float = Field(
+        0.0,
+        ge=0,
+        description="do not take a step whose norm is so many standard deviations above the mean of 128; 0: off",
+    )
+    rollback_after: int = Field(
+        5,
+        ge=0,
+        description="steps not taken in a row, for spikes or NaN, until the run goes back a checkpoint; 0: never",
+    )
+    max_rollbacks: int = Field(
+        3, ge=0, description="how often to go back to the same checkpoint, past the data since, before it ends diverged"
+    )
+
+
+class ComputeConfig(Flags):
+    """Device and precision"""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="compute dtype; weights stay float32"
+    )
+    tensorcores: bool = Field(False, description="TF32 for float32 matrix products on CUDA")
+    deterministic: bool = Field(False, description="only kernels that repeat bit for bit; costs some speed on CUDA")
+    residual_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the residual stream in training; bfloat16 is faster and less precise"
+    )
+    compile: bool | Literal["model"] = Field(
+        False,
+        description="torch.compile each block and the loss; model: all before the loss as one graph (stages 0 and 1)",
+    )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compile_is_a_choice(cls, value: Any) -> Any:
+        """Takes "model" and what other booleans take; raises one error where pydantic would raise one per type."""
+        if str(value).lower() == "model":
+            return "model"
+        try:
+            return TypeAdapter(bool).validate_python(value)
+        except ValidationError:
+            raise PydanticCustomError("compile", "input should be 0, 1 or model") from None
+
+
+class ParallelConfig(Flags):
+    """Strategy: the same numbers, another division of memory and communication (docs/parallel.md)"""
+
+    zero_stage: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="0: DDP or one process; 1: optimizer states sharded; 2: gradients too; 3: parameters too",
+    )
+    replicas: int = Field(1, ge=1, description="stages 2, 3: shard over ranks/replicas, replicate over the rest (HSDP)")
+    sync_every_microbatch: bool = Field(
+        False, description="stages 2, 3: reduce gradients after each micro-step: less memory, more communication"
+    )
+    cpu_offload: bool = Field(
+        False, description="stages 2, 3: sharded parameters, gradients and optimizer in host memory"
+    )
+    activation_checkpointing: Literal["none", "block", "selective"] = Field(
+        "none",
+        description="recompute in backward: nothing, each block, or all but its matrix products and attention",
+    )
+    start_timeout_minutes: float = Field(
+        30.0, gt=0, le=1e5, description="longest wait for another rank until the first step is done, and while saving"
+    )
+    step_timeout_minutes: float = Field(
+        10.0, gt=0, le=1e5, description="longest time without progress in training, such as a micro-step"
+    )
+
+
+class EvalConfig(Flags):
+    """Evaluation and samples"""
+
+    val_loss_every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
+    val_max_steps: int = Field(20, ge=1, description="validation batches of total_batch_size tokens, fixed for the run")
+    sample_every: int = Field(0, ge=0, description="steps between samples; 0: none")
+    sample_tokens: int = Field(64, ge=1, description="tokens per sample")
+    sample_prompt: str = Field("", description="text that a sample continues; empty: a new document")
+    hellaswag_every: int = Field(0, ge=0, description="steps between HellaSwag evaluations; 0: none")
+    hellaswag_limit: int = Field(0, ge=0, description="the first so many of its examples; 0: all 10,042")
+    hellaswag_data: str = Field("", description="a copy of hellaswag_val.jsonl; empty: fetched if need be")
+
+
+class CheckpointConfig(Flags):
+    """Checkpoints and resume"""
+
+    output_dir: str = Field("outdir", min_length=1, description="everything the run writes")
+    save_every_niter: int = Field(
+        1000, ge=0, description="steps between checkpoints; 0: only at the end and when stopped"
+    )
+    keep_last: int = Field(3, ge=1, description="newest checkpoints to keep")
+    keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step is a multiple of this; 0: none")
+    resume: str = Field(
+        "auto", min_length=1, description="auto: go on from output_dir; never: refuse to; or a checkpoint's PATH"
+    )
+    async_save: Literal["auto", "0", "1"] = Field(
+        "auto", description="write checkpoints in the background, from a copy in host memory; auto: on GPUs"
+    )
+
+
+class LogConfig(Flags):
+    """Logging"""
+
+    log_every: int = Field(10, ge=1, description="steps between console lines (metrics.jsonl has every step)")
+    wandb_project_id: str = Field("", description="Weights & Biases project; empty: off; without a key: offline")
+    wandb_log_iters: int = Field(1, ge=1, description="steps between Weights & Biases records")
+    tensorboard: bool = Field(False, description="write TensorBoard events to output_dir/logs")
+    record_memory: bool = Field(
+        False, description="CUDA: note where in the code memory is taken, for the snapshot written when it runs out"
+    )
+
+
+class Config(
+    ModelConfig,
+    InitConfig,
+    DataConfig,
+    BatchConfig,
+    OptimizerConfig,
+    ComputeConfig,
+    ParallelConfig,
+    EvalConfig,
+    CheckpointConfig,
+    LogConfig,
+):
+    """All flags of a run. `cfg` names the preset that was read, if any."""
+
+    cfg: str = Field("", description="preset name (a file in cfg/) or path to a YAML file; flags win over it")
+
+
+GROUPS: tuple[type[Flags], ...] = Config.__bases__  # as --help and docs/flags.md show them
+
+
+def training_only_flags() -> frozenset[str]:
+    """Returns the names of the model flags that do not change the function of the trained weights."""
+    return frozenset(name for name, f in ModelConfig.model_fields.items() if f.json_schema_extra == TRAINING_ONLY)
+
+
+def architecture(config: ModelConfig) -> dict[str, Any]:
+    """Returns the model flags that decide what the trained weights compute.
+
+    The padding of the vocabulary is left out too: it changes the shape of two parameters, but no prediction.
+    """
+    left_out = training_only_flags() | {"vocab_pad"}
+    return {name: getattr(config, name) for name in ModelConfig.model_fields if name not in left_out}
+
+
+def type_name(field: FieldInfo) -> str:
+    """Returns the type or the choices of a flag, as --help and docs/flags.md show them."""
+    if isinstance(field.default, bool):
+        return "0|1|model" if get_args(field.annotation) else "0|1"
+    if get_origin(field.annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(field.annotation))
+    return {str: "TEXT", int: "INT", float: "FLOAT"}[field.annotation]  # type: ignore[index]
+
+
+def shown_default(field: FieldInfo) -> str:
+    """Returns the default of a flag, as --help and docs/flags.md show it."""
+    value = int(field.default) if isinstance(field.default, bool) else field.default
+    return "''" if value == "" else str(value)

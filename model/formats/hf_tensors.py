@@ -1,0 +1,174 @@
+"""Weights in Hugging Face's folders: their names for our parameters, and reading them one tensor at a time.
+
+Only safetensors are read: they hold numbers and no code. A folder comes from elsewhere, so everything in it is checked
+first. hf.py reads config.json, scripts/export.py writes folders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from util.errors import UserError
+
+HEAD = "lm_head.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER_BYTES = 2**24  # the header of a model with 1,000 tensors has about 100 kB
+FLOATS = ("F64", "F32", "F16", "BF16")
+# The tensors of a Llama-like layer that make up each of our parameters, stacked in this order.
+ROTARY_PARTS = {
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+ROTARY_OUTER = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
+# Buffers that older versions of transformers saved; they are computed, not loaded.
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
+
+
+def parts_of(name: str, learned: bool) -> list[str]:
+    """Returns the names of the tensors that make up our parameter `name`, in the order in which they are stacked.
+
+    GPT-2 (`learned` positions) has our names. Its matrices are transposed (Conv1D), except the embeddings and the head.
+    """
+    if learned:
+        return [name if name.startswith("lm_head") else f"transformer.{name}"]
+    module, _, kind = name.rpartition(".")
+    if module in ROTARY_OUTER:
+        return [f"{ROTARY_OUTER[module]}.{kind}"]
+    _, layer, inner = module.split(".", 2)
+    return [f"model.layers.{layer}.{part}.{kind}" for part in ROTARY_PARTS[inner]]
+
+
+def is_transposed(name: str, learned: bool) -> bool:
+    """Returns whether the file holds our parameter `name` transposed."""
+    return learned and ".c_" in name and name.endswith(".weight")
+
+
+def rows_of_parts(name: str, shapes: Mapping[str, torch.Size], count: int) -> list[int]:
+    """Returns the rows of each of the `count` tensors that make up our parameter `name`.
+
+    Of three, the first is the query, which has as many rows as the output projection has columns.
+    """
+    rows = shapes[name][0]
+    if count < 3:
+        return [rows // count] * count
+    query = shapes[f"{name.rpartition('.attn.')[0]}.attn.c_proj.weight"][1]
+    return [query, (rows - query) // 2, (rows - query) // 2]
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """Returns the file of each tensor in a folder. An index that names a file outside the folder is an error."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            listed = json.loads(index.read_bytes())["weight_map"]
+            pairs = {str(name): str(file) for name, file in listed.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{index}: damaged ({e})") from e
+        for file in sorted(set(pairs.values())):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise UserError(f"{index}: names {file!r}, which is not a .safetensors file of this folder; not read")
+            if not (folder / file).is_file():
+                raise UserError(f"{index}: names {file}, which is missing; fetch it again")
+        return {name: folder / file for name, file in pairs.items()}
+    if not (folder / SINGLE).is_file():
+        pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".pth")]
+        only = f"only {pickles[0]}, a pickle, which is not read" if pickles else "no weights at all"
+        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} ({only})")
+    with open_safetensors(folder / SINGLE) as file:
+        return {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118
+
+
+def open_safetensors(path: Path) -> Any:
+    """Opens a safetensors file after a check of the size of its header."""
+    try:
+        with open(path, "rb") as f:
+            header = int.from_bytes(f.read(8), "little")
+        if header > min(MAX_HEADER_BYTES, path.stat().st_size):
+            raise UserError(f"{path}: claims a header of {header:,} bytes; corrupt or malicious")
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError, ValueError) as e:
+        raise UserError(f"{path}: not a safetensors file that can be read ({e}); fetch it again") from e
+
+
+class HFReader:
+    """A function from the name of our parameter to its value, read from a folder whose config.json hf.py has read."""
+
+    def __init__(self, folder: Path, learned: bool, shapes: Mapping[str, torch.Size]):
+        """Checks that the folder has the tensors for all our parameters, with these `shapes`, and no others."""
+        self.learned, self.folder = learned, folder
+        self._open: dict[Path, Any] = {}
+        files = find_files(folder)
+        bare = learned and "wte.weight" in files  # GPT-2's own release has no "transformer." in its names
+        self._stored = {n if n == HEAD or not bare else f"transformer.{n}": (file, n) for n, file in files.items()}
+        wanted = {part for name in shapes for part in parts_of(name, learned)}
+        if missing := sorted(wanted - self._stored.keys()):
+            raise UserError(f"{folder}: has no tensor {missing[0]}; not the model in its config.json")
+        rest = self._stored.keys() - wanted - {HEAD}  # some folders hold a tied head too
+        if unknown := sorted(n for n in rest if not BUFFERS.fullmatch(n)):
+            raise UserError(f"{folder}: has a tensor {unknown[0]}, which the model in its config.json does not have")
+        for name in shapes:
+            self._check(name, shapes)
+
+    def _file(self, part: str) -> tuple[Any, Path, str]:
+        """Returns the open file of a tensor, its path, and the name of the tensor in it."""
+        path, stored = self._stored[part]
+        if path not in self._open:
+            self._open[path] = open_safetensors(path)
+        return self._open[path], path, stored
+
+    def _check(self, name: str, shapes: Mapping[str, torch.Size]) -> None:
+        """Checks that the tensors of a parameter are floats of the right shapes, without reading them."""
+        found = []
+        for part in parts_of(name, self.learned):
+            file, path, stored = self._file(part)
+            try:
+                about = file.get_slice(stored)
+            except SafetensorError as e:
+                raise UserError(f"{path}: {e}; fetch it again") from e
+            if about.get_dtype() not in FLOATS:
+                raise UserError(f"{path}: {stored} has dtype {about.get_dtype()}; only {', '.join(FLOATS)} are read")
+            found.append(about.get_shape()[:: -1 if is_transposed(name, self.learned) else 1])
+        wanted = [[rows, *shapes[name][1:]] for rows in rows_of_parts(name, shapes, len(found))]
+        if found != wanted:
+            raise UserError(
+                f"{self.folder}: {' and '.join(parts_of(name, self.learned))}: shape"
+                f" {' and '.join(str(tuple(part)) for part in found)}, but its config.json needs"
+                f" {' and '.join(str(tuple(part)) for part in wanted)}"
+            )
+
+    def _read_part(self, name: str) -> Tensor:
+        file, path, stored = self._file(name)
+        try:
+            tensor: Tensor = file.get_tensor(stored)
+        except SafetensorError as e:
+            raise UserError(f"{path}: {e}; fetch it again") from e
+        return tensor
+
+    def __call__(self, name: str) -> Tensor:
+        """Returns our parameter `name`, in the dtype of the file."""
+        parts = [self._read_part(part) for part in parts_of(name, self.learned)]
+        if is_transposed(name, self.learned):
+            parts = [part.t() for part in parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def split_for_export(name: str, value: Tensor, learned: bool, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Returns one of our parameters as the tensors of a Hugging Face folder. `shapes`: of all our parameters."""
+    names = parts_of(name, learned)
+    parts = value.split(rows_of_parts(name, shapes, len(names)))
+    transposed = is_transposed(name, learned)
+    return {n: (part.t() if transposed else part).contiguous() for n, part in zip(names, parts, strict=True)}
