@@ -23,8 +23,8 @@ if __name__ == "__main__":
 import numpy as np
 
 from data import assets
-from data.tokenizers.tokenizer import load_tokenizer
-from util.errors import CommandParser, UserError, quote, run_command
+from data.tokenizers.load import load_tokenizer
+from util.errors import CommandParser, UserError, quote, run_command, user_errors
 from util.files import write_atomically
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "hellaswag"
@@ -63,10 +63,8 @@ def read_hellaswag(path: Path, with_parts: bool = False) -> Iterator[Example]:
     `with_parts` also `activity_label`, `ctx_a` and `ctx_b`, which lm-evaluation-harness makes its context of. Raises
     UserError naming the file, and the line if one of them is not an example.
     """
-    try:
+    with user_errors(path):
         lines = path.read_bytes().splitlines()
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
     if not any(line.strip() for line in lines):
         raise UserError(f"{path}: holds no examples")
     for number, line in enumerate(lines, 1):
@@ -135,10 +133,8 @@ def _stream(path: Path, index: int, example: TokenExample) -> list[int]:
 
 def read_eval_file(path: Path) -> list[TokenExample]:
     """The examples of an evaluation file of llm.c. Raises UserError naming the file and what is wrong with it."""
-    try:
+    with user_errors(path):
         content = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
     if len(content) < HEADER_BYTES:
         raise UserError(f"{path}: {len(content)} bytes is less than a header of {HEADER_BYTES}; make it again")
     magic, version, count, longest = np.frombuffer(content, "<i4", 4).tolist()
@@ -204,11 +200,9 @@ def main() -> None:
         print(f"{args.output_dir}: already there")
         return
     encode = load_tokenizer().encode
-    try:
+    with user_errors(f"--output_dir={args.output_dir}"):
         write_eval_file(binary, [encode_example(example, encode) for example in examples])
-        write_atomically(jsonl, content)  # last: both are there if it is
-    except OSError as e:
-        raise UserError(f"--output_dir={args.output_dir}: {e.strerror}") from e
+        write_atomically(jsonl, content)  # last, so that the .bin exists if the .jsonl does
     print(f"{args.output_dir}: {len(examples):,} examples in {jsonl.name} and {binary.name}")
 
 

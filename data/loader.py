@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -23,61 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import permutation
 from data.shards import Shard, open_file
-from util.errors import UserError, quote
+from util.errors import UserError
 
-FEISTEL_ROUNDS = 6
-PERMUTED_BLOCK = 2**14  # places permuted at once: numpy's cost per call is then small beside that per place
 MAX_OPEN_FILES = 64
 FINGERPRINT_TOKENS = 4096
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Stafford's variant 13 of the 64-bit finaliser, as in SplitMix64 (Steele et al. 2014). Works in place."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
-
-
-def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n), chosen by `key`, takes `index` (any shape, uint64).
-
-    A Feistel network on the smallest even number of bits that holds n, repeated on what falls outside
-    ("cycle walking", Black and Rogaway 2002): a bijection computed point by point, so an epoch of any
-    size takes no memory.
-    """
-    digest = hashlib.shake_128(key.encode()).digest(8 * FEISTEL_ROUNDS)
-    round_keys = np.frombuffer(digest, "<u8")
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-
-    def encrypt(x: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & mask
-        for k in round_keys:
-            mixed = _mix(right + k)
-            mixed &= mask
-            mixed ^= left
-            left, right = right, mixed
-        return (left << half) | right
-
-    x = np.asarray(index, np.uint64).reshape(-1)
-    with np.errstate(over="ignore"):
-        x = encrypt(x)
-        outside = np.flatnonzero(x >= n)
-        while len(outside):
-            x[outside] = walked = encrypt(x[outside])
-            outside = outside[walked >= n]
-    return x.reshape(np.shape(index))
-
-
-@lru_cache(maxsize=32)
-def _permuted_block(n: int, key: str, block: int) -> np.ndarray:
-    """Where `permute` takes the places of range(n) that make up the `block`-th block; the last one is shorter."""
-    start = block * PERMUTED_BLOCK
-    return permute(np.arange(start, min(start + PERMUTED_BLOCK, n), dtype=np.uint64), n, key).astype(np.int64)
 
 
 class TokenStream:
@@ -154,7 +104,7 @@ class TokenStream:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def fingerprint(self) -> list[dict[str, Any]]:
+    def shard_fingerprints(self) -> list[dict[str, Any]]:
         """Name, token count and a hash of both ends of each shard: enough to notice another file."""
         rows = []
         for shard in self.shards:
@@ -196,12 +146,12 @@ class Loader:
             )
         # What decides which tokens a step sees: kept in the checkpoint and compared on resume. Taken now, since
         # it describes the files that are read, not what may stand in their place when the run ends.
-        self.identity = {
+        self.fingerprint = {
             "seed": seed,
             "sequence_length": sequence_length,
             "total_batch_size": sequences_per_batch * sequence_length,
             "shuffle": shuffle,
-            "shards": self.stream.fingerprint(),
+            "shards": self.stream.shard_fingerprints(),
         }
 
     @property
@@ -212,13 +162,13 @@ class Loader:
         """(epochs, windows), both (n,) int64, of the samples of these numbers, counted from 0 over the run."""
         epochs, places = np.divmod(samples, self.windows)
         if self.shuffle:
-            blocks_per_epoch = -(-self.windows // PERMUTED_BLOCK)
-            blocks = epochs * blocks_per_epoch + places // PERMUTED_BLOCK
+            blocks_per_epoch = -(-self.windows // permutation.BLOCK)
+            blocks = epochs * blocks_per_epoch + places // permutation.BLOCK
             for which in np.unique(blocks).tolist():
                 epoch, block = divmod(which, blocks_per_epoch)
                 here = blocks == which
-                permuted = _permuted_block(self.windows, f"{self.key}:{epoch}", block)
-                places[here] = permuted[places[here] % PERMUTED_BLOCK]
+                permuted = permutation.permuted_block(self.windows, f"{self.key}:{epoch}", block)
+                places[here] = permuted[places[here] % permutation.BLOCK]
         return epochs, places
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
@@ -236,74 +186,6 @@ class Loader:
         """The windows of these numbers, which count in file order, (len(windows), T + 1) int32."""
         starts = np.array(windows, np.int64) * self.sequence_length
         return torch.from_numpy(self.stream.read_windows(starts, self.sequence_length + 1))
-
-
-ORDER = ("seed", "sequence_length", "total_batch_size", "shuffle")  # flags that decide it, beside the shards
-_WAY_OUT = "restore the shards, or start a new run in another --output_dir"
-
-
-def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError naming the flag, source or shard if a resumed run would see other tokens than its checkpoint."""
-    if not _is_identity(saved):
-        raise UserError(f"what the checkpoint says of its data is damaged; {_WAY_OUT}")
-    for flag in ORDER:
-        if saved[flag] != now[flag]:
-            raise UserError(
-                f"--{flag}={now[flag]}, but the checkpoint was trained with {quote(saved[flag])}, and the order of the"
-                f" data depends on it; set it back, or start a new run in another --output_dir"
-            )
-    old, new = (_sources(identity) for identity in (saved, now))
-    for name in sorted(old.keys() ^ new.keys()):
-        what = f"source {quote(name)}" if name else "a single glob without name=weight:"
-        when = (
-            "belongs to the checkpoint and is missing now" if name in old else "is new since the checkpoint was written"
-        )
-        raise UserError(f"--input_train_bin: {what} {when}; set it back, or start a new run in another --output_dir")
-    for name in old:
-        if old[name]["weight"] != new[name]["weight"]:
-            raise UserError(
-                f"--input_train_bin: source {name} has a share of {new[name]['weight']}, but the checkpoint was trained"
-                f" with {quote(old[name]['weight'])}; set it back, or start a new run in another --output_dir"
-            )
-        _check_same_shards(old[name]["shards"], new[name]["shards"], f"source {name}: " if name else "")
-
-
-def _is_identity(saved: dict[str, Any]) -> bool:
-    """Whether it is made as that of a loader is."""
-    sources = saved.get("sources") or [{"name": "", "weight": 1, "shards": saved.get("shards")}]
-    if not set(ORDER) <= saved.keys() or not isinstance(sources, list):
-        return False
-    for source in sources:
-        if not isinstance(source, dict) or not isinstance(source.get("name"), str) or "weight" not in source:
-            return False
-        rows = source.get("shards")
-        if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("name"), str) for r in rows):
-            return False
-    return True
-
-
-def _sources(identity: dict[str, Any]) -> dict[str, Any]:
-    """The sources by name; what is one glob counts as one without a name."""
-    sources = identity.get("sources") or [{"name": "", "weight": 1, "shards": identity["shards"]}]
-    return {source["name"]: source for source in sources}
-
-
-def _check_same_shards(saved: list[dict[str, Any]], now: list[dict[str, Any]], where: str) -> None:
-    for old, new in zip(saved, now, strict=False):
-        if old["name"] != new["name"]:
-            raise UserError(
-                f"--input_train_bin: {where}the checkpoint has {quote(old['name'])} where there is now {new['name']};"
-                f" {_WAY_OUT}"
-            )
-        if old != new:
-            raise UserError(
-                f"--input_train_bin: {where}{new['name']} is not the file the checkpoint was trained on; {_WAY_OUT}"
-            )
-    if len(saved) != len(now):
-        longer = max(saved, now, key=len)
-        odd = longer[min(len(saved), len(now))]["name"]
-        what = "is missing" if longer is saved else "is new"
-        raise UserError(f"--input_train_bin: {where}{quote(odd)} {what} since the checkpoint was written; {_WAY_OUT}")
 
 
 class Prefetcher:

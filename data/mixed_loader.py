@@ -83,7 +83,7 @@ def spread(counts: list[int]) -> np.ndarray:
 
 
 class MixedLoader:
-    """A loader of several sources, drawn by weight: `batch` and `identity` as data.loader.Loader has them."""
+    """A loader of several sources, drawn by weight: `batch` and `fingerprint` as data.loader.Loader has them."""
 
     def __init__(
         self,
@@ -115,13 +115,13 @@ class MixedLoader:
         self.before = np.empty(SLOTS, np.int64)  # of the same source, in earlier slots
         for m, count in enumerate(self.counts):
             self.before[self.slots == m] = np.arange(count)
-        self.identity = {
+        self.fingerprint = {
             "seed": seed,
             "sequence_length": sequence_length,
             "total_batch_size": sequences_per_batch * sequence_length,
             "shuffle": shuffle,
             "sources": [
-                {"name": source.name, "weight": count / SLOTS, "shards": loader.identity["shards"]}
+                {"name": source.name, "weight": count / SLOTS, "shards": loader.fingerprint["shards"]}
                 for source, count, loader in zip(sources, self.counts.tolist(), self.loaders, strict=True)
             ],
         }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from cfg.config import Config
+from data.fingerprint import check_shards_tokenizer
 from data.loader import Loader
 from data.mixed_loader import MixedLoader, parse_sources
 from data.shards import Shard, find_shards, open_shard
-from data.tokenizers.tokenizer import check_tokenizer_of
 from util.errors import UserError
 
 
@@ -16,7 +16,7 @@ def open_shards(config: Config, pattern: str, flag: str, identity: dict[str, Any
     """The checked shards of a glob, made by the tokenizer of that identity as far as they say."""
     paths = find_shards(pattern, flag)
     if config.tokenizer != "none":
-        check_tokenizer_of(paths, identity, flag)
+        check_shards_tokenizer(paths, identity, flag)
     return [open_shard(path, config.vocab_size, config.check_data) for path in paths]
 
 

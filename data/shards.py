@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from util.errors import UserError, closest
+from util.errors import UserError, closest, user_errors
 from util.files import file_sha256, write_atomically
 
 HEADER_INTS = 256
@@ -33,11 +33,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def open_file(path: Path) -> int:
-    """A file descriptor for reading. Raises UserError if there is no such file, or no leave to read it."""
-    try:
+    """Opens a file for reading and returns its file descriptor."""
+    with user_errors(path):
         return os.open(path, os.O_RDONLY)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,10 @@ def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
     Ids are checked on a sample of blocks spread over the file, or all with `check_all`.
     Raises UserError naming the file and what is wrong with it.
     """
-    try:
+    with user_errors(path):
         size = path.stat().st_size
         with open(path, "rb") as f:
             header = np.frombuffer(f.read(HEADER_BYTES), "u1")
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
     if size == 0:
         raise UserError(f"{path}: empty file; make it again")
     shard = _headerless(path, size, header) or _with_header(path, size, header)

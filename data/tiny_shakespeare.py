@@ -16,10 +16,10 @@ import numpy as np
 
 from data import assets
 from data.prepare.cli import folder
-from data.prepare.job import Job, Progress, begin, locked, publish, refusals
+from data.prepare.job import Job, Progress, disk_errors, locked, open_job, publish
 from data.prepare.workers import EncodeOptions
 from data.shards import ShardWriter
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from util.errors import CommandParser, run_command
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "tinyshakespeare"
@@ -35,15 +35,15 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     recipe = {"source": assets.ASSETS["tinyshakespeare.txt"].sha256, "tokenizer": tokenizer.sha256}
     job = Job(args.output_dir, "tiny_shakespeare", recipe, tokenizer, EncodeOptions())
-    partial = begin(args.output_dir, recipe)
+    partial = open_job(args.output_dir, recipe)
     if partial is None:
         print(f"{args.output_dir}: already there")
         return
     text = assets.fetch("tinyshakespeare.txt", args.input).read_text()
     cut = int(0.9 * len(text))
-    halves = [np.array([*tokenizer.before_document, *tokenizer.encode(half)]) for half in (text[:cut], text[cut:])]
+    halves = [np.array([*tokenizer.document_prefix, *tokenizer.encode(half)]) for half in (text[:cut], text[cut:])]
     names = [(f"tiny_shakespeare_{split}.bin", len(half)) for split, half in zip(("train", "val"), halves, strict=True)]
-    with refusals(args.output_dir), locked(args.output_dir):
+    with disk_errors(args.output_dir), locked(args.output_dir):
         writer = ShardWriter(partial, iter(names), tokenizer.vocab_size)
         for half in halves:
             writer.add(half)

@@ -21,7 +21,8 @@ if __name__ == "__main__":
 
 from data.prepare.sources import documents, input_files, plan
 from data.tokenizers.hf_json import GPT4_PATTERN, TOKENIZER, TOKENIZER_CONFIG
-from data.tokenizers.tokenizer import END_OF_TEXT, load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import END_OF_TEXT
 from util.errors import CommandParser, UserError, run_command
 from util.files import write_atomically
 

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth. Each file is a module and, where it makes sense, a command."""
+"""Evaluation of checkpoints: benchmarks, perplexity and text generation. Most files are commands too."""

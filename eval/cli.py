@@ -1,86 +1,83 @@
-"""What the commands of this room share before anything heavy is imported: flags, ranks, the file of results."""
+"""Flags and results that the evaluation commands share. Imports nothing heavy, so that --help is fast."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from util.errors import CommandParser, UserError
 from util.files import write_atomically
-from util.launcher import launched_world_size
+from util.launcher import launched_rank
 
 
-def subject_parser(description: str | None, hf: bool = True) -> CommandParser:
-    """A parser of the flags that say what is evaluated, how, and where results go; a command adds its own.
+def eval_parser(description: str | None, hf: bool = True) -> CommandParser:
+    """Returns a parser of the flags for the model, the device and the results. Each command adds its own flags.
 
-    Not `hf`, only checkpoints are.
+    `hf=False` leaves out --hf.
     """
     parser = CommandParser(description=description)
-    what = parser.add_mutually_exclusive_group(required=True)
-    ours = "an output_dir, one checkpoint in it, or another's model, as --init_from names it: hf:FOLDER, llmc:FILE, ..."
-    what.add_argument("--checkpoint", type=Path, help=ours)
+    model = parser.add_mutually_exclusive_group(required=True)
+    checkpoint = "an output_dir, one checkpoint in it, or a model as --init_from names it: hf:FOLDER, llmc:FILE, ..."
+    model.add_argument("--checkpoint", type=Path, help=checkpoint)
     if hf:
-        what.add_argument("--hf", default="", metavar="PATH", help="a Hugging Face folder or name, run by transformers")
+        model.add_argument("--hf", default="", metavar="PATH", help="a Hugging Face folder or name, for transformers")
     parser.add_argument("--tokenizer", default="", help="name, or path of a tokenizer.json (default: the model's own)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of computing")
     parser.add_argument(
-        "--batch_tokens", type=int, default=0, help="tokens in one forward pass; 0: as the device bears"
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of matrix products"
     )
-    parser.add_argument("--output", type=Path, help="a .json file for the results, with all digits")
+    parser.add_argument(
+        "--batch_tokens", type=int, default=0, help="tokens in one forward pass; 0: chosen for the device"
+    )
+    parser.add_argument("--output", type=Path, help="a .json file for the results in full precision")
     return parser
 
 
 def check(args: Any) -> None:
-    """Raises UserError for what is wrong with the flags that commands share, before anything is loaded."""
+    """Checks the flags that the commands share, before anything is loaded."""
     if args.batch_tokens < 0:
         raise UserError(f"--batch_tokens={args.batch_tokens} must be at least 1, or 0 for the default")
     if getattr(args, "limit", 0) < 0:
         raise UserError(f"--limit={args.limit} must be at least 1, or 0 for all")
-    if args.output and my_rank()[0] == 0:
+    if args.output and launched_rank() == 0:
+        # Create and remove the file: an evaluation of an hour must not fail when it writes its results.
         try:
             with open(args.output, "x"):
-                args.output.unlink()  # results come much later, and must then have a place
+                args.output.unlink()
         except FileExistsError:
             raise UserError(f"--output={args.output} exists; choose another name or remove it") from None
         except OSError as e:
             raise UserError(f"--output={args.output} cannot be written: {e.strerror}") from e
 
 
-def my_rank() -> tuple[int, int]:
-    """(rank, world size) as torchrun says."""
-    world_size = launched_world_size()
-    return (int(os.environ["RANK"]) if world_size > 1 else 0), world_size
+def write_results(path: Path | None, results: dict[str, Any], summary: str) -> None:
+    """Writes the results to `path`, if given, then prints the summary. Does nothing on ranks other than 0.
 
-
-def finish(path: Path | None, results: dict[str, Any], shown: str) -> None:
-    """Writes the results, if asked, then shows them: who reads the terminal may have left. Rank 0 alone does either.
-
-    A file that has appeared at `path` meanwhile is kept, and the results go beside it. NaN and infinity become null,
-    since JSON has no number for them.
+    The file comes first, because printing fails if the terminal is gone. If a file has appeared at `path` since
+    `check`, it is kept and the results get another name. NaN and infinity become null, because JSON has no number for
+    them.
     """
-    if my_rank()[0]:
+    if launched_rank():
         return
     if path:
         while path.exists():
             path = path.with_stem(path.stem + "_")
-        write_atomically(path, (json.dumps(plain(results), allow_nan=False) + "\n").encode())
-        shown += f"\nresults: {path}"
-    print(shown)
+        write_atomically(path, (json.dumps(finite_only(results), allow_nan=False) + "\n").encode())
+        summary += f"\nresults: {path}"
+    print(summary)
 
 
-def plain(value: Any) -> Any:
-    """Results with null for every number that is not finite."""
+def finite_only(value: Any) -> Any:
+    """Returns `value` with None in place of every number in it that is not finite."""
     if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
+        return {key: finite_only(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [finite_only(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def standard_error(mean: float, n: int) -> float:
-    """Of the mean of n zeros and ones, by their sample variance; NaN of one."""
+    """Returns the standard error of the mean of n zeros and ones, from the sample variance. NaN if n is 1."""
     return math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.nan

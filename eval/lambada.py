@@ -1,13 +1,14 @@
 """LAMBADA (Paperno et al. 2016): `python eval/lambada.py --checkpoint RUN --input FILE.jsonl`, or --hf FOLDER.
 
-Does the model know the last word of a passage, which only its whole tells? The text is best OpenAI's, with case and
-punctuation: lines with `text`, whose last word is asked for, or with `context` and `continuation`.
+Does the model predict the last word of a passage, which can only be guessed from the whole passage? Use OpenAI's
+version of the text, with case and punctuation. Each line has `text`, whose last word is predicted, or `context` and
+`continuation`.
 
-accuracy    examples of which every token of the last word is the likeliest where it stands
-perplexity  exp of the mean over examples of the last word's loss, in nats and summed over its tokens
+accuracy    the share of examples in which every token of the last word is the most likely one
+perplexity  exp of the mean loss of the last word, in nats and summed over its tokens
 
-Both as in EleutherAI's lm-evaluation-harness, task lambada_openai. OpenAI's own figures of GPT-2 are better:
-they count otherwise. Under torchrun ranks share the examples.
+Both follow EleutherAI's lm-evaluation-harness, task lambada_openai. OpenAI published better results for GPT-2, because
+it counts differently. Under torchrun the ranks share the examples.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,21 @@ from util.errors import CommandParser, UserError, one_line_errors, run_command
 
 
 def parser() -> CommandParser:
-    parser = cli.subject_parser(__doc__)
+    parser = cli.eval_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="a .jsonl file of passages")
-    parser.add_argument("--limit", type=int, default=0, help="evaluate the first N examples only; 0: all")
+    parser.add_argument("--limit", type=int, default=0, help="evaluate only the first N examples; 0: all")
     return parser
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
+        args = parser().parse_args()  # before torch is imported, so that --help and typos are answered at once
         cli.check(args)
 
-from eval.model import Subject, open_subject
+from eval.encoding import TextEncoder, encode_pair
+from eval.model import load_eval_model
 from eval.reference import LAMBADA_GPT2
-from eval.scoring import Request, Score, encode_pair
+from eval.scoring import Request, Score, score_requests
 from eval.texts import json_lines, text_field
 
 OFFICIAL_EXAMPLES = 5153
@@ -49,24 +50,26 @@ OFFICIAL_EXAMPLES = 5153
 
 @dataclass(frozen=True)
 class Example:
+    """A passage without its last word, and the word, which follows after a space."""
+
     context: str
-    word: str  # that follows after a space
+    word: str
 
 
 def read_lambada(path: Path, limit: int = 0) -> list[Example]:
-    """The passages of a .jsonl file, or the first `limit`. Raises UserError naming the file and the line at fault."""
+    """Reads the first `limit` passages of a .jsonl file; 0: all."""
     examples = []
     for number, row in json_lines(path):
-        examples.append(example_of(row, f"{path}, line {number}"))
+        examples.append(to_example(row, f"{path}, line {number}"))
         if len(examples) == limit:
             break
     if not examples:
-        raise UserError(f"{path}: holds no examples")
+        raise UserError(f"{path}: contains no examples")
     return examples
 
 
-def example_of(row: Any, where: str) -> Example:
-    """Raises UserError, which says `where`, if a field is missing or there is no last word."""
+def to_example(row: Any, where: str) -> Example:
+    """Returns the example of a line's JSON value. `where` names the line in errors."""
     if isinstance(row, dict) and "text" in row:
         context, _, word = text_field(row, "text", where).rpartition(" ")
     elif isinstance(row, dict) and "continuation" in row:
@@ -74,31 +77,35 @@ def example_of(row: Any, where: str) -> Example:
     else:
         raise UserError(f"{where}: not an object with `text`, or with `context` and `continuation`")
     if not word.strip():
-        raise UserError(f"{where}: there is no last word")
+        raise UserError(f"{where}: the last word is missing")
     return Example(context, word)
 
 
-def ask(example: Example, encode: Callable[[str], list[int]], before_text: int) -> Request:
-    """A passage that is but one word follows on the end-of-text token."""
-    context, word = encode_pair(example.context, " " + example.word, encode)
-    return Request(context or [before_text], [word])
+def to_request(example: Example, encoder: TextEncoder) -> Request:
+    """Encodes an example. The context of a passage of one word is BOS or end-of-text."""
+    context, word = encode_pair(example.context, " " + example.word, encoder.encode)
+    return Request(context or encoder.bos_tokens, [word])
 
 
 @dataclass(frozen=True)
-class Measured:
+class Result:
+    """Both metrics over all examples, and the standard error of the accuracy."""
+
     accuracy: float
-    stderr: float  # of the accuracy, as the mean of a sample
+    stderr: float
     perplexity: float
 
 
-def summarize(scores: list[Score]) -> Measured:
+def summarize(scores: list[Score]) -> Result:
+    """Computes the metrics from the scores of the last words."""
     n = len(scores)
     accuracy = sum(score.greedy for score in scores) / n
     loss = math.fsum(score.loss for score in scores) / n
-    return Measured(accuracy, cli.standard_error(accuracy, n), math.exp(loss) if not loss > 709 else math.inf)
+    return Result(accuracy, cli.standard_error(accuracy, n), math.exp(loss) if not loss > 709 else math.inf)
 
 
-def table(name: str, found: Measured) -> str:
+def format_table(name: str, found: Result) -> str:
+    """Formats the result as a table, with published ones of GPT-2 below."""
     lines = [f"{'':24}{'accuracy':<16}  perplexity"]
     lines.append(f"{name[-23:]:24}{f'{found.accuracy:.4f} ± {found.stderr:.4f}':<16}  {found.perplexity:.2f}")
     lines += [f"{r.name:24}{r.accuracy:<16.4f}  {r.perplexity:.2f}" for r in LAMBADA_GPT2]
@@ -107,15 +114,17 @@ def table(name: str, found: Measured) -> str:
 
 def main(args: Namespace) -> None:
     examples = read_lambada(args.input, args.limit)
-    subject: Subject = open_subject(args)
-    requests = [ask(example, subject.encode, subject.before_text) for example in examples]
-    scores = [score for (score,) in subject.score(requests, "LAMBADA")]
+    model = load_eval_model(args)
+    requests = [to_request(example, model.text) for example in examples]
+    scores = [score for (score,) in score_requests(model, requests, "LAMBADA")]
     found = summarize(scores)
-    shown = f"LAMBADA, {len(examples):,} examples of {args.input.name}: {subject.name}\n{table(subject.label, found)}"
+    summary = (
+        f"LAMBADA, {len(examples):,} examples of {args.input.name}: {model.name}\n{format_table(model.label, found)}"
+    )
     if len(examples) != OFFICIAL_EXAMPLES:
-        shown += f"\nGPT-2's figures are those of all {OFFICIAL_EXAMPLES:,} examples"
-    results = {"subject": subject.name, "examples": len(examples), "dtype": args.dtype}
-    cli.finish(args.output, results | vars(found) | {"details": [vars(score) for score in scores]}, shown)
+        summary += f"\nGPT-2's results are for all {OFFICIAL_EXAMPLES:,} examples"
+    results = {"subject": model.name, "examples": len(examples), "dtype": args.dtype}
+    cli.write_results(args.output, results | vars(found) | {"details": [vars(score) for score in scores]}, summary)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The text of a row as its tokens come: whole characters, up to the end of the document or a stop string."""
+"""Incremental decoding: the text of a row while its tokens are generated, up to end-of-text or a stop string."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from data.tokenizers.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns tokens into text that is certain, and holds back what is not yet.
+    """A decoder that returns text as soon as it is final.
 
-    That is the bytes of an unfinished character, and text that may turn out to be the start of a stop string. The
-    text ends before the stop string that is complete first, of several at once before the longest, and before the
-    token `end`; None: at no token. All pieces together are what `Tokenizer.decode` gives for all tokens, cut there.
-    With `at_start` the space goes that SentencePiece's encoders put before a text.
+    It holds back the bytes of an incomplete character, and text that may be the start of a stop string. The text ends
+    before the token `end` (None: no such token), or before the stop string that is completed first. If several are
+    completed by one token, it ends before the longest. All pieces joined equal `Tokenizer.decode` of all tokens, cut at
+    that point. `at_start` removes the space that SentencePiece inserts before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], end: int | None, at_start: bool):
         if "" in stop:
-            raise ValueError("an empty stop string is found everywhere")
+            raise ValueError("an empty stop string matches everywhere")
         self.ended = False
         self._ordinary = tokenizer.token_bytes
         self._special = {i: name.encode() for name, i in tokenizer.special.items()}
@@ -30,25 +30,26 @@ class TextStream:
         self._space = at_start and tokenizer.library is not None and tokenizer.library.prepends_space
 
     def add(self, token: int) -> str:
-        """The text that has become certain; from the end on there is none."""
+        """Adds a token. Returns the text that is final now, "" after the end."""
         if self.ended:
             return ""
         if token == self._end:
             return self.finish()
         content = self._special.get(token, self._ordinary.get(token))
-        if content is None:  # an id that the tokenizer does not have
-            return self._certain(self._decoder.decode(b"", final=True) + "�")
-        return self._certain(self._decoder.decode(content))
+        if content is None:  # not an id of the tokenizer
+            return self._release(self._decoder.decode(b"", final=True) + "�")
+        return self._release(self._decoder.decode(content))
 
     def finish(self) -> str:
-        """The rest: no token follows."""
+        """Returns the rest of the text. No more tokens follow."""
         if self.ended:
             return ""
-        text = self._certain(self._decoder.decode(b"", final=True)) + self._held
+        text = self._release(self._decoder.decode(b"", final=True)) + self._held
         self.ended, self._held = True, ""
         return text
 
-    def _certain(self, new: str) -> str:
+    def _release(self, new: str) -> str:
+        """Returns the held and the new text up to the first possible stop string, and holds the rest."""
         if self._space and new:
             new, self._space = new.removeprefix(" "), False
         text = self._held + new

@@ -1,4 +1,4 @@
-"""What perplexity is measured on: token shards as one long text, and text files, of which each is a document."""
+"""Input of eval/perplexity.py: token shards as one long text, and documents from text and .jsonl files."""
 
 from __future__ import annotations
 
@@ -11,34 +11,32 @@ from typing import Any
 
 import numpy as np
 
+from data.fingerprint import check_shards_tokenizer, same_tokenizer, tokenizer_in_manifest
 from data.loader import TokenStream
 from data.shards import find_shards, open_shard
-from data.tokenizers.tokenizer import (
-    NAMED_IDENTITIES,
-    check_tokenizer_of,
-    load_tokenizer,
-    same_tokenizer,
-    tokenizer_in_manifest,
-)
-from eval.model import Subject
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import NAMED_FINGERPRINTS
+from eval.encoding import TextEncoder
+from eval.model import EvalModel
 from util.errors import UserError
 
-PACKED = (".parquet", ".gz", ".zst")
-BLOCK = 2**20  # tokens at a time
-PROBE = " The 3 naïve Übermenschen don't   know: f(x) != 東京\n\tdef x_1(): return None"  # tokenizers differ on it
+COMPRESSED = (".parquet", ".gz", ".zst")
+BLOCK = 2**20  # tokens that are read at a time
+# A text for which different tokenizers give different ids.
+PROBE = " The 3 naïve Übermenschen don't   know: f(x) != 東京\n\tdef x_1(): return None"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, of which the first is there for the others to follow on."""
+    """Token ids. The first one is only context for the others and is not scored."""
 
     length: int
-    read: Callable[[int, int], np.ndarray]  # start, stop → their ids, (stop - start,)
-    bytes: int | None = None  # of the whole as UTF-8; None: those of its tokens
+    read: Callable[[int, int], np.ndarray]  # read(start, stop) returns ids of shape (stop - start,)
+    bytes: int | None = None  # of the whole text as UTF-8; None: the sum over its tokens
 
 
-def cut(texts: Iterable[Text], max_tokens: int) -> list[Text]:
-    """The texts up to the `max_tokens`-th token that is scored; 0: all."""
+def truncate(texts: Iterable[Text], max_tokens: int) -> list[Text]:
+    """Returns the texts up to the `max_tokens`-th scored token; 0: all."""
     kept, left = [], max_tokens or 2**63
     for text in texts:
         if left > 0 and text.length > 1:
@@ -48,9 +46,9 @@ def cut(texts: Iterable[Text], max_tokens: int) -> list[Text]:
 
 
 def count_bytes(texts: Iterable[Text], byte_lengths: np.ndarray | None) -> int | None:
-    """UTF-8 bytes of all that is scored of the texts; None where they are not known.
+    """Returns the number of UTF-8 bytes of the scored part of the texts, or None if it is unknown.
 
-    `byte_lengths` (vocab_size,) of each token; end-of-text tokens have none.
+    `byte_lengths` (vocab_size,) are the bytes of each token's text, 0 for end-of-text.
     """
     total = 0
     for text in texts:
@@ -65,34 +63,35 @@ def count_bytes(texts: Iterable[Text], byte_lengths: np.ndarray | None) -> int |
 
 
 def find_inputs(patterns: list[str]) -> tuple[list[Path], list[Path]]:
-    """Shards and text files that names and globs stand for, in order, each once.
-
-    Raises UserError for one that matches nothing, or a file of a kind that is not read.
-    """
+    """Returns the shards and the text files that names and globs match, in order and without duplicates."""
     if folders := [pattern for pattern in patterns if os.path.isdir(os.path.expanduser(pattern))]:
-        raise UserError(f"--input: {folders[0]} is a folder; name its files, '{Path(folders[0]) / '*.bin'}' say")
-    paths = dict.fromkeys(path for pattern in patterns for path in find_shards(os.path.expanduser(pattern), "input"))
-    if packed := [path for path in paths if path.suffix in PACKED]:
         raise UserError(
-            f"--input: {packed[0]} is not read here, only .bin, .jsonl and plain text; python data/text.py makes"
-            " shards of it"
+            f"--input: {folders[0]} is a folder; name its files, for example '{Path(folders[0]) / '*.bin'}'"
+        )
+    paths = dict.fromkeys(path for pattern in patterns for path in find_shards(os.path.expanduser(pattern), "input"))
+    if compressed := [path for path in paths if path.suffix in COMPRESSED]:
+        raise UserError(
+            f"--input: {compressed[0]} must be .bin, .jsonl or plain text; convert it to shards with"
+            " python data/text.py"
         )
     return [p for p in paths if p.suffix == ".bin"], [p for p in paths if p.suffix != ".bin"]
 
 
-def open_texts(shards: list[Path], files: list[Path], text_key: str, subject: Subject) -> list[Text]:
-    """The shards end to end, then each document of the files. Raises UserError for what is wrong with one of them."""
-    texts = [shard_text(shards, subject)] if shards else []
+def open_texts(shards: list[Path], files: list[Path], text_key: str, model: EvalModel) -> list[Text]:
+    """Returns the concatenated shards as one text, then each document of the files."""
+    texts = [shard_text(shards, model)] if shards else []
     for path in files:
         documents = json_documents(path, text_key) if path.suffix == ".jsonl" else iter([read_text(path)])
-        texts += [document_text(document, subject) for document in documents]
+        texts += [document_text(document, model.text) for document in documents]
     return texts
 
 
-def shard_text(paths: list[Path], subject: Subject) -> Text:
-    if subject.tokenizer_identity and subject.tokenizer_identity["name"] != "none":
-        check_tokenizer_of(paths, subject.tokenizer_identity, "input")
-    stream = TokenStream([open_shard(path, subject.vocab_size) for path in paths])
+def shard_text(paths: list[Path], model: EvalModel) -> Text:
+    """Returns the concatenated shards, checked against the model's tokenizer."""
+    fingerprint = model.checkpoint.tokenizer_fingerprint if model.checkpoint else {"name": "none"}
+    if fingerprint["name"] != "none":
+        check_shards_tokenizer(paths, fingerprint, "input")
+    stream = TokenStream([open_shard(path, model.vocab_size) for path in paths])
 
     def read(start: int, stop: int) -> np.ndarray:
         ids = np.empty(stop - start, np.int32)
@@ -102,37 +101,37 @@ def shard_text(paths: list[Path], subject: Subject) -> Text:
     return Text(len(stream), read)
 
 
-def document_text(document: str, subject: Subject) -> Text:
-    """The document after the token that the model knows the beginning of one by."""
-    ids = subject.encode(document)
-    if subject.before_text is not None and ids[:1] != [subject.before_text]:  # unless the tokenizer has put it there
-        ids = [subject.before_text, *ids]
+def document_text(document: str, encoder: TextEncoder) -> Text:
+    """Encodes a document. It starts with BOS or end-of-text, which some tokenizers add themselves."""
+    ids = encoder.encode(document)
+    if ids[:1] != encoder.bos_tokens:
+        ids = [*encoder.bos_tokens, *ids]
     array = np.array(ids, np.int32)
     return Text(len(ids), lambda start, stop: array[start:stop], len(document.encode()))
 
 
-def byte_lengths_for(paths: list[Path], subject: Subject) -> np.ndarray | None:
-    """Bytes of each token of the shards: by the subject's tokenizer, else by the one their manifests name.
+def byte_lengths_for(paths: list[Path], model: EvalModel) -> np.ndarray | None:
+    """Returns the bytes of each token (vocab_size,), or None if the tokenizer is unknown.
 
-    None where neither is known. Raises UserError if that one gives other ids than the subject's own.
+    It is the model's tokenizer, or else the one in the shards' manifests. It is an error if the two differ.
     """
-    if subject.byte_lengths is not None or not paths:
-        return subject.byte_lengths
-    made = [tokenizer_in_manifest(folder) for folder in dict.fromkeys(path.parent for path in paths)]
-    named = {m["name"] for m in made if m and same_tokenizer(m, NAMED_IDENTITIES.get(m["name"], {"name": ""}))}
-    if len(named) != 1 or None in made:
+    if model.byte_lengths is not None or not paths:
+        return model.byte_lengths
+    recorded = [tokenizer_in_manifest(folder) for folder in dict.fromkeys(path.parent for path in paths)]
+    names = {t["name"] for t in recorded if t and same_tokenizer(t, NAMED_FINGERPRINTS.get(t["name"], {"name": ""}))}
+    if len(names) != 1 or None in recorded:
         return None
-    tokenizer = load_tokenizer(named.pop())
-    if subject.gpt is None and subject.encode_more(PROBE) != tokenizer.encode(PROBE):
+    tokenizer = load_tokenizer(names.pop())
+    if model.checkpoint is None and model.text.encode_continuation(PROBE) != tokenizer.encode(PROBE):
         raise UserError(
-            f"--input: the shards in {paths[0].parent} were made with tokenizer {tokenizer.name}, which gives other ids"
-            f" than that of {subject.name}; give text, or other shards"
+            f"--input: the shards in {paths[0].parent} were made with tokenizer {tokenizer.name}, which differs from"
+            f" the tokenizer of {model.name}; use text files, or shards made with that tokenizer"
         )
-    return tokenizer.byte_lengths(max(subject.vocab_size, tokenizer.vocab_size))
+    return tokenizer.byte_lengths(max(model.vocab_size, tokenizer.vocab_size))
 
 
 def read_text(path: Path) -> str:
-    """The file as it is, line ends too. Raises UserError if it cannot be read, is empty or is not UTF-8."""
+    """Reads a UTF-8 file without changing its line ends. An empty file is an error."""
     try:
         content = path.read_bytes()
     except OSError as e:
@@ -146,7 +145,7 @@ def read_text(path: Path) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number, from 1 on, and value of each line that is not blank. Raises UserError for one that is no JSON."""
+    """Yields the number (from 1) and the JSON value of each line that is not blank."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
@@ -156,19 +155,19 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_documents(path: Path, text_key: str) -> Iterator[str]:
-    """The field `text_key` of each line of a .jsonl file, without those that are empty."""
+    """Yields the field `text_key` of each line of a .jsonl file, except empty ones."""
     for number, row in json_lines(path):
         if document := text_field(row, text_key, f"{path}, line {number}", "; see --text_key"):
             yield document
 
 
 def text_field(row: Any, key: str, where: str, hint: str = "") -> str:
-    """A field of a line as text. Raises UserError, which says `where`, if it is none that can be written as UTF-8."""
+    """Returns a text field of a line's JSON value. `where` names the line in errors."""
     value = row.get(key) if isinstance(row, dict) else None
     if not isinstance(value, str):
         raise UserError(f"{where}: not an object with text in a field {key!r}{hint}")
     try:
         value.encode()
     except UnicodeEncodeError as e:
-        raise UserError(f"{where}: field {key!r} holds half of a surrogate pair, which is no text") from e
+        raise UserError(f"{where}: field {key!r} contains an unpaired surrogate, which is not valid text") from e
     return value

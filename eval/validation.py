@@ -1,4 +1,4 @@
-"""Validation while training: loss on a fixed set of windows, in parts that add up over ranks."""
+"""Validation during training: the loss on a fixed set of windows, as sums that can be added over ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.loss import IGNORE_INDEX
 
 
 def fixed_windows(available: int, wanted: int) -> list[int]:
-    """`wanted` of `available` windows, evenly spread; all of them if there are fewer."""
+    """Returns the numbers of `wanted` evenly spaced windows of `available` ones, or of all if there are fewer."""
     wanted = min(available, wanted)
     return [i * available // wanted for i in range(wanted)]
 
@@ -30,12 +30,12 @@ def windows_loss(
     token_bytes: np.ndarray | None,
     end_of_text: int | None = None,
 ) -> Generator[None, None, list[float]]:
-    """[summed loss in nats, tokens, bytes] over `windows`, in exactly `rounds` forward passes of `batch_size`.
+    """Returns [summed loss in nats, tokens, bytes] over `windows`, in exactly `rounds` forward passes of `batch_size`.
 
-    Yields before each pass, when its data are read. What is missing is filled up with rows that count nothing: all
-    passes then have one shape, and all ranks make the same number of them, which a sharded model needs. `token_bytes`
-    (vocab_size,) gives the bytes of the targets' text; without it that number is 0. `end_of_text`, if given, keeps
-    attention within documents.
+    Yields before each forward pass, after the data has been read. Missing rows are padded with rows that have no
+    targets. So all passes have one shape, and all ranks make the same number of passes, which a sharded model needs.
+    `token_bytes` (vocab_size,) gives the number of bytes of each token's text; without it the byte count is 0.
+    `end_of_text`, if given, limits attention to documents.
     """
     padded: list[int | None] = [*windows, *[None] * (rounds * batch_size - len(windows))]
     loss_sum = tokens = count_bytes = 0.0
@@ -48,7 +48,7 @@ def windows_loss(
         positions = document_positions(idx, end_of_text) if end_of_text is not None else None
         targets = targets.to(device)
         yield
-        loss, count = model(idx, targets, positions=positions)  # not model.loss: FSDP gathers in the call
+        loss, count = model(idx, targets, positions=positions)  # not model.loss: FSDP gathers weights in __call__
         loss_sum += loss.item()
         tokens += count.item()
         if token_bytes is not None:
@@ -57,10 +57,9 @@ def windows_loss(
 
 
 def summarize(loss_sum: float, tokens: float, count_bytes: float) -> dict[str, float | None]:
-    """`val_loss` in nats per token and `val_bpb` in bits per byte of the text (None without byte counts).
+    """Returns `val_loss` in nats per token and `val_bpb` in bits per byte of the text (None without byte counts).
 
-    Bits per byte compares models with different tokenizers. End-of-text tokens cost bits and stand
-    for no bytes.
+    Bits per byte are comparable between tokenizers. End-of-text tokens cost bits but have no bytes.
     """
     return {
         "val_loss": loss_sum / tokens,

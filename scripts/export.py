@@ -54,7 +54,7 @@ from cfg.hf import config_of
 from cfg.origin import Origin, open_origin
 from data.tokenizers.export import tokenizer_files
 from data.tokenizers.tokenizer import Tokenizer
-from eval.model import tokenizer_of
+from eval.model import load_model_tokenizer
 from model.formats.checkpoint import MANIFEST, load_tensors, read_manifest, seal, tensor_shapes
 from model.formats.hf import INDEX, SINGLE, split_for_export
 from model.formats.others import write_llmc
@@ -131,7 +131,7 @@ def open_tokenizer(source: Source, name: str) -> Tokenizer | None:
     """The one that is named, else the model's own, if that is known and can be had."""
     flags = source.origin.flags | {"tokenizer": source.origin.tokenizer, "vocab_size": source.config.vocab_size}
     try:
-        return tokenizer_of(name, source.path, flags)
+        return load_model_tokenizer(name, source.path, flags)
     except UserError as error:
         if name:
             raise

@@ -12,9 +12,10 @@ from typing import Any
 from torch.optim import Optimizer
 
 from cfg.config import Config, ModelConfig
-from data.loader import Loader, check_same_data
+from data.fingerprint import check_same_data, check_same_tokenizer
+from data.loader import Loader
 from data.mixed_loader import MixedLoader
-from data.tokenizers.tokenizer import Tokenizer, check_same_tokenizer
+from data.tokenizers.tokenizer import Tokenizer
 from model.formats.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -103,7 +104,7 @@ class Checkpointer:
         self.metrics.flush()
         state = {
             "record": record.copy(),
-            "data": self.train_data.identity,
+            "data": self.train_data.fingerprint,
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
             "wandb_id": self.metrics.wandb_id,
@@ -144,7 +145,7 @@ class Checkpointer:
 
         def load() -> tuple[dict[str, Any], list[str]]:
             state = read_state(path)
-            check_same_data(state["data"], self.train_data.identity)
+            check_same_data(state["data"], self.train_data.fingerprint)
             check_same_tokenizer(state.get("tokenizer", {"name": "none"}), self.fingerprint)
             changes = check_same_model(path, self.config)
             load_checkpoint(path, self.model.gpt, self.optimizer)

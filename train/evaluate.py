@@ -17,8 +17,9 @@ from data.loader import Loader
 from data.open import open_val_data
 from data.tokenizers.tokenizer import Tokenizer
 from eval import hellaswag
+from eval.encoding import text_encoder
 from eval.generate import Sampling, generate
-from eval.scoring import follow_on, gpt_forward, merge, score
+from eval.scoring import ScoringModel, gpt_forward, score_in_steps
 from eval.validation import fixed_windows, summarize, windows_loss
 from train import watchdog
 from train.inputs import tokenizer_fingerprint
@@ -46,7 +47,7 @@ class Evaluator:
         self.val_data: Loader | None = None
         if config.input_val_bin:
             self.val_data = open_val_data(config, tokenizer_fingerprint(config, tokenizer))
-        self.questions: Any = None
+        self.questions: hellaswag.Questions | None = None
         if config.hellaswag_every and tokenizer:
             self.questions = _open_hellaswag(config, ranks, tokenizer)
 
@@ -104,20 +105,17 @@ class Evaluator:
     def _hellaswag(self, model: ParallelModel, stop: StopRequest) -> dict[str, Any]:
         """Returns HellaSwag's accuracies in both styles, the examples divided among the ranks."""
         config, ranks = self.config, self.ranks
-        requests = hellaswag.requests(self.questions)
+        assert self.questions is not None, "HellaSwag is due only with its questions"
         tokens = max(config.batch_size * config.sequence_length, MIN_TOKENS)
-        forward, split = gpt_forward(model.gpt), (ranks.rank, ranks.world_size)
-        work = score(forward, requests, config.n_positions, tokens, ranks.device, True, *split)
-        pieces = run_interruptible("HellaSwag", work, model, ranks, stop, model.eager)
-        if pieces is None:
-            return {}
-        scores = merge((piece for share in ranks.gather(pieces) for piece in share), requests)
-        return dict(hellaswag.record_of(hellaswag.accuracies(self.questions, scores)))
+        scoring = ScoringModel(gpt_forward(model.gpt), ranks, config.n_positions, tokens)
+        work = score_in_steps(scoring, hellaswag.to_requests(self.questions))
+        scores = run_interruptible("HellaSwag", work, model, ranks, stop, model.eager)
+        return dict(hellaswag.to_record(hellaswag.accuracies(self.questions, scores))) if scores is not None else {}
 
     def _generate(self, model: ParallelModel, step: int) -> Generator[None, None, str]:
         """Generates the sample of `step` token by token, writes it, and returns it."""
         config, tokenizer = self.config, self.tokenizer
-        begin = tokenizer.before_text if tokenizer else [0]
+        begin = tokenizer.bos_tokens if tokenizer else [0]
         prompt = [*begin, *(tokenizer.encode(config.sample_prompt) if tokenizer else [])]
         tokens = prompt[len(begin) :]
         for (token,) in generate(model.gpt, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
@@ -130,15 +128,14 @@ class Evaluator:
         return text
 
 
-def _open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> Any:
+def _open_hellaswag(config: Config, ranks: Ranks, tokenizer: Tokenizer) -> hellaswag.Questions:
     """Returns HellaSwag's questions in both styles. Rank 0 finds or downloads the examples for all ranks."""
 
     def read() -> list[Example]:
         source = find_source(config.hellaswag_data, DEFAULT_OUTPUT, "hellaswag_data")
         return hellaswag.read_examples(source, config.hellaswag_limit)
 
-    encoders = tokenizer.encode_whole, follow_on(tokenizer.encode)
-    return hellaswag.questions(ranks.on_main(read), *encoders, tokenizer.before_text[0])
+    return hellaswag.make_questions(ranks.on_main(read), text_encoder(tokenizer))
 
 
 def run_interruptible(

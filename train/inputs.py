@@ -7,7 +7,8 @@ from typing import Any
 
 from cfg.config import Config
 from cfg.origin import open_origin
-from data.tokenizers.tokenizer import NAMED_IDENTITIES, NAMES, Tokenizer, load_tokenizer
+from data.tokenizers.load import NAMES, load_tokenizer
+from data.tokenizers.tokenizer import NAMED_FINGERPRINTS, Tokenizer
 from data.tokenizers.transfer import token_rows
 from model.formats.pretrained import initial_values, newest, reader
 from model.gpt import InitialValue
@@ -45,7 +46,7 @@ def open_tokenizer(config: Config, ranks: Ranks) -> Tokenizer | None:
 
 def tokenizer_fingerprint(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Returns name, size and hash of the tokenizer, which shards and checkpoints are compared with."""
-    return tokenizer.identity if tokenizer else NAMED_IDENTITIES.get(config.tokenizer, {"name": "none"})
+    return tokenizer.fingerprint if tokenizer else NAMED_FINGERPRINTS.get(config.tokenizer, {"name": "none"})
 
 
 def load_pretrained(config: Config, ranks: Ranks) -> InitialValue | None:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EREMOTEIO)
@@ -49,6 +50,15 @@ def storage_error(error: OSError) -> StorageError | None:
     if error.errno not in MACHINE_REFUSES:
         return None
     return StorageError(f"{error.filename or 'a file could not be read or written'}: {error.strerror}")
+
+
+@contextmanager
+def user_errors(path: Path | str) -> Iterator[None]:
+    """Converts an OSError in the block into the UserError `path: what the system says`."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:

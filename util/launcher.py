@@ -45,3 +45,8 @@ def launched_world_size() -> int:
     """The number of processes that torchrun has started, 1 without it. Others set WORLD_SIZE too, but not the ranks."""
     launched = "RANK" in os.environ and "LOCAL_RANK" in os.environ
     return int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
+
+
+def launched_rank() -> int:
+    """Returns this process's rank as set by torchrun, 0 without it. It does not import torch."""
+    return int(os.environ["RANK"]) if launched_world_size() > 1 else 0

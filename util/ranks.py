@@ -108,21 +108,26 @@ class Ranks:
 
 
 def init_ranks(
-    wanted_device: str, start_timeout_minutes: float = 30, sharded: bool = False, logs: Path | None = None
+    wanted_device: str,
+    start_timeout_minutes: float = 30,
+    sharded: bool = False,
+    logs: Path | None = None,
+    cpu_collectives: bool = False,
 ) -> Ranks:
     """Joins the process group that torchrun describes in the environment, if there is one, and returns the ranks.
 
     With `sharded` a single process becomes a group too, because FSDP needs one. `logs` is the directory for NCCL's
-    flight recorder: each rank's last collectives, written if one of them times out.
+    flight recorder: each rank's last collectives, written if one of them times out. With `cpu_collectives`
+    ranks exchange only CPU tensors and objects, so that GPUs need no NCCL and MPS may have several processes.
     """
     world_size = launched_world_size()
     rank, local_rank = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK")) if world_size > 1 else (0, 0)
     device = choose_device(wanted_device, local_rank)
     if world_size == 1 and not sharded:
         return Ranks(rank, local_rank, world_size, device)
-    if device.type == "mps":
+    if device.type == "mps" and not cpu_collectives:
         raise UserError("--device=mps trains with one process and --zero_stage=0; change that, or use --device=cpu")
-    cuda = device.type == "cuda"
+    cuda = device.type == "cuda" and not cpu_collectives
     if logs is not None:  # `torchfrtrace` reads them
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")

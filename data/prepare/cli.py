@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from util.errors import UserError
-from data.prepare.parts import checked_files, join, parse_part, part_of
+from data.fingerprint import same_tokenizer
 from data.prepare.job import Job, prepare, read_manifest, summary
-from data.shards import find_shards, open_shard
+from data.prepare.parts import checked_files, join_parts, parse_part, part_of
 from data.prepare.sources import identify, plan
-from data.tokenizers.tokenizer import load_tokenizer, same_tokenizer
 from data.prepare.workers import EncodeOptions
+from data.shards import find_shards, open_shard
+from data.tokenizers.load import load_tokenizer
+from util.errors import UserError
 
 
 def cores() -> int:
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
     if mixture:
         made = mix(whole, mixture)
     elif args.join:
-        made = join(whole)
+        made = join_parts(whole)
     elif args.part and (there := read_manifest(whole.output_dir)) and there["recipe"] == whole.recipe:
         made = None  # all parts are joined
     else:
@@ -120,7 +121,7 @@ def check(output_dir: Path, tokenizer_name: str) -> None:
     else:
         paths = checked_files(output_dir, manifest)
     tokenizer = load_tokenizer(tokenizer_name)
-    if manifest and not same_tokenizer(manifest["tokenizer"], tokenizer.identity):
+    if manifest and not same_tokenizer(manifest["tokenizer"], tokenizer.fingerprint):
         raise UserError(
             f"{output_dir} was made with tokenizer {manifest['tokenizer']['name']}, not {tokenizer.name};"
             f" give it as --tokenizer"

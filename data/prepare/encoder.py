@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from util.errors import UserError
-from data.tokenizers.tokenizer import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, Tokenizer
 from data.tokenizers.hf_json import GPT4_PATTERN
+from data.tokenizers.tokenizer import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, Tokenizer
+from util.errors import UserError
 
 Encode = Callable[[str], np.ndarray]
 
@@ -90,7 +90,7 @@ def _splintr(tokenizer: Tokenizer) -> Encode | None:
     return lambda text: np.frombuffer(core.encode_flat(text), "<u4")
 
 
-def segments(blocks: Iterable[str], pattern: str | None) -> Iterator[str]:
+def split_safely(blocks: Iterable[str], pattern: str | None) -> Iterator[str]:
     """A document's text in segments of about LONG characters whose ids, put together, are those of the whole.
 
     The patterns of GPT-2, cl100k and GPT-4 end a piece before a space that follows no other space, and after a
@@ -102,7 +102,7 @@ def segments(blocks: Iterable[str], pattern: str | None) -> Iterator[str]:
     for block in (whole[i : i + LONG] for whole in blocks for i in range(0, len(whole), LONG)):
         held.append(block)
         length += len(block)
-        if length < LONG or not can_be_cut(pattern):
+        if length < LONG or not has_safe_cuts(pattern):
             continue
         text = "".join(held)
         cut = _last_cut(text)
@@ -114,7 +114,7 @@ def segments(blocks: Iterable[str], pattern: str | None) -> Iterator[str]:
         yield "".join(held)
 
 
-def can_be_cut(pattern: str | None) -> bool:
+def has_safe_cuts(pattern: str | None) -> bool:
     return pattern in (GPT2_PATTERN, CL100K_PATTERN, GPT4_PATTERN)
 
 

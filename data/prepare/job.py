@@ -1,8 +1,8 @@
 """Text → shards, on all cores: the same bytes whatever the number of workers and however often it was interrupted.
 
-The input is planned as units (data/prepare/sources.py). Worker processes read and encode a unit each and leave its tokens in
-a file; this process appends them to the shards in the order of the units, and keeps a journal of how far it is. All
-of it happens in the hidden folder `.partial` of the output; the shards are moved out when they are complete, the
+The input is planned as units (data/prepare/sources.py). Worker processes read and encode a unit each and leave its
+tokens in a file; this process appends them to the shards in the order of the units, and keeps a journal of how far it
+is. All of it happens in the hidden folder `.partial` of the output; the shards are moved out when they are complete, the
 manifest last, so that an interrupted run leaves nothing that a glob would pick up and the same command goes on from
 the journal.
 
@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from util.errors import MACHINE_REFUSES, UserError
+from data.prepare.sources import WorkUnit
+from data.prepare.workers import Encoded, EncodeOptions, encoded_units, text_bytes
+from data.shards import ShardWriter, open_shard
+from data.tokenizers.fim import sentinels
+from data.tokenizers.tokenizer import Tokenizer
+from util.errors import MACHINE_REFUSES, UserError, user_errors
 from util.files import read_json as value_in
 from util.files import take_lock, write_atomically
-from data.tokenizers.fim import sentinels
-from data.shards import ShardWriter, open_shard
-from data.prepare.sources import Unit
-from data.tokenizers.tokenizer import Tokenizer
-from data.prepare.workers import Encoded, EncodeOptions, encoded_units, text_bytes
 
 PARTIAL, RECUT, MANIFEST, RECIPE, JOURNAL = ".partial", "recut", "manifest.json", "recipe.json", "journal.json"
 JOURNAL_SECONDS = 2.0
@@ -87,16 +87,16 @@ class Progress:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def prepare(job: Job, units: list[Unit]) -> dict[str, Any] | None:
+def prepare(job: Job, units: list[WorkUnit]) -> dict[str, Any] | None:
     """Encodes the units into the shards of `job`; returns the manifest, or None if they were there already."""
     if job.options.fim_rate:
         sentinels(job.tokenizer)
-    partial = begin(job.output_dir, job.recipe)
+    partial = open_job(job.output_dir, job.recipe)
     if partial is None:
         return None
     job = replace(job, plan=hashlib.sha256(repr([astuple(unit)[1:] for unit in units]).encode()).hexdigest())
-    with refusals(job.output_dir), locked(job.output_dir):
-        progress, writer = _take_up(job, partial)
+    with disk_errors(job.output_dir), locked(job.output_dir):
+        progress, writer = resume_job(job, partial)
         if progress.units:
             print(f"{job.output_dir}: going on after {progress.tokens:,} tokens")
         if not job.max_tokens or progress.tokens < job.max_tokens:
@@ -106,7 +106,7 @@ def prepare(job: Job, units: list[Unit]) -> dict[str, Any] | None:
         return _finish(job, partial, progress, writer.files)
 
 
-def _take_up(job: Job, partial: Path) -> tuple[Progress, ShardWriter]:
+def resume_job(job: Job, partial: Path) -> tuple[Progress, ShardWriter]:
     writer = ShardWriter(partial, job.layout(job.val_tokens), job.tokenizer.vocab_size)
     for stale in partial.glob("unit_*"):
         stale.unlink()
@@ -120,7 +120,7 @@ def _take_up(job: Job, partial: Path) -> tuple[Progress, ShardWriter]:
     return Progress(**{**journal["progress"], "skipped": Counter(journal["progress"]["skipped"])}), writer
 
 
-def _encode(job: Job, units: list[Unit], partial: Path, progress: Progress, writer: ShardWriter) -> None:
+def _encode(job: Job, units: list[WorkUnit], partial: Path, progress: Progress, writer: ShardWriter) -> None:
     from tqdm import tqdm
 
     options = replace(job.options, max_tokens=job.max_tokens)
@@ -199,7 +199,7 @@ def publish(
     manifest = {
         "format": 1,
         "recipe": job.recipe,
-        "tokenizer": job.tokenizer.identity,
+        "tokenizer": job.tokenizer.fingerprint,
         "vocab_size": job.tokenizer.vocab_size,
         "tokens": progress.tokens,
         "documents": progress.documents,
@@ -234,7 +234,7 @@ def tokens_in(paths: list[Path], vocab_size: int) -> Iterator[np.ndarray]:
             yield shard.read(start, min(READ_TOKENS, shard.count - start))
 
 
-def begin(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
+def open_job(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
     """The hidden folder to write into, or None if `output_dir` already holds what `recipe` describes.
 
     Raises UserError if it holds shards made otherwise, or the beginnings of such: they are not overwritten. So too
@@ -268,10 +268,8 @@ def begin(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
             f" ({_difference(begun, recipe)}); give that command again, choose another --output_dir, or"
             f" remove {partial}"
         )
-    try:
+    with user_errors(f"--output_dir={output_dir}"):
         partial.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--output_dir={output_dir}: {e.strerror}") from e
     return partial
 
 
@@ -331,7 +329,7 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def refusals(output_dir: Path) -> Iterator[None]:
+def disk_errors(output_dir: Path) -> Iterator[None]:
     """Says of a full disk or missing rights that the work so far is kept."""
     try:
         yield

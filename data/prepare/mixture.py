@@ -24,11 +24,22 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from util.errors import UserError, quote
 from cfg.yaml_text import read_yaml
-from data.prepare.job import JOURNAL, Job, Progress, begin, locked, prepare, publish, read_manifest, refusals, tokens_in
-from data.shards import ShardWriter
+from data.prepare.job import (
+    JOURNAL,
+    Job,
+    Progress,
+    disk_errors,
+    locked,
+    open_job,
+    prepare,
+    publish,
+    read_manifest,
+    tokens_in,
+)
 from data.prepare.sources import identify, input_files, plan
+from data.shards import ShardWriter
+from util.errors import UserError, quote
 
 SLACK = 2**20  # tokens prepared beyond a source's share, so that its last document is a whole one
 
@@ -98,7 +109,7 @@ def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
     }
     job = replace(job, recipe={**job.recipe, "mixture": {"tokens": mixture.tokens, "sources": described}})
     folders = {name: job.output_dir / f"source_{name}" for name in mixture.sources}
-    partial, made = begin(job.output_dir, job.recipe), None
+    partial, made = open_job(job.output_dir, job.recipe), None
     if partial is not None:
         for name, source in mixture.sources.items():
             options = replace(job.options, **source.model_dump(exclude={"input", "weight"}, exclude_unset=True))
@@ -106,7 +117,7 @@ def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
             part = replace(job, output_dir=folders[name], recipe={**job.recipe, "of": name}, options=options)
             print(f"{name}: {source.weight:.1%} of {mixture.tokens:,} tokens")
             prepare(replace(part, max_tokens=limit, pieces=True), plan(files[name], options.text_key))
-        with refusals(job.output_dir), locked(job.output_dir):
+        with disk_errors(job.output_dir), locked(job.output_dir):
             made = _draw(job, partial, mixture, folders)
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)  # the last time too, if it was stopped here

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from data.prepare.job import JOURNAL, Job, Progress, disk_errors, locked, open_job, publish, read_manifest, tokens_in
+from data.prepare.sources import WorkUnit
+from data.prepare.workers import text_bytes
+from data.shards import ShardWriter
 from util.errors import UserError
 from util.files import file_sha256
-from data.prepare.job import JOURNAL, Job, Progress, begin, locked, publish, read_manifest, refusals, tokens_in
-from data.shards import ShardWriter
-from data.prepare.sources import Unit
-from data.prepare.workers import text_bytes
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def part_of(job: Job, units: list[Unit], k: int, n: int) -> tuple[Job, list[Unit]]:
+def part_of(job: Job, units: list[WorkUnit], k: int, n: int) -> tuple[Job, list[WorkUnit]]:
     """The job and the units of part k of n: a contiguous share of about an n-th of the text, maybe none."""
     ends = list(accumulate(unit.size for unit in units))
     total = ends[-1] if ends else 0
@@ -77,9 +77,9 @@ def checked_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     return paths
 
 
-def join(job: Job) -> dict[str, Any] | None:
+def join_parts(job: Job) -> dict[str, Any] | None:
     """One data set of all parts, which are then removed; returns its manifest, or None if it was there already."""
-    partial = begin(job.output_dir, job.recipe)
+    partial = open_job(job.output_dir, job.recipe)
     made = None if partial is None else _join(job, partial)
     for folder in job.output_dir.glob("part_*_of_*"):  # the last time's too, if it was stopped here
         manifest = read_manifest(folder)
@@ -94,7 +94,7 @@ def _join(job: Job, partial: Path) -> dict[str, Any]:
     whole = sum(manifest["tokens"] for _, manifest in parts)
     total = min(whole, job.max_tokens or whole)
     progress = Progress()
-    with refusals(job.output_dir), locked(job.output_dir):
+    with disk_errors(job.output_dir), locked(job.output_dir):
         if not total:
             raise UserError("--join: the parts hold no text")
         (partial / JOURNAL).unlink(missing_ok=True)

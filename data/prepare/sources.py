@@ -26,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from util.errors import UserError, quote
+from util.errors import UserError, quote, user_errors
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
 UNIT_BYTES = 2**22  # of text, about
@@ -44,7 +44,7 @@ Document = Iterable[str]  # its text in blocks, nearly always one
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     path: str
     start: int  # rows of .parquet, bytes of .jsonl; 0 otherwise
     stop: int
@@ -96,26 +96,23 @@ def identify(path: str) -> dict[str, Any]:
     """
     if is_remote(path):
         return {"name": path}
-    try:
-        size = Path(path).stat().st_size
-        digest = hashlib.sha256()
-        with open(path, "rb") as f:
-            for at in [*range(0, size, max(HASH_BLOCK, size // HASH_BLOCKS)), max(0, size - HASH_BLOCK)]:
-                f.seek(at)  # the last is where a parquet file describes itself
-                digest.update(f.read(HASH_BLOCK))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
+    digest = hashlib.sha256()
+    with user_errors(path), open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        for at in [*range(0, size, max(HASH_BLOCK, size // HASH_BLOCKS)), max(0, size - HASH_BLOCK)]:
+            f.seek(at)  # the last block holds the metadata of a parquet file
+            digest.update(f.read(HASH_BLOCK))
     return {"name": Path(path).name, "size": size, "hash": digest.hexdigest()}
 
 
-def plan(paths: list[str], text_key: str) -> list[Unit]:
+def plan(paths: list[str], text_key: str) -> list[WorkUnit]:
     """The units of the files, in order: a function of the files alone. Raises UserError for one that is damaged."""
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda path: patiently(path, lambda: list(_units(path, text_key))), paths)
+        found = pool.map(lambda path: retry(path, lambda: list(_units(path, text_key))), paths)
         return list(chain.from_iterable(found))
 
 
-def patiently(path: str, read: Callable[[], T]) -> T:
+def retry(path: str, read: Callable[[], T]) -> T:
     """What `read` returns; of a remote file it is tried again when it fails. Raises UserError in the end."""
     if not is_remote(path):
         return read()
@@ -131,7 +128,7 @@ def patiently(path: str, read: Callable[[], T]) -> T:
     raise UserError(f"{path} cannot be read ({problem}); the same command goes on once it can")
 
 
-def _units(path: str, text_key: str) -> Iterator[Unit]:
+def _units(path: str, text_key: str) -> Iterator[WorkUnit]:
     if path.endswith(".parquet"):
         with _parquet(path, text_key) as (file, column):
             yield from _row_units(path, file.metadata, column)
@@ -140,10 +137,10 @@ def _units(path: str, text_key: str) -> Iterator[Unit]:
     pieces = max(1, -(-size // UNIT_BYTES)) if path.endswith(".jsonl") else 1
     for i in range(pieces):
         start, stop = i * size // pieces, (i + 1) * size // pieces
-        yield Unit(path, start, stop, stop - start)
+        yield WorkUnit(path, start, stop, stop - start)
 
 
-def _row_units(path: str, metadata: Any, column: int) -> Iterator[Unit]:
+def _row_units(path: str, metadata: Any, column: int) -> Iterator[WorkUnit]:
     """Row groups taken together, or a large one taken apart, to come near UNIT_BYTES."""
     begin = row = size = 0
     for g in range(metadata.num_row_groups):
@@ -151,19 +148,19 @@ def _row_units(path: str, metadata: Any, column: int) -> Iterator[Unit]:
         large = group.column(column).total_uncompressed_size
         splits = min(MAX_SPLITS, max(1, large // UNIT_BYTES), max(1, group.num_rows))
         if row > begin and (splits > 1 or size + large > UNIT_BYTES):
-            yield Unit(path, begin, row, size)
+            yield WorkUnit(path, begin, row, size)
             begin, size = row, 0
         for i in range(1, splits):
             stop = row + i * group.num_rows // splits
-            yield Unit(path, begin, stop, large // splits)
+            yield WorkUnit(path, begin, stop, large // splits)
             begin = stop
         size += large // splits
         row += group.num_rows
     if row > begin:
-        yield Unit(path, begin, row, size)
+        yield WorkUnit(path, begin, row, size)
 
 
-def documents(unit: Unit, text_key: str, skip_bad: bool, skipped: Counter[str]) -> Iterator[Document]:
+def documents(unit: WorkUnit, text_key: str, skip_bad: bool, skipped: Counter[str]) -> Iterator[Document]:
     """The documents of a unit. What is null or empty, and with `skip_bad` what is no text, is counted in `skipped`.
 
     Raises UserError naming the file and the line, byte or column that is wrong.
@@ -223,7 +220,7 @@ def _open(path: str) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _text_file(unit: Unit, skip_bad: bool, skipped: Counter[str]) -> Iterator[Document]:
+def _text_file(unit: WorkUnit, skip_bad: bool, skipped: Counter[str]) -> Iterator[Document]:
     """The one document of a .txt file, in blocks, so that its size does not matter. Line ends become \\n."""
     if skip_bad:
         try:
@@ -252,7 +249,7 @@ def _text_blocks(path: str) -> Iterator[str]:
             raise UserError(f"{path}: {_not_utf8(e, at - len(e.object))}") from e
 
 
-def _json_rows(unit: Unit, text_key: str, skip_bad: bool, skipped: Counter[str]) -> Iterator[str | None]:
+def _json_rows(unit: WorkUnit, text_key: str, skip_bad: bool, skipped: Counter[str]) -> Iterator[str | None]:
     """The field of each line that begins within the unit."""
     with _open(unit.path) as f:
         at = unit.start
@@ -338,7 +335,7 @@ def _remote_metadata(path: str) -> Any:
     return pq.read_metadata(_remote_file(path))
 
 
-def _parquet_rows(unit: Unit, text_key: str) -> Iterator[str | bytes | None]:
+def _parquet_rows(unit: WorkUnit, text_key: str) -> Iterator[str | bytes | None]:
     """The rows of the unit, as bytes where some are no UTF-8, which a string column may hold."""
     with _parquet(unit.path, text_key) as (file, _):
         row, first = 0, 0

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from util.errors import UserError
-from data.tokenizers import fim
-from data.prepare.encoder import Encode, make_encoder, segments
+from data.prepare.encoder import Encode, make_encoder, split_safely
+from data.prepare.sources import Document, WorkUnit, documents, retry
 from data.shards import token_dtype
-from data.prepare.sources import Document, Unit, documents, patiently
-from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers import fim
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import Tokenizer
+from util.errors import UserError
 
 HELD_TOKENS = 2**22  # in memory before they are written
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 2**16
@@ -71,11 +72,11 @@ def text_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
     return int(tokenizer.byte_lengths(tokenizer.vocab_size)[tokens].sum())
 
 
-def encode_unit(unit: Unit, path: Path, encoder: Encoder) -> Encoded:
+def encode_unit(unit: WorkUnit, path: Path, encoder: Encoder) -> Encoded:
     """Writes the tokens of a unit to `path`, which then appears whole."""
     tokenizer, options = encoder.tokenizer, encoder.options
     dtype = token_dtype(tokenizer.vocab_size)
-    start = np.array(tokenizer.before_document, np.uint32)
+    start = np.array(tokenizer.document_prefix, np.uint32)
     found = Encoded(path)
     held: list[np.ndarray] = []
     half = path.with_name(f"{path.name}.{os.getpid()}")
@@ -113,12 +114,12 @@ def parts(document: Document, encoder: Encoder) -> Iterator[str | int]:
     options, tokenizer = encoder.options, encoder.tokenizer
     if options.fim_rate:
         for part in fim.rearrange("".join(document), options.fim_rate, options.fim_spm_rate, tokenizer):
-            yield from [part] if isinstance(part, int) else segments([part], tokenizer.pattern)
+            yield from [part] if isinstance(part, int) else split_safely([part], tokenizer.pattern)
     else:
-        yield from segments(document, tokenizer.pattern)
+        yield from split_safely(document, tokenizer.pattern)
 
 
-def check_fast(options: EncodeOptions, tokenizer: Tokenizer, units: list[Unit]) -> EncodeOptions:
+def check_fast(options: EncodeOptions, tokenizer: Tokenizer, units: list[WorkUnit]) -> EncodeOptions:
     """`options`, without `fast` if the fast encoder is not to be had or differs from tiktoken on the units' text.
 
     Looks at the beginnings of documents of the first and the middle unit.
@@ -126,12 +127,12 @@ def check_fast(options: EncodeOptions, tokenizer: Tokenizer, units: list[Unit]) 
     if not options.fast:
         return options
 
-    def beginnings(unit: Unit) -> list[str]:
+    def beginnings(unit: WorkUnit) -> list[str]:
         some = islice(documents(unit, options.text_key, True, Counter()), SAMPLE_DOCUMENTS)
         return ["".join(islice(document, 1))[:SAMPLE_CHARACTERS] for document in some]
 
     chosen = [units[0], units[len(units) // 2]] if units else []
-    sample = [text for unit in chosen for text in patiently(unit.path, partial(beginnings, unit))]
+    sample = [text for unit in chosen for text in retry(unit.path, partial(beginnings, unit))]
     _, name = make_encoder(tokenizer, sample)
     return options if name == "splintr" else replace(options, fast=False)
 
@@ -158,13 +159,13 @@ def _start() -> None:
     """What starts a worker, before there is work for it."""
 
 
-def _work(unit: Unit, path: Path, fast: bool) -> Encoded:
+def _work(unit: WorkUnit, path: Path, fast: bool) -> Encoded:
     global _encoder
     assert _encoder is not None
     if _encoder.options.fast and not fast:
         _encoder = Encoder.of(replace(_encoder.options, fast=False), _encoder.tokenizer)
     encoder = _encoder
-    return patiently(unit.path, lambda: encode_unit(unit, path, encoder))
+    return retry(unit.path, lambda: encode_unit(unit, path, encoder))
 
 
 def _submit(pool: ProcessPoolExecutor, *call: Any) -> Future[Any]:
@@ -177,7 +178,7 @@ def _submit(pool: ProcessPoolExecutor, *call: Any) -> Future[Any]:
 
 
 def encoded_units(
-    units: list[Unit], first: int, options: EncodeOptions, tokenizer: Tokenizer, folder: Path, workers: int
+    units: list[WorkUnit], first: int, options: EncodeOptions, tokenizer: Tokenizer, folder: Path, workers: int
 ) -> Iterator[Encoded]:
     """The units from number `first` on, encoded, in order; their files lie in `folder` until they are taken.
 
@@ -188,7 +189,7 @@ def encoded_units(
         encoder = Encoder.of(check_fast(options, tokenizer, units[first:]), tokenizer)
         for i in range(first, len(units)):
             path = folder / f"unit_{i:08d}"
-            yield patiently(units[i].path, partial(encode_unit, units[i], path, encoder))
+            yield retry(units[i].path, partial(encode_unit, units[i], path, encoder))
         return
     context = multiprocessing.get_context("spawn")  # nothing of ours is inherited, a lock least of all
     waiting: deque[Future[Encoded]] = deque()

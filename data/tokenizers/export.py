@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 from data.tokenizers.bpe import merges
-from data.tokenizers.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from data.tokenizers.hf_json import SAME_CUTS, TOKENIZER, TOKENIZER_CONFIG, _byte_letters, byte_level_steps
+from data.tokenizers.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
 def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str, bytes]:
@@ -37,8 +37,8 @@ def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str,
 def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer.json of a named tokenizer, from its ranks.
 
-    Ids are the same by the proof in data/tokenizers/hf_json.py: each token stands in the list of merges with the one pair
-    that it is made of, in the order of ids, and `ignore_merges` is only needed where there is a token without.
+    Ids are the same by the proof in data/tokenizers/hf_json.py: each token stands in the list of merges with the one
+    pair that it is made of, in the order of ids, and `ignore_merges` is only needed where there is a token without.
     """
     assert tokenizer.ranks is not None, "a named tokenizer has ranks"
     pairs = merges(tokenizer.ranks)

@@ -27,8 +27,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from util.errors import UserError
 from data.tokenizers.tokenizer import CL100K_PATTERN, END_OF_TEXT, GPT2_PATTERN, O200K_PATTERN, Tokenizer
+from util.errors import UserError, user_errors
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ROLES = ("bos_token", "pad_token", "unk_token")
@@ -102,10 +102,8 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     Raises UserError if the file is damaged, of a kind that is not read, or names no end-of-text token.
     """
     file = path / TOKENIZER if path.is_dir() else path
-    try:
+    with user_errors(f"--tokenizer: {file}"):
         content = file.read_bytes()
-    except OSError as e:
-        raise UserError(f"--tokenizer: {file}: {e.strerror}") from e
     return read_tokenizer_json(str(path), file, content, _read_config(file.with_name(TOKENIZER_CONFIG)))
 
 

@@ -19,10 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from util.errors import UserError
 from data.tokenizers.bpe import merges
-from data.tokenizers.tokenizer import Tokenizer
 from data.tokenizers.hf_json import read_tokenizer_json
+from data.tokenizers.tokenizer import Tokenizer
+from util.errors import UserError, user_errors
 
 MAX_BYTES = 2**24  # of a file; Llama's 32,000 pieces are 434 kB
 MAX_PIECE = 2**8  # bytes; the longest of Llama's has 27
@@ -37,11 +37,8 @@ def load_llama2c_tokenizer(file: Path) -> Tokenizer:
 
     Raises UserError if it is no such file, or damaged.
     """
-    try:
-        with open(file, "rb") as f:
-            content = f.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise UserError(f"--tokenizer: {file}: {e.strerror}") from e
+    with user_errors(f"--tokenizer: {file}"), open(file, "rb") as f:
+        content = f.read(MAX_BYTES + 1)
     try:
         data = tokenizer_json(read_pieces(content))
     except ValueError as e:

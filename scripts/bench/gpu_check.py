@@ -42,8 +42,8 @@ from cfg.config import Config, load_config
 from data.documents import document_positions
 from data.shards import write_shard
 from eval.generate import Sampling, generate
-from eval.model import drain, in_dtype
-from eval.scoring import Request, gpt_forward, merge, score
+from eval.model import in_dtype
+from eval.scoring import Request, ScoringModel, gpt_forward, score_requests
 from model import loss as chunked_loss
 from model.loss import IGNORE_INDEX
 from scripts.bench.common import Run, describe, save
@@ -347,11 +347,11 @@ def check_scoring(bench: Bench) -> Iterator[Figure]:
             for _ in range(20)
         ]
         kind = getattr(torch, dtype)
-        work = score(in_dtype(gpt_forward(model), device, kind), requests, config.n_positions, 4096, device)
-        scored = merge(drain(work, lambda rows: None), requests)
+        forward = in_dtype(gpt_forward(model), device, kind)
+        scored = score_requests(ScoringModel(forward, Ranks(0, 0, 1, device), config.n_positions, 4096), requests)
         apart = 0.0
         for request, scores in zip(requests, scored, strict=True):
-            for ending, found in zip(request.endings, scores, strict=True):
+            for ending, found in zip(request.continuations, scores, strict=True):
                 text = torch.tensor([request.context + ending], device=device)
                 with torch.no_grad(), torch.autocast(device.type, dtype=kind, enabled=dtype != "float32"):
                     logits = model(text[:, :-1])[0, -len(ending) :].float()

@@ -26,13 +26,15 @@ import torch.nn.functional as F
 
 from cfg.config import load_config
 from data.hellaswag import DEFAULT_OUTPUT, find_source
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from eval.encoding import continuation_encoder
 from eval.hellaswag import completion_question, read_examples
-from eval.model import BATCH_TOKENS, GPU_BATCH_TOKENS, drain, in_dtype
-from eval.scoring import Request, follow_on, gpt_forward, merge, score
+from eval.model import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, in_dtype
+from eval.scoring import Request, ScoringModel, gpt_forward, score_requests
 from model.gpt import GPT, init_weights
 from util.device import choose_device
 from util.errors import CommandParser, UserError, run_command
+from util.ranks import Ranks
 
 WHOLE = 10_042  # examples of the validation set
 Losses = list[list[float]]  # of each example's endings, mean per token, in nats
@@ -42,7 +44,7 @@ Losses = list[list[float]]  # of each example's endings, mean per token, in nats
 def usual_loop(model: GPT, requests: list[Request], device: torch.device, dtype: torch.dtype) -> Losses:
     found = []
     for request in requests:
-        rows = [request.context + ending for ending in request.endings]
+        rows = [request.context + ending for ending in request.continuations]
         tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         counts = torch.zeros(tokens.shape)
         for i, row in enumerate(rows):
@@ -57,10 +59,10 @@ def usual_loop(model: GPT, requests: list[Request], device: torch.device, dtype:
 
 
 def ours(model: GPT, requests: list[Request], device: torch.device, dtype: torch.dtype, tokens: int) -> Losses:
-    work = score(in_dtype(gpt_forward(model), device, dtype), requests, model.config.n_positions, tokens, device)
-    scored = merge(drain(work, lambda rows: None), requests)
+    forward = in_dtype(gpt_forward(model), device, dtype)
+    scored = score_requests(ScoringModel(forward, Ranks(0, 0, 1, device), model.config.n_positions, tokens), requests)
     return [
-        [s.loss / len(ending) for s, ending in zip(scores, request.endings, strict=True)]
+        [s.loss / len(ending) for s, ending in zip(scores, request.continuations, strict=True)]
         for scores, request in zip(scored, requests, strict=True)
     ]
 
@@ -79,7 +81,7 @@ def random_requests(count: int, vocab_size: int) -> list[Request]:
 def official_requests(path: str, count: int) -> list[Request]:
     encode = load_tokenizer().encode
     examples = read_examples(find_source(path, DEFAULT_OUTPUT), count)
-    return [completion_question(example, encode, follow_on(encode)).request for example in examples]
+    return [completion_question(example, encode, continuation_encoder(encode)).request for example in examples]
 
 
 def timed(work: Callable[[], Losses]) -> tuple[Losses, float]:
@@ -100,7 +102,7 @@ def main(args: Namespace) -> None:
     model.to(device)
     count = WHOLE if args.whole else args.examples * args.rounds
     requests = random_requests(count, model.config.vocab_size) if args.random else official_requests(args.input, count)
-    tokens = args.batch_tokens or BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
+    tokens = args.batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
     ours(model, requests[:8], device, dtype, tokens), usual_loop(model, requests[:8], device, dtype)  # both warm
     rates: dict[str, list[float]] = {"ours": [], "usual": []}
     differing, largest = 0, 0.0

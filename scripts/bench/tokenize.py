@@ -36,7 +36,7 @@ from data.prepare.cli import cores
 from data.prepare.job import tokens_in
 from data.prepare.sources import input_files
 from data.shards import write_shard
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from util.errors import CommandParser, UserError, run_command
 
 SHARD = 10**7  # tokens

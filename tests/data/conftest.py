@@ -16,7 +16,7 @@ from data.prepare import cli
 from data.prepare.job import Job
 from data.prepare.workers import EncodeOptions
 from data.shards import open_shard
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data import assets, hellaswag
 from data.hellaswag import Example, TokenExample, encode_example, read_eval_file, read_hellaswag, write_eval_file
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import mixed_loader
-from data.loader import Loader, check_same_data
+from data.fingerprint import check_same_data
+from data.loader import Loader
 from data.mixed_loader import SLOTS, MixedLoader, parse_sources, slot_counts, spread
 from data.shards import open_shard, write_shard
 from util.errors import UserError
@@ -222,12 +223,12 @@ def test_the_lines_at_the_start(folder):
 
 
 def identity(folder, *args, **kwargs):
-    return json.loads(json.dumps(make(folder, *args, **kwargs).identity))  # as a checkpoint keeps it
+    return json.loads(json.dumps(make(folder, *args, **kwargs).fingerprint))  # as a checkpoint keeps it
 
 
 def test_the_same_mixture_is_accepted_however_it_is_written(folder):
     for text in ("c=0.2:,a=0.5:,b=0.3:", "a=5:,b=3:,c=2:"):
-        check_same_data(identity(folder), make(folder, text).identity)
+        check_same_data(identity(folder), make(folder, text).fingerprint)
         assert torch.equal(make(folder).batch(9), make(folder, text).batch(9))
 
 
@@ -240,13 +241,13 @@ def test_the_same_mixture_is_accepted_however_it_is_written(folder):
 )
 def test_another_mixture_is_refused_by_name(folder, text, message):
     with pytest.raises(UserError, match=message):
-        check_same_data(identity(folder), make(folder, text).identity)
+        check_same_data(identity(folder), make(folder, text).fingerprint)
     with pytest.raises(UserError, match="source (b has a share|c is new)"):
-        check_same_data(identity(folder, text), make(folder).identity)
+        check_same_data(identity(folder, text), make(folder).fingerprint)
 
 
 def test_a_mixture_and_a_glob_are_two_things(folder):
-    one = Loader(shards_of(folder, "a"), T, 10, 1, True, "input_train_bin").identity
+    one = Loader(shards_of(folder, "a"), T, 10, 1, True, "input_train_bin").fingerprint
     with pytest.raises(UserError, match="^--input_train_bin: a single glob .* belongs to the checkpoint"):
         check_same_data(one, identity(folder, "a=1:"))
     with pytest.raises(UserError, match="^--input_train_bin: a single glob .* is new"):
@@ -263,6 +264,6 @@ def test_a_changed_shard_is_refused_with_its_source(folder):
 
 
 def test_the_identity_of_one_glob_is_what_it_always_was(folder):
-    identity = Loader(shards_of(folder, "b"), T, 2, 1, True, "input_train_bin").identity
+    identity = Loader(shards_of(folder, "b"), T, 2, 1, True, "input_train_bin").fingerprint
     assert list(identity) == ["seed", "sequence_length", "total_batch_size", "shuffle", "shards"]
     assert [list(row) for row in identity["shards"]] == [["name", "tokens", "ends"]] * 2

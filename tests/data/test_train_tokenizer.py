@@ -1,4 +1,4 @@
-"""data/train_tokenizer.py: what it writes opens everywhere with equal ids, and its refusals are one line."""
+"""data/train_tokenizer.py: what it writes opens everywhere with equal ids, and an error is one line."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = [

@@ -1,6 +1,6 @@
 """`python failing_evaluation.py --flags`: train_gpt.py where one evaluation after the other fails, each in its way.
 
-First rank 1 alone cannot pack its batch of HellaSwag, then, from step 4 on, every rank fails within the model.
+First rank 1 alone cannot collate its batch of HellaSwag, then, from step 4 on, every rank fails within the model.
 """
 
 import os
@@ -20,16 +20,16 @@ import train_gpt
 from eval import scoring
 from model.gpt import Block
 
-pack, residual = scoring.pack, Block.residual
-packed = forwards = steps = 0
+collate, residual = scoring.collate, Block.residual
+collated = forwards = steps = 0
 
 
-def pack_or_fail(*args):
-    global packed
-    packed += 1
-    if packed == 1 and os.environ["RANK"] == "1":
+def collate_or_fail(*args):
+    global collated
+    collated += 1
+    if collated == 1 and os.environ["RANK"] == "1":
         raise OSError("the disk is gone")
-    return pack(*args)
+    return collate(*args)
 
 
 def compute_or_fail(self, *args):
@@ -48,5 +48,5 @@ def counted(step, *args):
 
 
 train_step, train_gpt.train_step = train_gpt.train_step, counted
-scoring.pack, Block.residual = pack_or_fail, compute_or_fail
+scoring.collate, Block.residual = collate_or_fail, compute_or_fail
 run_command(lambda: train_gpt.main(config), teardown=False)

@@ -47,8 +47,8 @@ def test_no_rank_takes_a_step_that_is_not_finite_on_one(train, metrics, injected
     flags = [f"--zero_stage={stage}", "--num_iterations=10", "--save_every_niter=1", "--keep_last=4", "--log_every=100"]
     done = train(run, *flags, ranks=2, FAIL=f"{what}@8-8")
     assert [r["step"] for r in metrics(run) if "skipped" in r] == [8]
-    assert re.search(r"step 8/10 .* not taken: loss or gradient not finite", done.stdout)
-    assert f"in {10 if what == 'gradient' else 9} steps, 1 not taken" in done.stdout
+    assert re.search(r"step 8/10 .* skipped: loss or gradient not finite", done.stdout)
+    assert f"in {10 if what == 'gradient' else 9} steps, 1 skipped" in done.stdout
     before, after, later = (tensors(run / f"checkpoints/step_{step:08d}") for step in (7, 8, 9))
     assert all((before[name] == after[name]).all() for name in before)
     assert any((after[name] != later[name]).any() for name in after)
@@ -60,7 +60,7 @@ GOING_BACK = ["--num_iterations=24", "--save_every_niter=10", "--dropout=0.1"]
 
 @pytest.fixture(scope="module")
 def without_the_bad_data(train, trace, parameters_of, tmp_path_factory):
-    """A run that is given the batches of steps 17 to 30 in steps 11 to 24, as after going back from step 16 to 10."""
+    """A run that is given the batches of steps 17 to 30 in steps 11 to 24, as after a roll-back from step 16 to 10."""
     run = tmp_path_factory.mktemp("reference") / "run"
     train(run, *GOING_BACK, PASS_OVER="11+6")
     return trace(run), parameters_of(run / "checkpoints/step_00000024")
@@ -76,7 +76,7 @@ def test_bad_data_is_passed_over(train, shards, assert_same_run, without_the_bad
         train(run, *GOING_BACK, FAIL="loss@12-16", RAWGPT_FAULT="metrics#14=KILL", code=-9)
         train(run, *GOING_BACK, FAIL="loss@12-16", RAWGPT_FAULT="metrics#13=KILL", code=-9)
     done = train(run, *GOING_BACK, FAIL="loss@12-16", BATCHES=str(tmp_path / "batches.jsonl"))
-    assert "loss or gradient not finite in step 16: back to step 10" in done.stdout
+    assert "loss or gradient not finite in step 16: rolled back to step 10" in done.stdout
     received = [json.loads(line) for line in (tmp_path / "batches.jsonl").read_text().splitlines()]
     assert [r["step"] for r in received] == [*range(11 if resumed else 1, 17), *range(11, 25)]
     paths = sorted(shards.glob("*_train_*.bin"))
@@ -104,22 +104,24 @@ def test_the_loss_scale_falls_and_survives_a_resume(train, injected, tmp_path):
 def test_what_going_back_does_not_help_ends(train, injected, tmp_path):
     run = tmp_path / "run"
     err = train(run, "--max_rollbacks=2", "--rollback_after=3", FAIL="!gradient@7-99", code=3).stderr
-    line = "error: diverged: loss or gradient not finite in step 9, and going back to step 5 (2 times, --max_rollbacks)"
+    line = (
+        "error: diverged: loss or gradient not finite in step 9, and rolling back to step 5 (2 times, --max_rollbacks)"
+    )
     assert line in err and "Traceback" not in err
     assert json.loads((run / "status.json").read_text())["status"] == "diverged"
     assert find_checkpoint(run).name == "step_00000005"
-    train(run)  # without the fault it goes on
+    train(run)  # without the fault it resumes
     assert find_checkpoint(run).name == "step_00000020"
     # Nor do checkpoints help whose weights are those of step 6, written while no step is taken.
     flags = ["--max_rollbacks=2", "--rollback_after=3", "--save_every_niter=2", "--resume=never"]
     err = train(tmp_path / "often", *flags, FAIL="!gradient@7-99", code=3).stderr
-    assert "in step 13, and going back to step 12 (2 times, --max_rollbacks) did not help" in err
+    assert "in step 13, and rolling back to step 12 (2 times, --max_rollbacks) did not help" in err
     err = train(tmp_path / "new", FAIL="!gradient@1-99", code=3).stderr
     assert "not finite in step 5, and no checkpoint yet to go back to; lower --learning_rate" in err
     injected(9 + 7 + 5, "the steps since the checkpoint")
 
 
-@pytest.mark.fault("a spike beyond --skip_spikes", "the step is not taken; the norms it is judged by survive a resume")
+@pytest.mark.fault("a spike beyond --skip_spikes", "the step is skipped; the recent norms survive a resume")
 @pytest.mark.parametrize("resumed", [slow(False), True])
 def test_a_spike_is_not_taken(train, metrics, injected, tmp_path, resumed):
     run = tmp_path / "run"
@@ -128,7 +130,7 @@ def test_a_spike_is_not_taken(train, metrics, injected, tmp_path, resumed):
         train(run, *flags, "--num_iterations=68")
     done = train(run, *flags, "--num_iterations=72", FAIL="spike@70-70")
     assert [r["step"] for r in metrics(run) if "skipped" in r] == [70]
-    assert re.search(r"step 70/72 .* not taken: norm \d+.*, a spike above ", done.stdout)
+    assert re.search(r"step 70/72 .* skipped: norm \d+.*, a spike above ", done.stdout)
     assert metrics(run)[-1]["grad_norm"] < 10
     injected(1, "1 step")
 
@@ -143,7 +145,7 @@ def test_a_spike_is_not_taken(train, metrics, injected, tmp_path, resumed):
 def test_poisoned_weights_are_never_saved(train, metrics, injected, tmp_path, what, ranks, stage):
     run = tmp_path / "run"
     done = train(run, f"--zero_stage={stage}", "--keep_last=9", ranks=ranks, FAIL=f"{what}@10-10")
-    assert "weights not finite in step 10: back to step 5" in done.stdout
+    assert "weights not finite in step 10: rolled back to step 5" in done.stdout
     for checkpoint in sorted((run / "checkpoints").glob("step_*")):
         assert all(value.isfinite().all() for value in tensors(checkpoint).values()), checkpoint
     assert [r["step"] for r in metrics(run)] == list(range(1, 21))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.shards import write_shard
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "".join(f"Speaker {i}: the cat's {i} hats, and they'll sit.\n\n" for i in range(1500))
@@ -37,7 +37,7 @@ def world(tmp_path_factory):
     (folder / "data").mkdir()
     write_shard(folder / "data" / "x_train_000001.bin", tokens[2000:], 300)
     write_shard(folder / "data" / "x_val_000000.bin", tokens[:2000], 300)
-    manifest = {"format": 1, "tokenizer": tokenizer.identity, "vocab_size": 300}
+    manifest = {"format": 1, "tokenizer": tokenizer.fingerprint, "vocab_size": 300}
     (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -66,7 +66,7 @@ def test_the_checkpoint_is_usable_on_its_own(run, world, tmp_path):
     """Copied elsewhere, and the tokenizer gone: the text is the same."""
     checkpoint = run / "checkpoints" / "step_00000010"
     state = json.loads((checkpoint / "state.json").read_text())
-    assert state["tokenizer"] == load_tokenizer(str(world / "tok")).identity
+    assert state["tokenizer"] == load_tokenizer(str(world / "tok")).fingerprint
     shutil.copytree(checkpoint, tmp_path / "step_00000010")
     config = json.loads((tmp_path / "step_00000010" / "manifest.json").read_text())["config"]
     assert config["tokenizer"] == str(world / "tok")
@@ -127,7 +127,7 @@ def test_tinyshakespeare_with_a_tokenizer_of_ones_own(world, tmp_path):
     made = ["data/tiny_shakespeare.py", f"--tokenizer={world}/tok", "--output_dir", tmp_path / "out"]
     assert "training and" in command(*made)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["tokenizer"] == load_tokenizer(str(world / "tok")).identity
+    assert manifest["tokenizer"] == load_tokenizer(str(world / "tok")).fingerprint
     assert "already there" in command(*made)
     other = ["data/tiny_shakespeare.py", f"--tokenizer={world}/other", "--output_dir", tmp_path / "out"]
     assert "made from other input" in command(*other, code=2)

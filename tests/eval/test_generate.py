@@ -18,8 +18,8 @@ import eval.generate as command
 from cfg.config import load_config
 from data.tokenizers.fim import infill_prompt
 from data.tokenizers.hf_json import _byte_letters
-from data.tokenizers.tokenizer import load_tokenizer
-from eval.generate import FEW, Sampling, candidates, draw, generate, read, read_on
+from data.tokenizers.load import load_tokenizer
+from eval.generate import TOP_P_CANDIDATES, Sampling, candidates, decode_step, draw, generate, prefill
 from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
 from model.kv_cache import KVCache
@@ -123,21 +123,21 @@ def test_16_bits_under_autocast(family):
     model, texts = make(*family), [tokens_of(n, seed=n) for n in (11, 6)]
     cache = KVCache(24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        first = read(model, [text[:-1] for text in texts], cache)
+        first = prefill(model, [text[:-1] for text in texts], cache)
         assert {t.dtype for kv in cache._layers.values() for t in kv} == {torch.bfloat16}
-        cached, whole = read_on(model, texts, cache), read(model, texts)
+        cached, whole = decode_step(model, texts, cache), prefill(model, texts)
         assert len(rows_of(model, texts, 20, Sampling(top_p=0.9), samples=2)) == 4
-    exact = read(model, texts)
+    exact = prefill(model, texts)
     assert cached.dtype == whole.dtype == torch.float32
     assert (cached - whole).abs().max() < 0.1 * (exact - first).abs().max()
 
 
 def test_a_cache_that_is_full():
     model, cache = make(), KVCache(4)
-    read(model, [[1, 2, 3]], cache)
-    read_on(model, [[1, 2, 3, 4]], cache)
+    prefill(model, [[1, 2, 3]], cache)
+    decode_step(model, [[1, 2, 3, 4]], cache)
     with pytest.raises(ValueError, match="room for 4"):
-        read_on(model, [[1, 2, 3, 4, 5]], cache)
+        decode_step(model, [[1, 2, 3, 4, 5]], cache)
 
 
 def test_what_cannot_be_continued():
@@ -158,10 +158,10 @@ def probabilities(logits, sampling):
 
 @pytest.mark.parametrize("spread", [0.01, 5.0])
 def test_top_p_finds_its_few_among_many(spread):
-    logits = torch.randn(2, 3 * FEW, generator=torch.Generator().manual_seed(1)) * spread
+    logits = torch.randn(2, 3 * TOP_P_CANDIDATES, generator=torch.Generator().manual_seed(1)) * spread
     best, ids = logits.double().softmax(-1).sort(dim=-1, descending=True)
     best[best.cumsum(-1) - best >= 0.9] = 0
-    assert ((best > 0).sum(-1) > FEW).all() == (spread < 1)  # few of them, or more than it looks at first
+    assert ((best > 0).sum(-1) > TOP_P_CANDIDATES).all() == (spread < 1)  # few of them, or more than it looks at first
     expected = torch.zeros_like(best).scatter_(-1, ids, best / best.sum(-1, keepdim=True))
     assert torch.allclose(probabilities(logits, Sampling(top_p=0.9)), expected, atol=1e-12)
 
@@ -223,7 +223,7 @@ def saved(tmp_path_factory):
     flags = [f"--output_dir={folder}/run", f"--tokenizer={folder}/tokenizer.json", "--sequence_length=64"]
     config = load_config([*SMALL, *flags], world_size=1)
     model = make("--sequence_length=64")
-    state = {"record": {"step": 1}, "tokenizer": tokenizer.identity}
+    state = {"record": {"step": 1}, "tokenizer": tokenizer.fingerprint}
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     saver = CheckpointWriter(config, ranks)
     saver.save(1, model, make_optimizer(model, config, 1), state, tokenizer.files)
@@ -344,7 +344,7 @@ def test_a_model_that_has_diverged(run, saved, monkeypatch):
     [
         (["--prompt_file=nowhere"], "--prompt_file=nowhere: No such file"),
         (["--prompt_file={tmp_path}"], "Is a directory"),
-        (["--prompt_file={tmp_path}/empty"], "empty: empty; leave it out for a new document"),
+        (["--prompt_file={tmp_path}/empty"], "empty: empty file; leave out the flag"),
         (["--prompt_file={tmp_path}/latin"], "not UTF-8 at byte 3; convert it first"),
         (["--prompt_file=-"], "--prompt_file=-: empty"),
         (["--prompt=\udce9"], "--prompt: not UTF-8"),
@@ -359,7 +359,7 @@ def test_a_model_that_has_diverged(run, saved, monkeypatch):
         (["--dtype=int8"], "--dtype"),
         (["--infill", "--prompt=<FILL_ME> <FILL_ME>"], "has 2"),
         (["--infill", "--prompt=<FILL_ME>", "--ignore_eot"], "leave out --ignore_eot"),
-        (["--infill", "--prompt=<FILL_ME>", "--max_new_tokens=61"], "exceed the 64 that the model sees"),
+        (["--infill", "--prompt=<FILL_ME>", "--max_new_tokens=61"], "exceed the model.s context of 64"),
     ],
 )
 def test_mistakes(run, tmp_path, flags, message):

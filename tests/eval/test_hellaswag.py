@@ -1,4 +1,4 @@
-"""The two scorings of HellaSwag: what they ask, what they count, and the command."""
+"""The two styles of HellaSwag: encoding, accuracies, and the command."""
 
 import json
 import math
@@ -11,12 +11,22 @@ import pytest
 import torch
 
 from data.hellaswag import Example, read_hellaswag
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from eval import hellaswag
-from eval.cli import finish
-from eval.hellaswag import Question, accuracies, clean, lm_eval_question, questions, read_examples, record_of, requests
+from eval.cli import write_results
+from eval.encoding import text_encoder
+from eval.hellaswag import (
+    Question,
+    accuracies,
+    clean,
+    lm_eval_question,
+    make_questions,
+    read_examples,
+    to_record,
+    to_requests,
+)
 from eval.reference import GPT2
-from eval.scoring import Request, Score, follow_on
+from eval.scoring import Request, Score
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,48 +72,48 @@ def encode():
     return load_tokenizer().encode
 
 
-def test_the_completion_style_takes_texts_as_they_are(encode, tmp_path):
+def test_the_completion_style_encodes_texts_unchanged(encode, tmp_path):
     [example] = read_examples(write(tmp_path / "x.jsonl", [ROW]), 0)
-    question = questions([example], encode, follow_on(encode), 0)["completion"][0]
+    question = make_questions([example], text_encoder(load_tokenizer()))["completion"][0]
     assert question.request.context == encode("A man is sitting on a roof. he")
-    assert question.request.endings == [encode(" " + ending) for ending in ENDINGS]
+    assert question.request.continuations == [encode(" " + ending) for ending in ENDINGS]
     assert question.lengths == [len(encode(" " + ending)) for ending in ENDINGS]
     assert question.label == 3
 
 
 def test_the_lm_eval_style_labels_capitalises_and_cleans(encode, tmp_path):
     [example] = read_examples(write(tmp_path / "x.jsonl", [ROW]), 0)
-    question = lm_eval_question(example, encode, 0)
+    question = lm_eval_question(example, encode, [0])
     assert question.request.context == encode("Roof shingle removal: A man is sitting on a roof. He")
     cleaned = ["is using wrap to wrap skis.", "rips level tiles off.", "holds a cube.", "starts. up."]
     assert [clean(ending) for ending in ENDINGS] == cleaned
-    assert question.request.endings == [encode(" " + clean(ending)) for ending in ENDINGS]
+    assert question.request.continuations == [encode(" " + clean(ending)) for ending in ENDINGS]
     assert question.lengths == [len(clean(ending)) for ending in ENDINGS]  # characters
 
 
 def test_choices_by_sum_and_by_length():
     question = Question(Request([1], [[1]] * 4), [1, 2, 4, 0], label=2)
     scores = [Score(2.0, False), Score(2.0, False), Score(3.0, False), Score(9.0, False)]
-    assert question.choices(scores) == {"acc": 0, "acc_norm": 2}  # equal ones: the first; nothing left: never
+    assert question.choices(scores) == {"acc": 0, "acc_norm": 2}  # ties: the first; an empty ending: never
     assert question.choices([*scores[:3], Score(math.nan, False)]) == {"acc": -1, "acc_norm": -1}
 
 
 def test_accuracy_and_its_standard_error():
-    asked = {s: [Question(Request([1], [[1]] * 4), [1] * 4, label=0)] * 8 for s in hellaswag.STYLES}
+    questions = {s: [Question(Request([1], [[1]] * 4), [1] * 4, label=0)] * 8 for s in hellaswag.STYLES}
     right, wrong = ([Score(float(x), False) for x in losses] for losses in ((1, 2, 2, 2), (2, 1, 2, 2)))
-    found = accuracies(asked, [right] * 2 + [wrong] * 6 + [right] * 8)
+    found = accuracies(questions, [right] * 2 + [wrong] * 6 + [right] * 8)
     # The sample's standard deviation over the root of its size, as of 2 ones and 6 zeros.
     deviation = torch.tensor([1.0] * 2 + [0.0] * 6).std().item()
     assert found["completion"]["acc"].value == 0.25
     assert found["completion"]["acc"].stderr == pytest.approx(deviation / math.sqrt(8))
     assert (found["lm_eval"]["acc_norm"].value, found["lm_eval"]["acc_norm"].stderr) == (1.0, 0.0)
-    assert record_of(found) == {
+    assert to_record(found) == {
         "hellaswag_acc": 0.25,
         "hellaswag_acc_norm": 0.25,
         "hellaswag_lm_eval_acc": 1.0,
         "hellaswag_lm_eval_acc_norm": 1.0,
     }
-    shown = hellaswag.table("step 7", found)
+    shown = hellaswag.format_table("step 7", found)
     assert "0.2500 ± 0.1637" in shown
     assert all(r.name in shown for r in GPT2) and "0.2955" in shown and "0.5089" in shown
 
@@ -121,7 +131,7 @@ def test_an_untrained_model_knows_as_much_as_chance(text_checkpoint, evaluate, t
             assert accuracy["value"] == sum(right) / 500 == pytest.approx(0.25, abs=0.06)  # 3 standard errors
 
 
-def test_limit_batches_and_ranks_change_no_digit_that_counts(text_checkpoint, evaluate, tmp_path):
+def test_limit_batches_and_ranks_do_not_change_the_results(text_checkpoint, evaluate, tmp_path):
     path = write(tmp_path / "random.jsonl", rows(12))
     flags = [f"--checkpoint={text_checkpoint}", f"--input={path}", "--device=cpu"]
     evaluate(hellaswag, *flags, "--batch_tokens=300", f"--output={tmp_path}/alone.json")
@@ -136,7 +146,7 @@ def test_limit_batches_and_ranks_change_no_digit_that_counts(text_checkpoint, ev
     ]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("HellaSwag,") == 1  # one rank speaks
+    assert done.stdout.count("HellaSwag,") == 1  # only rank 0 prints
     alone, ranks, small = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "ranks", "small"))
     assert ranks == alone  # all digits
     assert small["examples"] == 5
@@ -146,7 +156,7 @@ def test_limit_batches_and_ranks_change_no_digit_that_counts(text_checkpoint, ev
             assert a[style]["acc"] == b[style]["acc"]
 
 
-def test_mistakes(text_checkpoint, evaluate, tmp_path):
+def test_user_errors(text_checkpoint, evaluate, tmp_path):
     def error(*flags):
         with pytest.raises(UserError) as caught:
             evaluate(hellaswag, *flags)
@@ -176,17 +186,17 @@ def test_mistakes(text_checkpoint, evaluate, tmp_path):
     assert "--checkpoint" in error(f"--input={good}")
 
 
-def test_a_context_that_cleaning_empties_follows_on_the_end_of_a_text(encode):
+def test_a_context_that_cleaning_has_emptied_becomes_end_of_text(encode):
     example = Example("x", ["a", "b", "c", "d"], 0, ("[x", "y]", ""))
-    assert lm_eval_question(example, encode, 50256).request.context == [50256]
+    assert lm_eval_question(example, encode, [50256]).request.context == [50256]
 
 
-def test_one_example_has_no_standard_error_and_results_outlive_their_reader(text_checkpoint, tmp_path):
+def test_one_example_has_no_standard_error_and_results_are_written_without_a_terminal(text_checkpoint, tmp_path):
     path, output = write(tmp_path / "one.jsonl", [ROW]), tmp_path / "out.json"
     command = [sys.executable, str(ROOT / "eval/hellaswag.py"), f"--checkpoint={text_checkpoint}", f"--input={path}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     reading, writing = os.pipe()
-    os.close(reading)  # nobody reads what is printed
+    os.close(reading)  # as if the terminal were closed
     with os.fdopen(writing, "w") as closed:
         done = subprocess.run(
             [*command, f"--output={output}"], env=env, stdout=closed, stderr=subprocess.PIPE, text=True
@@ -197,18 +207,18 @@ def test_one_example_has_no_standard_error_and_results_outlive_their_reader(text
     assert again.returncode == 2 and "exists" in again.stderr
 
 
-def test_results_do_not_overwrite_what_has_come_meanwhile(tmp_path, capsys):
+def test_results_do_not_overwrite_a_file_created_since_the_start(tmp_path, capsys):
     output = tmp_path / "out.json"
     output.write_text("mine")
-    finish(output, {"loss": float("inf")}, "shown")
+    write_results(output, {"loss": float("inf")}, "shown")
     assert output.read_text() == "mine" and json.loads((tmp_path / "out_.json").read_text()) == {"loss": None}
     assert "out_.json" in capsys.readouterr().out
 
 
-def test_the_fields_of_lm_eval_are_read_only_where_asked_for(tmp_path):
+def test_the_fields_of_lm_eval_are_read_on_request(tmp_path):
     path = write(tmp_path / "x.jsonl", [ROW])
     assert next(read_hellaswag(path)).parts is None
     assert next(read_hellaswag(path, with_parts=True)) == Example(
         ROW["ctx"], ENDINGS, 3, ("Roof shingle removal", "A man is sitting on a roof.", "he")
     )
-    assert requests({s: [] for s in hellaswag.STYLES}) == []
+    assert to_requests({s: [] for s in hellaswag.STYLES}) == []

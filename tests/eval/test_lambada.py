@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from eval import lambada
-from eval.lambada import Example, example_of, read_lambada, summarize
+from eval.lambada import Example, read_lambada, summarize, to_example
 from eval.reference import LAMBADA_GPT2
 from eval.scoring import Score
 from util.errors import UserError
@@ -88,7 +88,7 @@ def test_accuracy_and_its_error():
 @given(text=st.text(alphabet="ab \n.é", min_size=1).filter(lambda text: text.split(" ")[-1].strip()))
 def test_the_official_form_is_cut_at_the_last_space(text):
     words = text.split(" ")  # as the task's template does
-    assert example_of({"text": text}, "here") == Example(" ".join(words[:-1]), words[-1])
+    assert to_example({"text": text}, "here") == Example(" ".join(words[:-1]), words[-1])
 
 
 def test_limit(passages):
@@ -99,10 +99,10 @@ def test_limit(passages):
     "content, complaint",
     [
         ("", "empty file"),
-        ("\n", "holds no examples"),
+        ("\n", "contains no examples"),
         ('{"text": "a b"}\n{"context": "a"}\n', "line 2: not an object with `text`, or with"),
         ('{"context": 1, "continuation": "b"}\n', "line 1: not an object with text in a field 'context'"),
-        ('{"text": "a b "}\n', "line 1: there is no last word"),
+        ('{"text": "a b "}\n', "line 1: the last word is missing"),
         ('{"text": "a b"\n', "line 1: not JSON"),
         ("[1]\n", "line 1: not an object"),
     ],

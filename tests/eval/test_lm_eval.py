@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import eval.hellaswag as hellaswag
 import eval.lm_eval as command
 from cfg.config import load_config
 from data.tokenizers.hf_json import _byte_letters
-from data.tokenizers.tokenizer import END_OF_TEXT, load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import END_OF_TEXT
 from eval.generate import Sampling
 from model.gpt import GPT
 from train.checkpoint_writer import CheckpointWriter
@@ -168,7 +170,7 @@ def checkpoint(hf_folder, tmp_path_factory):
             value = source[name].t() if name.endswith("weight") and "c_" in name else source[name]
             parameter[: len(value)] = value  # the vocabulary is padded
     saver = CheckpointWriter(config, Ranks(0, 0, 1, torch.device("cpu")))
-    saver.save(1, ours, make_optimizer(ours, config, 1), {"tokenizer": load_tokenizer().identity})
+    saver.save(1, ours, make_optimizer(ours, config, 1), {"tokenizer": load_tokenizer().fingerprint})
     return folder
 
 
@@ -244,11 +246,11 @@ def test_what_was_compared_says_something(theirs, tasks):
     assert 0 < lengths[0] < lengths[-1] == 14
 
 
-@pytest.mark.parametrize("subject", ["hf", "checkpoint"])
-def test_our_hellaswag_is_the_librarys_example_by_example(subject, request, tasks, theirs, tmp_path):
-    folder = request.getfixturevalue("hf_folder" if subject == "hf" else subject)
+@pytest.mark.parametrize("flag", ["hf", "checkpoint"])
+def test_our_hellaswag_equals_the_librarys_example_by_example(flag, request, tasks, theirs, tmp_path):
+    folder = request.getfixturevalue("hf_folder" if flag == "hf" else flag)
     args = hellaswag.parser().parse_args(
-        [f"--{subject}={folder}", f"--input={tasks}/like_hellaswag.jsonl", f"--output={tmp_path}/x.json"]
+        [f"--{flag}={folder}", f"--input={tasks}/like_hellaswag.jsonl", f"--output={tmp_path}/x.json"]
     )
     hellaswag.main(args)
     ours = json.loads((tmp_path / "x.json").read_text())
@@ -285,42 +287,44 @@ def test_groups_hold_every_pair_in_its_place(pairs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "MAX_SHARED", 9)
         requests, places = command.group(pairs)
-    assert [(requests[r].context, requests[r].endings[e]) for r, e in places] == pairs
-    assert sum(len(request.endings) for request in requests) == len(pairs)
+    assert [(requests[r].context, requests[r].continuations[e]) for r, e in places] == pairs
+    assert sum(len(request.continuations) for request in requests) == len(pairs)
     for request in requests:
-        assert sum(map(len, request.endings)) <= 9 and (len(request.context) > 1 or len(request.endings) == 1)
+        assert sum(map(len, request.continuations)) <= 9 and (
+            len(request.context) > 1 or len(request.continuations) == 1
+        )
     roomy = Counter(tuple(context) for context, _ in pairs if len(context) > 1)
     assert len(command.group(pairs)[0]) == len(roomy) + sum(len(context) == 1 for context, _ in pairs)
 
 
 @pytest.fixture(scope="module")
-def subject(checkpoint):
-    return command.open_subject(
+def model(checkpoint):
+    return command.load_eval_model(
         command.parser().parse_args([f"--checkpoint={checkpoint}", "--tasks=x", "--device=cpu"])
     )
 
 
-def test_pairs_together_are_what_they_are_alone(subject):
+def test_pairs_together_are_what_they_are_alone(model):
     generator = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(50257, (n,), generator=generator).tolist()  # noqa: E731
     contexts = [draw(n) for n in (0, 1, 2, 20, 47, 100)]
     pairs = [(contexts[i % 6], draw(1 + i % 7)) for i in range(40)] + [(contexts[3], []), ([], draw(60))]
-    together = command.loglikelihoods(subject, pairs)
-    alone = [command.loglikelihoods(subject, [pair])[0] for pair in pairs]
+    together = command.loglikelihoods(model, pairs)
+    alone = [command.loglikelihoods(model, [pair])[0] for pair in pairs]
     assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
     assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
     assert together[-2] == (0.0, True)
-    end = subject.end_of_text
-    after_end = command.loglikelihoods(subject, [([end], pairs[0][1])])
+    end = model.text.end_of_text
+    after_end = command.loglikelihoods(model, [([end], pairs[0][1])])
     assert together[0] == pytest.approx(after_end[0], abs=1e-4)
-    assert command.loglikelihoods(subject, []) == [] and command.text_loglikelihoods(subject, [""]) == [0.0]
+    assert command.loglikelihoods(model, []) == [] and command.text_loglikelihoods(model, [""]) == [0.0]
 
 
 # Answers
 
 
 @pytest.mark.parametrize(
-    "settings, wish",
+    "options, expected",
     [
         ({}, (Sampling(0.0, 50, 1.0), (), 256)),
         ({"until": "\n", "max_gen_toks": 5, "max_tokens": 9}, (Sampling(0.0, 50, 1.0), ("\n",), 5)),
@@ -330,38 +334,39 @@ def test_pairs_together_are_what_they_are_alone(subject):
         ({"do_sample": True, "temperature": 1.0, "top_k": 0, "num_beams": 1}, (Sampling(1.0, 0, 1.0), (), 256)),
     ],
 )
-def test_generation_kwargs(settings, wish):
-    assert command.wish_of(settings) == command.Wish(*wish)
+def test_generation_kwargs(options, expected):
+    assert command.generation_settings(options) == command.GenerationSettings(*expected)
 
 
-@pytest.mark.parametrize("settings, name", [({"num_beams": 4}, "num_beams"), ({"penalty_alpha": 1}, "penalty_alpha")])
-def test_generation_kwargs_that_are_not_known(settings, name):
-    with pytest.raises(UserError, match=f"--tasks: one has {name} in its generation_kwargs"):
-        command.wish_of(settings)
+@pytest.mark.parametrize("options, name", [({"num_beams": 4}, "num_beams"), ({"penalty_alpha": 1}, "penalty_alpha")])
+def test_unknown_generation_kwargs_are_an_error(options, name):
+    with pytest.raises(UserError, match=f"--tasks: a task has {name} in its generation_kwargs"):
+        command.generation_settings(options)
 
 
-def test_answers_do_not_depend_on_their_batch(subject):
+def test_answers_do_not_depend_on_their_batch(model):
     texts = ["", "a", "the boy mixes flour and", "Water in red bowl, then He", "x " * 60, "x " * 30]
     greedy, sampled = {"max_gen_toks": 10}, {"max_gen_toks": 10, "temperature": 1.0}
-    asked = [(text, greedy) for text in texts]
-    together = command.answers(subject, asked, torch.float32)
-    assert together == [command.answers(subject, [one], torch.float32)[0] for one in asked]
-    drawn = command.answers(subject, [("a", sampled)] * 4 + asked, torch.float32)
+    requests = [(text, greedy) for text in texts]
+    together = command.answers(model, requests, torch.float32)
+    assert together == [command.answers(model, [one], torch.float32)[0] for one in requests]
+    drawn = command.answers(model, [("a", sampled)] * 4 + requests, torch.float32)
     assert len(set(drawn[:4])) == 4 and drawn[4:] == together
-    assert command.answers(subject, [("a", sampled)] * 4, torch.float32) == drawn[:4]
+    assert command.answers(model, [("a", sampled)] * 4, torch.float32) == drawn[:4]
 
 
-def test_an_answer_longer_than_what_the_model_sees(subject):
-    (text,) = command.answers(subject, [("a b c", {"max_gen_toks": POSITIONS + 20})], torch.float32)
-    (start,) = command.answers(subject, [("a b c", {"max_gen_toks": POSITIONS - 10})], torch.float32)
+def test_an_answer_longer_than_what_the_model_sees(model):
+    (text,) = command.answers(model, [("a b c", {"max_gen_toks": POSITIONS + 20})], torch.float32)
+    (start,) = command.answers(model, [("a b c", {"max_gen_toks": POSITIONS - 10})], torch.float32)
     assert text.startswith(start) and len(text) > len(start)
 
 
 @pytest.mark.parametrize("size", [1, 100, 10_000])
-def test_batches_hold_every_prompt_within_their_size(subject, size):
-    prompts, wish = [[1] * (n * 7 % 60 + 1) for n in range(30)], command.Wish(Sampling(), (), 8)
-    subject = command.Subject(**vars(subject) | {"batch_tokens": size})
-    found = command.batches(list(range(30)), prompts, wish, subject)
+def test_batches_hold_every_prompt_within_their_size(model, size):
+    prompts = [[1] * (n * 7 % 60 + 1) for n in range(30)]
+    settings = command.GenerationSettings(Sampling(), (), 8)
+    model = replace(model, batch_tokens=size)
+    found = command.batches(list(range(30)), prompts, settings, model)
     assert sorted(i for batch in found for i in batch) == list(range(30))
     lengths = [[len(prompts[i]) for i in batch] for batch in found]
     assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
@@ -369,15 +374,13 @@ def test_batches_hold_every_prompt_within_their_size(subject, size):
     assert len(found) == 30 if size == 1 else len(found) < 30
 
 
-def test_where_an_answer_ends(subject, monkeypatch):
-    encode, end = subject.tokenizer.encode, subject.end_of_text
+def test_where_an_answer_ends(model, monkeypatch):
+    encode, end = model.checkpoint.tokenizer.encode, model.text.end_of_text
     written = [encode("one. two") + [end] + encode(" more"), encode("one two") + [60000] + encode("? three? fo")]
     length = max(map(len, written))
     steps = zip(*[row + [13] * (length - len(row)) for row in written], strict=True)
     monkeypatch.setattr(command, "generate", lambda *_: map(list, steps))
-    texts = command.answers(
-        subject, [("b", {"until": ["? fo", "ee"]}), ("a", {"until": ["? fo", "ee"]})], torch.float32
-    )
+    texts = command.answers(model, [("b", {"until": ["? fo", "ee"]}), ("a", {"until": ["? fo", "ee"]})], torch.float32)
     assert texts == ["one. two", "one two�? thr"]
 
 
@@ -403,8 +406,8 @@ def test_the_table_and_the_file(checkpoint, tasks, tmp_path, capsys):
         (["--tasks=x", "--limit=1.5"], "--limit: invalid int value"),
         (["--tasks=x", "--num_fewshot=-1"], "--num_fewshot=-1"),
         (["--tasks=x", "--include_path=nowhere"], "--include_path=nowhere: no such folder"),
-        (["--tasks=x", "--log_samples"], "--log_samples: name a file for them with --output"),
-        (["--tasks=x", "--hf=gpt2"], "--hf=gpt2: only a --checkpoint here; use `lm_eval --model hf"),
+        (["--tasks=x", "--log_samples"], "--log_samples: name a file for the samples with --output"),
+        (["--tasks=x", "--hf=gpt2"], "--hf=gpt2: only --checkpoint is supported; use `lm_eval --model hf"),
         ([], "--tasks"),
     ],
 )
@@ -445,7 +448,7 @@ def test_names_and_patterns(few_tasks, tasks):
 
     assert find("like_blimp,like_answers") == ["like_blimp", "like_answers"]
     assert find("like_w*,like_b*") == ["like_blimp", "like_wikitext"]
-    with pytest.raises(UserError, match="lm-eval knows no task like_hellaswg; did you mean like_hellaswag?"):
+    with pytest.raises(UserError, match="lm-eval has no task like_hellaswg; did you mean like_hellaswag?"):
         find("like_blimp,like_hellaswg")
 
 
@@ -463,7 +466,7 @@ def test_names_and_patterns(few_tasks, tasks):
         ("dataset_path: json\nunsafe_code: true", "marked as unsafe"),
     ],
 )
-def test_tasks_that_cannot_be_prepared(yaml, message, subject, tasks, checkpoint, tmp_path, monkeypatch):
+def test_tasks_that_cannot_be_prepared(yaml, message, model, tasks, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     if "unsafe" in yaml:
@@ -485,7 +488,7 @@ def test_a_model_that_is_broken(tasks, checkpoint, monkeypatch):
         run(f"--checkpoint={checkpoint}", "--tasks=like_answers", f"--include_path={tasks}")
 
 
-def test_an_error_of_ours_is_not_the_librarys(subject, tasks, checkpoint, monkeypatch):
+def test_an_error_of_ours_is_not_the_librarys(model, tasks, checkpoint, monkeypatch):
     monkeypatch.setattr(command, "loglikelihoods", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(f"--checkpoint={checkpoint}", "--tasks=like_blimp", f"--include_path={tasks}")

@@ -18,11 +18,12 @@ from lm_eval.utils import get_rolling_token_windows
 from data.documents import document_positions
 from data.loader import Loader
 from data.shards import open_shard, write_shard
-from data.tokenizers.tokenizer import NAMED_IDENTITIES, load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import NAMED_FINGERPRINTS
 from eval import perplexity, texts
-from eval.model import open_subject
-from eval.perplexity import by_document, measure, requests_of, segments, strided_windows
-from eval.texts import Text, count_bytes, cut, open_texts
+from eval.model import load_eval_model
+from eval.perplexity import measure, segments, split_by_document, strided_windows, to_requests
+from eval.texts import Text, count_bytes, open_texts, truncate
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,19 +44,19 @@ def text_of(ids):
     return Text(len(ids), lambda start, stop: ids[start:stop])
 
 
-def subject_of(run, *flags, text=False):
+def load(run, *flags, needs_tokenizer=False):
     args = perplexity.parser().parse_args([f"--checkpoint={run}", "--input=x", "--device=cpu", *flags])
-    return open_subject(args, text=text)
+    return load_eval_model(args, needs_tokenizer)
 
 
 @pytest.fixture(scope="module")
-def subject(text_checkpoint):
-    return subject_of(text_checkpoint, text=True)
+def model(text_checkpoint):
+    return load(text_checkpoint, needs_tokenizer=True)
 
 
 @pytest.fixture(scope="module")
-def subject_251(checkpoint):
-    return subject_of(checkpoint)
+def model_251(checkpoint):
+    return load(checkpoint)
 
 
 # What is scored
@@ -77,7 +78,7 @@ def test_a_stride_of_the_window_is_lm_evals_rolling(length, window):
     ids = list(range(1000, 1000 + length))
     theirs = get_rolling_token_windows(ids[1:], prefix_token=ids[0], max_seq_len=window, context_len=1)
     scored = [(inputs[: len(inputs) - len(targets) + 1], targets) for inputs, targets in theirs]
-    assert [(r.context, *r.endings) for r in requests_of(text_of(ids), window, window, None)] == scored
+    assert [(r.context, *r.continuations) for r in to_requests(text_of(ids), window, window, None)] == scored
 
 
 @unhurried
@@ -92,29 +93,29 @@ def test_segments_and_documents_pass_over_nothing(ids, sizes, masked, segment, b
     window, stride = sizes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(perplexity, "BLOCK", block)
-        requests = list(requests_of(text_of(ids), window, stride, 0 if masked else None))
+        requests = list(to_requests(text_of(ids), window, stride, 0 if masked else None))
     assert [r for part in segments(requests, segment) for r in part] == requests
-    assert [i for r in requests for i in r.endings[0]] == ids[1:]
+    assert [i for r in requests for i in r.continuations[0]] == ids[1:]
     at = 1
     for r in requests:
-        assert r.context == ids[at - len(r.context) : at] and len(r.context) - 1 + len(r.endings[0]) <= window
+        assert r.context == ids[at - len(r.context) : at] and len(r.context) - 1 + len(r.continuations[0]) <= window
         begins = max((i for i in range(at) if ids[i] == 0), default=0) if masked else 0
         assert len(r.context) >= min(at - begins, window - stride + 1)
         if masked:
-            assert 0 not in r.context[1:] and 0 not in r.endings[0][:-1]
-        at += len(r.endings[0])
+            assert 0 not in r.context[1:] and 0 not in r.continuations[0][:-1]
+        at += len(r.continuations[0])
 
 
 def test_a_window_is_cut_where_documents_begin():
     ids = np.array([5, 0, 6, 7, 0, 0, 8, 0])
-    cut_up = [(r.context, *r.endings) for r in by_document(ids, 3, 0)]
+    cut_up = [(r.context, *r.continuations) for r in split_by_document(ids, 3, 0)]
     assert cut_up == [([0, 6], [7, 0]), ([0], [0]), ([0], [8, 0])]
 
 
 @unhurried
 @given(lengths=st.lists(st.integers(0, 9), max_size=5), limit=st.integers(0, 30))
 def test_max_tokens_are_the_first(lengths, limit):
-    kept = cut([text_of(range(n)) for n in lengths], limit)
+    kept = truncate([text_of(range(n)) for n in lengths], limit)
     scored = sum(max(0, n - 1) for n in lengths)
     assert sum(t.length - 1 for t in kept) == (min(limit, scored) if limit else scored)
     assert all(t.length > 1 for t in kept)
@@ -125,7 +126,7 @@ def test_bytes_are_the_files_or_those_of_the_tokens():
     lengths = np.arange(10)
     assert count_bytes([whole, text_of([9, 1, 2])], lengths) == 103
     assert count_bytes([whole], None) == 100 and count_bytes([whole, text_of([9, 1])], None) is None
-    assert count_bytes(cut([whole], 2), lengths) == 3 and count_bytes(cut([whole], 2), None) is None
+    assert count_bytes(truncate([whole], 2), lengths) == 3 and count_bytes(truncate([whole], 2), None) is None
 
 
 # What it is scored as
@@ -146,31 +147,31 @@ def ids():
 
 
 @pytest.mark.parametrize("window, stride", [(24, 24), (24, 12), (24, 1), (7, 3)])
-def test_losses_are_those_of_a_plain_scorer(subject, ids, window, stride, plain_losses):
-    expected = plain_sum(subject.gpt, ids, window, stride, plain_losses)
-    assert measure(subject, [text_of(ids)], window, stride) == (pytest.approx(expected, rel=1e-6), 99)
+def test_losses_are_those_of_a_plain_scorer(model, ids, window, stride, plain_losses):
+    expected = plain_sum(model.checkpoint.gpt, ids, window, stride, plain_losses)
+    assert measure(model, [text_of(ids)], window, stride) == (pytest.approx(expected, rel=1e-6), 99)
 
 
-def test_losses_depend_neither_on_batches_nor_on_segments(subject, ids):
+def test_losses_depend_neither_on_batches_nor_on_segments(model, ids):
     texts = [text_of(ids), text_of(ids[:5]), text_of(ids[::-1])]
-    expected, tokens = measure(subject, texts, 24, 9)
+    expected, tokens = measure(model, texts, 24, 9)
     for batch_tokens, segment in ((1, 2**22), (100, 1), (4096, 200)):
-        found = measure(replace(subject, batch_tokens=batch_tokens), texts, 24, 9, segment)
+        found = measure(replace(model, batch_tokens=batch_tokens), texts, 24, 9, segment)
         assert found == (pytest.approx(expected, rel=1e-7), tokens)
 
 
 @pytest.mark.parametrize("stride", [24, 5])
-def test_documents_that_were_kept_apart_in_training_are_kept_apart(subject, stride, plain_losses):
+def test_documents_that_were_kept_apart_in_training_are_kept_apart(model, stride, plain_losses):
     ids = np.random.default_rng(1).integers(0, EOT, 80)
     ids[[0, 3, 4, 40, 77]] = EOT
     ids, expected = ids.tolist(), 0.0
     for start, first, end in strided_windows(80, 24, stride):
         for t in range(first, end):  # each token by itself, after what it may see
             begins = max((i for i in range(start, t) if ids[i] == EOT), default=start)
-            expected += float(plain_losses(subject.gpt, ids[begins : t + 1])[0][-1])
-    masked = replace(subject, flags={**subject.flags, "doc_mask": True})
+            expected += float(plain_losses(model.checkpoint.gpt, ids[begins : t + 1])[0][-1])
+    masked = replace(model, document_separator=EOT)
     assert measure(masked, [text_of(ids)], 24, stride) == (pytest.approx(expected, rel=1e-6), 79)
-    assert measure(subject, [text_of(ids)], 24, stride)[0] != pytest.approx(expected, rel=1e-4)
+    assert measure(model, [text_of(ids)], 24, stride)[0] != pytest.approx(expected, rel=1e-4)
 
 
 # The command
@@ -184,15 +185,15 @@ WHOLE = ["--stride=32", "--max_tokens=2976"]  # 93 windows of 32, each after the
 
 
 @pytest.mark.parametrize("doc_mask", [False, True])
-def test_a_stride_of_the_window_is_what_validation_does(subject_251, shards, doc_mask):
+def test_a_stride_of_the_window_is_what_validation_does(model_251, shards, doc_mask):
     paths = sorted(shards.glob("*_val_*.bin"))
     rows = Loader([open_shard(path, 251) for path in paths], 32, 1, 0, False, "x").gather(list(range(93))).long()
-    subject = replace(subject_251, end_of_text=7, flags={"doc_mask": doc_mask})
+    model = replace(model_251, document_separator=7 if doc_mask else None)
     positions = document_positions(rows[:, :-1], 7) if doc_mask else None
     with torch.no_grad():
-        loss, count = subject.gpt.loss(rows[:, :-1], rows[:, 1:], positions)
-    texts = cut(open_texts(paths, [], "text", subject), 2976)
-    assert measure(subject, texts, 32, 32) == (pytest.approx(loss.item(), rel=1e-6), count.item())
+        loss, count = model.checkpoint.gpt.loss(rows[:, :-1], rows[:, 1:], positions)
+    texts = truncate(open_texts(paths, [], "text", model), 2976)
+    assert measure(model, texts, 32, 32) == (pytest.approx(loss.item(), rel=1e-6), count.item())
 
 
 @pytest.mark.slow
@@ -203,34 +204,37 @@ def test_a_stride_of_the_window_gives_the_validation_loss_of_the_run(trainer, sh
     assert read(tmp_path / "o.json")["loss"] == pytest.approx(metrics(tmp_path / "run")[-1]["val_loss"], rel=1e-6)
 
 
-def test_shards_without_a_tokenizer(checkpoint, subject_251, shards, evaluate, tmp_path, plain_losses):
+def test_shards_without_a_tokenizer(checkpoint, model_251, shards, evaluate, tmp_path, plain_losses):
     flags = [f"--checkpoint={checkpoint}", "--input", f"{shards}/*_val_*.bin", *WHOLE]
     out = evaluate(perplexity, *flags, "--output", tmp_path / "out.json")
     found = read(tmp_path / "out.json")
-    loss = plain_sum(subject_251.gpt, (np.arange(2977) % 251).tolist(), 32, 32, plain_losses) / 2976
+    loss = plain_sum(model_251.checkpoint.gpt, (np.arange(2977) % 251).tolist(), 32, 32, plain_losses) / 2976
     assert found["loss"] == pytest.approx(loss, rel=1e-6) and found["bits_per_byte"] is found["bytes"] is None
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5) and found["tokens"] == 2976
     assert f"loss {loss:.4f} nats" in out and "bits per byte unknown" in out and "window 32, stride 32" in out
 
 
-def test_shards_are_one_text_and_their_tokens_have_bytes(text_checkpoint, evaluate, tmp_path, plain_losses, subject):
+def test_shards_are_one_text_and_their_tokens_have_bytes(text_checkpoint, evaluate, tmp_path, plain_losses, model):
     tokenizer = load_tokenizer()
     ids = [
         token for document in ("A first one.", "Zweites 東京", "third") for token in (EOT, *tokenizer.encode(document))
     ]
     write_shard(tmp_path / "a_000.bin", np.array(ids[:7]), 50257)
     write_shard(tmp_path / "a_001.bin", np.array(ids[7:]), 50257)
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["gpt2"]}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_FINGERPRINTS["gpt2"]}))
     evaluate(
         perplexity, f"--checkpoint={text_checkpoint}", f"--input={tmp_path}/a_*.bin", f"--output={tmp_path}/o.json"
     )
     found = read(tmp_path / "o.json")
-    total, size = plain_sum(subject.gpt, ids, 24, 12, plain_losses), len("A first one.Zweites 東京third".encode())
+    total, size = (
+        plain_sum(model.checkpoint.gpt, ids, 24, 12, plain_losses),
+        len("A first one.Zweites 東京third".encode()),
+    )
     assert (found["tokens"], found["bytes"], found["window"], found["stride"]) == (len(ids) - 1, size, 24, 12)
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-6)
 
 
-def test_text_files_and_lines_are_documents(text_checkpoint, evaluate, tmp_path, plain_losses, subject):
+def test_text_files_and_lines_are_documents(text_checkpoint, evaluate, tmp_path, plain_losses, model):
     (tmp_path / "a.md").write_bytes(STORY.encode())  # with its \r\n
     lines = [json.dumps({"body": text}) for text in ("one\u2028two", "", "three")]
     (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n")
@@ -240,7 +244,7 @@ def test_text_files_and_lines_are_documents(text_checkpoint, evaluate, tmp_path,
     rows = [[EOT, *load_tokenizer().encode(text)] for text in documents]
     found = read(tmp_path / "o.json")
     assert found["tokens"] == sum(map(len, rows)) - 3 and found["bytes"] == sum(len(t.encode()) for t in documents)
-    expected = sum(plain_sum(subject.gpt, row, 24, 8, plain_losses) for row in rows) / found["tokens"]
+    expected = sum(plain_sum(model.checkpoint.gpt, row, 24, 8, plain_losses) for row in rows) / found["tokens"]
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -257,22 +261,23 @@ def test_a_hugging_face_folder_on_text(hf_folder, evaluate, tmp_path, plain_loss
     assert found["loss"] * found["tokens"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_beginning_that_the_tokenizer_puts_there_is_not_put_there_twice(subject):
-    theirs = replace(subject, encode=lambda text: [EOT, *map(ord, text)])
-    for one in (theirs, replace(subject, encode=lambda text: list(map(ord, text)))):
-        text = texts.document_text("ab", one)
+def test_a_beginning_that_the_tokenizer_puts_there_is_not_put_there_twice(model):
+    for prefix in ([EOT], []):
+        encoder = replace(model.text, encode=lambda text, prefix=prefix: [*prefix, *map(ord, text)])
+        text = texts.document_text("ab", encoder)
         assert text.read(0, text.length).tolist() == [EOT, 97, 98]
 
 
-def test_shards_under_another_model_have_bytes_if_their_manifest_says_whose_they_are(subject, tmp_path):
+def test_shards_under_another_model_have_bytes_if_their_manifest_says_whose_they_are(model, tmp_path):
     write_shard(tmp_path / "a.bin", np.array([EOT, 1, 2]), 50257)
-    foreign = replace(subject, gpt=None, tokenizer=None, tokenizer_identity=None, byte_lengths=None)
+    foreign = replace(model, checkpoint=None, byte_lengths=None)
     shard = [tmp_path / "a.bin"]
     assert texts.byte_lengths_for(shard, foreign) is None
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["gpt2"]}))
-    assert (texts.byte_lengths_for(shard, foreign) == subject.byte_lengths).all()
-    with pytest.raises(UserError, match="gives other ids than that of"):
-        texts.byte_lengths_for(shard, replace(foreign, encode_more=lambda text: list(text.encode())))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_FINGERPRINTS["gpt2"]}))
+    assert (texts.byte_lengths_for(shard, foreign) == model.byte_lengths).all()
+    bytewise = replace(model.text, encode_continuation=lambda text: list(text.encode()))
+    with pytest.raises(UserError, match="which differs from the tokenizer of"):
+        texts.byte_lengths_for(shard, replace(foreign, encoder=bytewise))
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -303,7 +308,7 @@ def test_help_and_mistakes_in_flags_need_no_torch():
     assert helped.returncode == 0 and "--stride" in helped.stdout
     wrong = without_torch("--checkpoint=x", "--input=x", "--stride=5", "--window=4")
     assert wrong.returncode == 2
-    assert wrong.stderr == "error: --stride=5 exceeds --window=4, so tokens would be passed over\n"
+    assert wrong.stderr == "error: --stride=5 exceeds --window=4, so tokens would be skipped\n"
 
 
 def damaged(folder):
@@ -313,7 +318,7 @@ def damaged(folder):
     write_shard(folder / "one.bin", np.array([3]), 251)
     (folder / "made").mkdir()
     write_shard(folder / "made" / "x.bin", np.arange(9), 251)
-    (folder / "made" / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_IDENTITIES["cl100k_base"]}))
+    (folder / "made" / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_FINGERPRINTS["cl100k_base"]}))
     (folder / "packed.txt.gz").write_bytes(b"x")
 
 
@@ -321,9 +326,9 @@ SHARD_MISTAKES = {
     "none*.bin": "--input=.*none.*matches no file",
     "damaged.bin": "damaged.bin: truncated",
     "foreign.bin": "token id 300 at position 1 is not below",
-    "one.bin": "too little to score",
+    "one.bin": "too short",
     "made/x.bin": "made with tokenizer cl100k_base, but --tokenizer=gpt2",
-    "packed.txt.gz": "packed.txt.gz is not read here.*data/text.py",
+    "packed.txt.gz": "packed.txt.gz must be .bin.*data/text.py",
 }
 
 
@@ -341,13 +346,13 @@ TEXT_MISTAKES = {
     "number.jsonl": (b'{"text": 5}\n', "number.jsonl, line 1: "),
     "json.jsonl": (b'{"text": "a"}\n{"text\n', "json.jsonl, line 2: not JSON"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', "half.jsonl, line 1: .*surrogate"),
-    "blank.jsonl": (b'{"text": ""}\n\n', "too little to score"),
+    "blank.jsonl": (b'{"text": ""}\n\n', "too short"),
 }
 
 
 @pytest.mark.parametrize("name", TEXT_MISTAKES)
-def test_mistakes_in_text(subject, evaluate, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(perplexity, "open_subject", lambda args, text: subject)
+def test_mistakes_in_text(model, evaluate, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(perplexity, "load_eval_model", lambda args, needs_tokenizer: model)
     content, complaint = TEXT_MISTAKES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=complaint):
@@ -357,7 +362,7 @@ def test_mistakes_in_text(subject, evaluate, tmp_path, name, monkeypatch):
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["--window=33"], "--window=33 exceeds the 32 tokens"),
+        (["--window=33"], "--window=33 exceeds the model's context of 32 tokens"),
         (["--stride=33"], "--stride=33 exceeds the window of 32"),
         (["--stride=0"], "--stride=0 must be at least 1$"),
         (["--window=-1"], "--window=-1 must be at least 1, or 0"),

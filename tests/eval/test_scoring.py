@@ -1,4 +1,4 @@
-"""Scores are those of each ending alone after its context, whatever shares a row, a batch or a rank with it."""
+"""A score does not depend on what shares a row, a batch or a rank with the continuation."""
 
 import pytest
 import torch
@@ -6,9 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfg.config import load_config
-from eval.model import drain
-from eval.scoring import Request, encode_pair, follow_on, gpt_forward, merge, pack, plan, rows_of, score
+from eval.scoring import (
+    Request,
+    ScoringModel,
+    collate,
+    gpt_forward,
+    make_batches,
+    score_in_steps,
+    score_requests,
+    to_rows,
+)
 from model.gpt import GPT, init_weights
+from util.ranks import Ranks
 
 VOCAB, LIMIT, CPU = 97, 24, torch.device("cpu")
 GPT2 = []
@@ -41,23 +50,38 @@ def some_requests(count=14, longest=9, seed=0):
     return [Request(ids(draw(1, longest)), [ids(draw(1, 5)) for _ in range(draw(1, 4))]) for _ in range(count)]
 
 
+class SimulatedRanks(Ranks):
+    """Ranks that run one after another. `gather` returns what the ranks so far gave, so the last rank gets all."""
+
+    def gather(self, value):
+        self.cpu_group.append(value)
+        return self.cpu_group
+
+
+def simulated_models(model, tokens=200, shared=True, world_size=1):
+    gathered = []
+    for rank in range(world_size):
+        yield ScoringModel(
+            gpt_forward(model), SimulatedRanks(rank, 0, world_size, CPU, gathered), LIMIT, tokens, shared
+        )
+
+
 @torch.no_grad()
-def scores_of(model, requests, limit=LIMIT, tokens=200, shared=True, world_size=1):
-    split = (score(gpt_forward(model), requests, limit, tokens, CPU, shared, r, world_size) for r in range(world_size))
-    return merge([piece for work in split for piece in drain(work, lambda rows: None)], requests)
+def scores_of(model, requests, **options):
+    return [score_requests(each, requests) for each in simulated_models(model, **options)][-1]
 
 
 @torch.no_grad()
 def one_by_one(model, requests):
-    """(loss, greedy) of each ending: one row, no batch, all logits, in float64."""
+    """(loss, greedy) of each continuation: one row, no batch, all logits, in float64."""
     found = []
     for request in requests:
         found.append([])
-        for ending in request.endings:
-            text = (request.context + ending)[-LIMIT - 1 :]
-            log_p = model(torch.tensor([text[:-1]]))[0].double().log_softmax(-1)[-len(ending) :]
-            loss = -log_p[range(len(ending)), ending].sum().item()
-            found[-1].append((loss, log_p.argmax(-1).tolist() == ending))
+        for continuation in request.continuations:
+            text = (request.context + continuation)[-LIMIT - 1 :]
+            log_p = model(torch.tensor([text[:-1]]))[0].double().log_softmax(-1)[-len(continuation) :]
+            loss = -log_p[range(len(continuation)), continuation].sum().item()
+            found[-1].append((loss, log_p.argmax(-1).tolist() == continuation))
     return found
 
 
@@ -68,12 +92,12 @@ def assert_equal(scores, expected):
 
 
 @FAMILIES
-def test_scores_are_those_of_each_ending_alone(flags):
+def test_scores_equal_those_of_each_continuation_alone(flags):
     model = make(flags)
     requests = some_requests() + some_requests(6, longest=40, seed=1)  # some are cropped
     expected = one_by_one(model, requests)
     likeliest = requests[0].context + [0]
-    for _ in range(2):  # an ending that is greedy
+    for _ in range(2):  # a greedy continuation
         likeliest[-1] = int(model(torch.tensor([likeliest[:-1]]))[0, -1].argmax())
         likeliest.append(0)
     requests.append(Request(requests[0].context, [likeliest[len(requests[0].context) : -1], [3]]))
@@ -91,15 +115,14 @@ def test_any_number_of_ranks_gives_the_same_digits():
         assert scores_of(model, requests, world_size=world_size) == alone
 
 
-def test_all_ranks_make_the_same_number_of_forwards():
+def test_all_ranks_make_the_same_number_of_forward_passes():
     requests, model = some_requests(), make(GPT2)
-    calls = [len(list(score(gpt_forward(model), requests, LIMIT, 60, CPU, True, rank, 4))) for rank in range(4)]
-    assert len(set(calls)) == 1
-    rows = sum(sum(1 for _ in rows_of(i, r, LIMIT, True)) for i, r in enumerate(requests))
-    assert sum(score(gpt_forward(model), requests, LIMIT, 60, CPU, True, 0, 4)) == rows
+    steps = [list(score_in_steps(each, requests)) for each in simulated_models(model, tokens=60, world_size=4)]
+    rows = sum(sum(1 for _ in to_rows(i, r, LIMIT, True)) for i, r in enumerate(requests))
+    assert all(each == steps[0] and sum(each) == rows for each in steps)
 
 
-def test_in_16_bits_scores_are_near():
+def test_scores_in_bfloat16_are_close():
     model, requests = make(GPT2), some_requests()
     exact = scores_of(model, requests)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -115,26 +138,27 @@ requests_of_any_size = st.builds(Request, ids, st.lists(ids, min_size=1, max_siz
 
 
 @given(requests_of_any_size, st.integers(1, 40), st.booleans())
-def test_every_token_is_predicted_once_from_as_much_as_the_model_sees(request, limit, shared):
+def test_every_token_is_predicted_once_from_as_much_context_as_fits(request, limit, shared):
     predicted = {}
-    for row in rows_of(0, request, limit, shared):
-        whole = len(row.endings) > 1 or len(request.endings) == 1
+    for row in to_rows(0, request, limit, shared):
+        whole = len(row.continuations) > 1 or len(request.continuations) == 1
         assert row.context and (whole or row.length <= limit)
-        for (_, number, first), tokens in zip(row.owners, row.endings, strict=True):
-            before = request.context + request.endings[number][:first]
+        for span, tokens in zip(row.spans, row.continuations, strict=True):
+            number, first = span.continuation, span.start
+            before = request.context + request.continuations[number][:first]
             assert before[len(before) - len(row.context) :] == row.context
             assert len(row.context) - 1 + len(tokens) <= limit
             assert row.context == before or len(row.context) - 1 + len(tokens) == limit
             for i, token in enumerate(tokens):
                 assert (number, first + i) not in predicted
                 predicted[number, first + i] = token
-    assert predicted == {(i, j): t for i, ending in enumerate(request.endings) for j, t in enumerate(ending)}
+    assert predicted == {(i, j): t for i, c in enumerate(request.continuations) for j, t in enumerate(c)}
 
 
 @given(st.lists(requests_of_any_size, min_size=1, max_size=12), st.integers(1, 300))
-def test_a_plan_holds_every_row_once_and_no_batch_is_too_large(requests, tokens):
-    rows = [row for i, request in enumerate(requests) for row in rows_of(i, request, 1000, True)]
-    batches = plan(rows, tokens)
+def test_batches_contain_every_row_once_and_none_is_too_large(requests, tokens):
+    rows = [row for i, request in enumerate(requests) for row in to_rows(i, request, 1000, True)]
+    batches = make_batches(rows, tokens)
     assert sorted(map(id, rows)) == sorted(id(row) for batch in batches for row in batch)
     lengths = [row.length for batch in batches for row in batch]
     assert lengths == sorted(lengths, reverse=True)
@@ -143,35 +167,26 @@ def test_a_plan_holds_every_row_once_and_no_batch_is_too_large(requests, tokens)
 
 @given(st.lists(requests_of_any_size, min_size=1, max_size=5))
 @settings(max_examples=40)
-def test_a_position_sees_its_context_and_its_own_ending(requests):
-    rows = [row for i, request in enumerate(requests) for row in rows_of(i, request, 1000, True)]
-    batch = pack(rows, CPU)
+def test_a_position_attends_to_its_context_and_to_its_own_continuation(requests):
+    rows = [row for i, request in enumerate(requests) for row in to_rows(i, request, 1000, True)]
+    batch = collate(rows, CPU)
     if batch.mask is None:
-        assert all(len(row.endings) == 1 for row in rows)
+        assert all(len(row.continuations) == 1 for row in rows)
         return
     for b, row in enumerate(rows):
         at = len(row.context) - 1
-        for ending in row.endings:
-            text = row.context + ending
-            for place in range(at, at + len(ending)):
+        for continuation in row.continuations:
+            text = row.context + continuation
+            for place in range(at, at + len(continuation)):
                 seen = batch.idx[b][batch.mask[b, 0, place]].tolist()
                 assert seen == text[: len(row.context) + place - at]
-                assert batch.targets[b, place] == ending[place - at]
+                assert batch.targets[b, place] == continuation[place - at]
                 assert batch.positions[b][batch.mask[b, 0, place]].tolist() == list(range(len(seen)))
-            at += len(ending)
-    assert batch.mask.any(-1).all()  # nobody sees nothing, which softmax could not bear
+            at += len(continuation)
+    assert batch.mask.any(-1).all()  # softmax needs at least one position
 
 
-def test_an_empty_context_or_ending_is_refused():
+def test_an_empty_context_or_continuation_is_refused():
     for request in (Request([], [[1]]), Request([1], [[1], []])):
         with pytest.raises(ValueError, match="empty"):
-            list(rows_of(0, request, 10, True))
-
-
-def test_text_that_follows_is_cut_where_the_context_ends():
-    def encode(text):  # like SentencePiece: a space before the text, words with theirs
-        return [len(word) for word in (" " + text).split(" ")[1:]]
-
-    assert follow_on(encode)(" two words") == [3, 5]
-    assert encode_pair("some context ", "more", encode) == ([4, 7], [4])
-    assert encode_pair("some context", " more", encode) == ([4, 7], [4])
+            list(to_rows(0, request, 10, True))

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.tokenizers.hf_json import _byte_letters
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from eval.text_stream import TextStream
 
 END, UNKNOWN = 256, 260

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cfg.config import load_config
 from cfg.origin import Origin
 from data.tokenizers.export import tokenizer_files
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from eval import generate as generating
 from eval.generate import Sampling, generate
 from model.formats.pretrained import initial_values, load_model, model_config, reader

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.prepare import encoder, workers
-from data.prepare.encoder import make_encoder, segments
-from data.prepare.sources import Unit
+from data.prepare.encoder import make_encoder, split_safely
+from data.prepare.sources import WorkUnit
 from data.prepare.workers import EncodeOptions, check_fast
 from data.tokenizers.hf_json import GPT4_PATTERN
 from data.tokenizers.tokenizer import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, Tokenizer
@@ -75,7 +75,7 @@ def test_the_units_text_is_in_the_sample_at_every_start(tmp_path, tokenizer, mon
     units = []
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
-        units.append(Unit(str(tmp_path / f"{i}.txt"), 0, 2, 2))
+        units.append(WorkUnit(str(tmp_path / f"{i}.txt"), 0, 2, 2))
     assert check_fast(EncodeOptions(), tokenizer, units) == EncodeOptions(fast=fast)
     assert check_fast(EncodeOptions(), tokenizer, []) == EncodeOptions()
 
@@ -100,7 +100,7 @@ def test_segments_encode_to_what_the_whole_does(tokenizer, cl100k, text, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder, "LONG", long)
         for tok in (tokenizer, cl100k):
-            pieces = list(segments(blocks, tok.pattern))
+            pieces = list(split_safely(blocks, tok.pattern))
             assert "".join(pieces) == text
             assert sum(map(tok.encode, pieces), []) == tok.encode(text)
 
@@ -111,20 +111,20 @@ def test_segments_are_not_much_longer_than_asked(tokenizer, monkeypatch, text, b
     """In one block, as a line of .jsonl is, or in many; with a space before every newline, as in WikiText."""
     monkeypatch.setattr(encoder, "LONG", 100)
     size = len(text) // blocks + 1
-    pieces = list(segments((text[i : i + size] for i in range(0, len(text), size)), tokenizer.pattern))
+    pieces = list(split_safely((text[i : i + size] for i in range(0, len(text), size)), tokenizer.pattern))
     assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * 100
 
 
 def test_of_another_pattern_nothing_is_known(monkeypatch):
     monkeypatch.setattr(encoder, "LONG", 4)
-    assert list(segments(["a b c ", "d e f"], r"\w+|\W+")) == ["a b c d e f"]
+    assert list(split_safely(["a b c ", "d e f"], r"\w+|\W+")) == ["a b c d e f"]
 
 
 def test_a_document_counts_its_bytes_whatever_it_is_cut_into(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(encoder, "LONG", 10)
     text = "naïve 東京 words and more words\n" * 20
     (tmp_path / "a.txt").write_text(text)
-    unit = Unit(str(tmp_path / "a.txt"), 0, 1, 1)
+    unit = WorkUnit(str(tmp_path / "a.txt"), 0, 1, 1)
     found = workers.encode_unit(unit, tmp_path / "unit", workers.Encoder.of(EncodeOptions(fast=False), tokenizer))
     ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
     assert np.fromfile(tmp_path / "unit", "<u2").tolist() == ids

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from data.prepare import job as preparing
 from data.prepare import sources, workers
-from data.prepare.job import begin, locked, prepare, summary
-from data.prepare.sources import Unit, plan
+from data.prepare.job import locked, open_job, prepare, summary
+from data.prepare.sources import WorkUnit, plan
 from util.errors import UserError
 
 few = settings(max_examples=40, deadline=None)
@@ -54,7 +54,7 @@ def test_shards_sizes_and_manifest(tmp_path, make_job, units, expected, tokens_o
     names = [f"x_train_{i:06d}.bin" for i in range(1, len(made["files"]))]
     assert sorted(os.listdir(out)) == ["manifest.json", *names, "x_val_000000.bin"]
     assert json.loads((out / "manifest.json").read_text()) == made
-    assert made["tokenizer"] == tokenizer.identity and made["recipe"] == {"of": "test"}
+    assert made["tokenizer"] == tokenizer.fingerprint and made["recipe"] == {"of": "test"}
     assert (made["tokens"], made["documents"], made["vocab_size"]) == (len(tokens), 60, 50257)
     assert made["text_bytes"] == sum(map(len, TEXTS)) and made["skipped"] == {}
     for row in made["files"]:
@@ -240,7 +240,7 @@ def stamp(folder):
 def test_a_second_run_finds_everything_there(tmp_path, make_job, units):
     assert prepare(make_job(tmp_path / "out"), units)
     before = stamp(tmp_path / "out")
-    assert prepare(make_job(tmp_path / "out"), [Unit("/nowhere.jsonl", 0, 1, 1)]) is None
+    assert prepare(make_job(tmp_path / "out"), [WorkUnit("/nowhere.jsonl", 0, 1, 1)]) is None
     assert stamp(tmp_path / "out") == before
 
 
@@ -262,7 +262,7 @@ def test_unfinished_work_of_another_command_is_not_gone_on_with(tmp_path, monkey
 
 def test_a_second_command_at_the_same_time_is_refused(tmp_path, make_job, units):
     """Most of all while the first moves its shards out: the second would move them too."""
-    partial = begin(tmp_path / "out", {"of": "test"})
+    partial = open_job(tmp_path / "out", {"of": "test"})
     (partial / "manifest.json").write_text('{"files": []}')
     with locked(tmp_path / "out"), pytest.raises(UserError, match=f"another command .process {os.getpid()}. is prep"):
         prepare(make_job(tmp_path / "out"), units)
@@ -272,11 +272,11 @@ def test_a_second_command_at_the_same_time_is_refused(tmp_path, make_job, units)
 def test_shards_of_someone_else_are_left_alone(tmp_path):
     (tmp_path / "x_train_000001.bin").touch()
     with pytest.raises(UserError, match="without a manifest"):
-        begin(tmp_path, {})
+        open_job(tmp_path, {})
     for other in ("[]", "not JSON", '{"recipe": {}, "tokenizer": "gpt2"}'):
         (tmp_path / "manifest.json").write_text(other)
         with pytest.raises(UserError, match="not a manifest of this rawgpt"):
-            begin(tmp_path, {})
+            open_job(tmp_path, {})
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -288,7 +288,7 @@ def test_an_output_folder_that_cannot_be(tmp_path, make_job, units, place):
 
 def test_leftovers_of_an_interrupted_run_do_not_get_into_the_next(tmp_path, make_job, units, content):
     prepare(make_job(tmp_path / "whole"), units)
-    partial = begin(tmp_path / "out", {"of": "test"})
+    partial = open_job(tmp_path / "out", {"of": "test"})
     for name in ("x_train_000001.bin", "x_train_000099.bin", "unit_00000000", "unit_00000001.123", ".journal.json.abc"):
         (partial / name).write_bytes(random.Random(1).randbytes(5000))
     prepare(make_job(tmp_path / "out"), units)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from data.prepare import parts as joining
 from data.prepare import sources
 from data.prepare.job import prepare
-from data.prepare.parts import find_parts, join, parse_part, part_dir, part_of
-from data.prepare.sources import Unit, plan
+from data.prepare.parts import find_parts, join_parts, parse_part, part_dir, part_of
+from data.prepare.sources import WorkUnit, plan
 from util.errors import UserError
 
 few = settings(max_examples=100, deadline=None)
@@ -33,7 +33,7 @@ def make_parts(job, units, n, which=None):
 @few
 @given(sizes=st.lists(st.integers(0, 10**12), max_size=50), n=st.integers(1, 70))
 def test_parts_cover_all_units_once_in_order_and_evenly(tmp_path_factory, make_job, sizes, n):
-    units = [Unit(str(i), 0, 1, size) for i, size in enumerate(sizes)]
+    units = [WorkUnit(str(i), 0, 1, size) for i, size in enumerate(sizes)]
     shares = [part_of(make_job(tmp_path_factory.getbasetemp()), units, k, n)[1] for k in range(1, n + 1)]
     assert sum(shares, []) == units
     if sum(sizes):
@@ -48,12 +48,12 @@ def test_the_parts_joined_are_one_run(tmp_path, make_job, units, content, n, set
     parted = replace(job, output_dir=tmp_path / "parted")
     make_parts(parted, units, n)
     assert len(os.listdir(tmp_path / "parted")) == n and not list((tmp_path / "parted").glob("*.bin"))
-    made = join(parted)
+    made = join_parts(parted)
     one, joined = content(tmp_path / "one"), content(tmp_path / "parted")
     if settings.get("max_tokens"):  # how much was skipped is known by units only
         del one["manifest.json"], joined["manifest.json"]
     assert one == joined and made["documents"] <= 60
-    assert join(parted) is None
+    assert join_parts(parted) is None
 
 
 def test_a_part_is_not_taken_for_shards_and_is_made_once(tmp_path, make_job, units):
@@ -83,16 +83,16 @@ def test_what_is_no_part(text):
 def test_what_is_missing_or_does_not_belong_is_named(tmp_path, make_job, units):
     job = make_job(tmp_path / "out")
     with pytest.raises(UserError, match="holds no part; they are made with --part=1/N"):
-        join(job)
+        join_parts(job)
     make_parts(job, units, 3, [1, 3])
     with pytest.raises(UserError, match="part 2/3 is not finished; give its command with --part=2/3"):
-        join(job)
+        join_parts(job)
     make_parts(replace(job, recipe={"of": "other"}), units, 3, [2])
     with pytest.raises(UserError, match="part_2_of_3 was made from other input or options"):
-        join(job)
+        join_parts(job)
     make_parts(job, units, 2, [1])
     with pytest.raises(UserError, match="holds parts of 2 and of 3"):
-        join(job)
+        join_parts(job)
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_part_is_not_joined(tmp_path, make_job, units, damage):
     else:
         piece.write_bytes(piece.read_bytes()[:-2] + b"\1\0")
     with pytest.raises(UserError, match="piece_000000.bin is"):
-        join(job)
+        join_parts(job)
     assert not list((tmp_path / "out").glob("*.bin")) and find_parts(job)
 
 
@@ -114,7 +114,7 @@ def test_parts_without_text(tmp_path, make_job, write_input):
     job = make_job(tmp_path / "out")
     make_parts(job, plan([str(write_input(tmp_path, ".jsonl", ["", ""]))], "text"), 2)
     with pytest.raises(UserError, match="the parts hold no text"):
-        join(job)
+        join_parts(job)
 
 
 @pytest.mark.parametrize("nth", range(6))
@@ -133,8 +133,8 @@ def test_a_join_that_was_interrupted_is_made_anew(tmp_path, monkeypatch, make_jo
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", interrupt)
-        join(parted)
-    join(parted)
+        join_parts(parted)
+    join_parts(parted)
     assert content(tmp_path / "parted") == content(tmp_path / "one")
 
 
@@ -152,15 +152,15 @@ def test_parts_are_gone_in_the_end_wherever_it_was_interrupted(tmp_path, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(joining.shutil, "rmtree", interrupt)
-        join(job)
-    join(job)
+        join_parts(job)
+    join_parts(job)
     assert all(path.is_file() for path in tmp_path.iterdir())
 
 
 def test_parts_of_another_data_set_are_left_alone(tmp_path, make_job, units):
     job = make_job(tmp_path / "out")
     make_parts(job, units, 2)
-    join(job)
+    join_parts(job)
     make_parts(make_job(tmp_path / "out", recipe={"of": "other"}), units, 2, [1])
-    assert join(job) is None
+    assert join_parts(job) is None
     assert (tmp_path / "out" / "part_1_of_2" / "manifest.json").exists()

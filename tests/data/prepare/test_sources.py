@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.prepare import sources, workers
-from data.prepare.sources import Unit, documents, identify, input_files, plan
+from data.prepare.sources import WorkUnit, documents, identify, input_files, plan
 from util.errors import UserError
 
 few = settings(max_examples=100, deadline=None)
@@ -381,7 +381,7 @@ def encoder_of(tokenizer):
 def test_what_the_network_refuses_is_tried_again(tmp_path, remote, tokenizer, monkeypatch):
     remote["failures"] = sources.TRIES - 1
     (unit,) = plan(["memory://far/a.parquet"], "text")
-    assert unit == Unit("memory://far/a.parquet", 0, 400, unit.size)
+    assert unit == WorkUnit("memory://far/a.parquet", 0, 400, unit.size)
     monkeypatch.setattr(workers, "_encoder", encoder_of(tokenizer))
     remote["failures"] = sources.TRIES - 1
     assert workers._work(unit, tmp_path / "unit", False).documents == 400
@@ -399,7 +399,7 @@ def test_a_network_that_is_gone_is_one_line(tmp_path, remote, tokenizer, monkeyp
 def test_the_paths_of_units_are_plain(tmp_path):
     """They go to other processes and into no manifest."""
     (tmp_path / "a.txt").write_text("x")
-    assert plan([str(tmp_path / "a.txt")], "text") == [Unit(str(tmp_path / "a.txt"), 0, 1, 1)]
+    assert plan([str(tmp_path / "a.txt")], "text") == [WorkUnit(str(tmp_path / "a.txt"), 0, 1, 1)]
     assert Path(plan([str(tmp_path / "a.txt")], "text")[0].path).is_file()
 
 

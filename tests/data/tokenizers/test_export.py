@@ -13,7 +13,8 @@ from tokenizers.pre_tokenizers import Split
 from data.tokenizers.bpe import merge, merges
 from data.tokenizers.export import tokenizer_files
 from data.tokenizers.hf_json import SAME_CUTS, SAMPLE
-from data.tokenizers.tokenizer import CL100K_PATTERN, END_OF_TEXT, O200K_PATTERN, load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import CL100K_PATTERN, END_OF_TEXT, O200K_PATTERN
 from util.errors import UserError
 
 few = settings(max_examples=60, deadline=None)
@@ -177,7 +178,7 @@ def test_a_name_of_the_hub(tokenizer, tmp_path, monkeypatch):
     """hf:FOLDER is the folder; a name that is not in the cache of the hub is one line."""
     ranks = {token: i for token, i in tokenizer.ranks.items() if i < 2000}
     write(tmp_path, tokenizer_files(replace(tokenizer, ranks=ranks, special=GAPS, end_of_text=3000)))
-    assert load_tokenizer(f"hf:{tmp_path}").identity == load_tokenizer(str(tmp_path)).identity
+    assert load_tokenizer(f"hf:{tmp_path}").fingerprint == load_tokenizer(str(tmp_path)).fingerprint
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="--tokenizer=hf:nobody/nothing: .* cannot be reached"):
         load_tokenizer("hf:nobody/nothing")
@@ -186,4 +187,4 @@ def test_a_name_of_the_hub(tokenizer, tmp_path, monkeypatch):
 def test_the_files_of_a_named_tokenizer_are_that_tokenizer(tokenizer, tmp_path):
     """Shards that were made with the one are taken with the other."""
     folder = write(tmp_path, tokenizer_files(tokenizer))
-    assert load_tokenizer(str(folder)).identity == {**tokenizer.identity, "name": str(folder)}
+    assert load_tokenizer(str(folder)).fingerprint == {**tokenizer.fingerprint, "name": str(folder)}

@@ -7,9 +7,11 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data.fingerprint import same_tokenizer
 from data.shards import token_dtype
 from data.tokenizers.hf_json import GPT4_PATTERN, SAME_CUTS, SAMPLE, _byte_letters, load_tokenizer_json
-from data.tokenizers.tokenizer import GPT2_PATTERN, check_tokenizer_of, load_tokenizer, same_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import GPT2_PATTERN
 from data.train_tokenizer import train
 from util.errors import UserError
 
@@ -286,10 +288,10 @@ def test_a_copy_is_the_same_tokenizer_wherever_it_lies(tmp_path):
         (tmp_path / "two" / name).write_bytes(content)
     (tmp_path / "three").mkdir()
     (tmp_path / "three" / "tokenizer.json").write_text(json.dumps(data, indent=4))
-    same = [load_tokenizer(str(tmp_path / name)).identity for name in ("two", "three")]
-    assert all(same_tokenizer(one.identity, other) for other in same) and same[0]["name"] != one.name
-    other = load_tokenizer(str(save(tmp_path / "other", byte_level([["a", "c"]])))).identity
-    assert not same_tokenizer(one.identity, other) and one.identity["vocab_size"] == other["vocab_size"] == 258
+    same = [load_tokenizer(str(tmp_path / name)).fingerprint for name in ("two", "three")]
+    assert all(same_tokenizer(one.fingerprint, other) for other in same) and same[0]["name"] != one.name
+    other = load_tokenizer(str(save(tmp_path / "other", byte_level([["a", "c"]])))).fingerprint
+    assert not same_tokenizer(one.fingerprint, other) and one.fingerprint["vocab_size"] == other["vocab_size"] == 258
 
 
 # What cannot be read
@@ -355,45 +357,3 @@ def test_the_size_of_the_vocabulary(tmp_path):
     with pytest.raises(UserError, match="give --vocab_size=258 or a little more"):
         load_tokenizer(str(folder), 257)
     assert [token_dtype(n).itemsize for n in (2**16 - 1, 2**16, 2**16 + 1)] == [2, 2, 4]
-
-
-# Manifests
-
-
-@pytest.mark.parametrize(
-    "manifest, refused",
-    [
-        ({"tokenizer": "gpt2"}, False),
-        ({"tokenizer": {"name": "gpt2", "vocab_size": 50257, "sha256": "x"}}, False),
-        ({"tokenizer": "gpt2-fim"}, True),
-        ({"tokenizer": {"name": "mine", "vocab_size": 300, "sha256": "x"}}, True),
-        ({"tokenizer": "meta-llama/Llama-3"}, False),  # not ours
-        ({"tokenizer": {"name": 3, "sha256": "x"}}, False),
-        ({"tokenizer": ["gpt2"]}, False),
-        ({}, False),
-        ([], False),
-        ("{damaged", False),
-        (b"\xff\xfe\x00", False),
-        ("[" * 100_000, False),
-        (None, False),
-    ],
-)
-def test_manifests_beside_shards(tmp_path, manifest, refused):
-    file = tmp_path / "manifest.json"
-    if isinstance(manifest, bytes):
-        file.write_bytes(manifest)
-    elif manifest is not None:
-        file.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
-    paths = [tmp_path / "a_train_000001.bin", tmp_path / "a_train_000002.bin"]
-    if not refused:
-        return check_tokenizer_of(paths, {"name": "gpt2"}, "input_train_bin")
-    with pytest.raises(UserError, match=r"--input_train_bin: .* tokenizer (mine|gpt2-fim), but --tokenizer=gpt2; give"):
-        check_tokenizer_of(paths, {"name": "gpt2"}, "input_train_bin")
-
-
-def test_a_file_that_has_changed_since_the_shards_were_made(tmp_path):
-    made = {"tokenizer": {"name": "mine", "vocab_size": 300, "sha256": "x"}}
-    (tmp_path / "manifest.json").write_text(json.dumps(made))
-    check_tokenizer_of([tmp_path / "a.bin"], {"name": "moved", "sha256": "x"}, "input_val_bin")
-    with pytest.raises(UserError, match="another file now"):
-        check_tokenizer_of([tmp_path / "a.bin"], {"name": "mine", "sha256": "y"}, "input_val_bin")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from data import assets
 from data.shards import token_dtype
-from data.tokenizers.tokenizer import GPT2_END_OF_TEXT, NAMED_IDENTITIES, load_tokenizer, rank_file
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import GPT2_END_OF_TEXT, NAMED_FINGERPRINTS, rank_file
 from util.errors import UserError
 
 few = settings(max_examples=100, deadline=None)
@@ -99,7 +100,7 @@ def test_the_larger_named_tokenizers_are_tiktokens(name, size, end, monkeypatch)
     import tiktoken_ext.openai_public as public
 
     monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {})
-    monkeypatch.setattr("data.tokenizers.tokenizer.assets.fetch", lambda file: BytesFile())
+    monkeypatch.setattr("data.tokenizers.load.assets.fetch", lambda file: BytesFile())
     tokenizer, theirs = load_tokenizer(name), getattr(public, name)()
     assert (tokenizer.pattern, tokenizer.special) == (theirs["pat_str"], theirs["special_tokens"])
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (size, end)
@@ -133,4 +134,4 @@ def test_an_asset_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-fim"])
 def test_what_is_known_of_a_name_without_its_file(name):
-    assert load_tokenizer(name).identity == NAMED_IDENTITIES[name]
+    assert load_tokenizer(name).fingerprint == NAMED_FINGERPRINTS[name]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data.tokenizers.hf_json import SAMPLE
-from data.tokenizers.tokenizer import END_OF_TEXT, load_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.tokenizer import END_OF_TEXT
 from data.tokenizers.transfer import token_rows
 from data.train_tokenizer import train
 

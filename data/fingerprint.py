@@ -1,0 +1,115 @@
+"""Fingerprints: what a checkpoint says of its training data, and what checkpoints and shards say of their tokenizer.
+
+Comparing them keeps a resumed run on its data, and keeps token ids from being read with another tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from util.errors import UserError, quote
+from util.files import read_json
+
+ORDER_FLAGS = ("seed", "sequence_length", "total_batch_size", "shuffle")  # with the shards, they decide the order
+_ADVICE = "restore the shards, or start a new run in another --output_dir"
+
+
+# --- training data ---
+
+
+def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Checks that a resumed run sees the tokens that its checkpoint was trained on.
+
+    `saved` and `now` are fingerprints of a Loader or a MixedLoader. The error names the flag, source or shard.
+    """
+    for flag in ORDER_FLAGS:
+        if saved[flag] != now[flag]:
+            raise UserError(
+                f"--{flag}={now[flag]}, but the checkpoint was trained with {quote(saved[flag])}, and the order of the"
+                f" data depends on it; set it back, or start a new run in another --output_dir"
+            )
+    old, new = _sources(saved), _sources(now)
+    for name in sorted(old.keys() ^ new.keys()):
+        what = f"source {quote(name)}" if name else "a single glob without name=weight:"
+        when = (
+            "belongs to the checkpoint and is missing now" if name in old else "is new since the checkpoint was written"
+        )
+        raise UserError(f"--input_train_bin: {what} {when}; set it back, or start a new run in another --output_dir")
+    for name in old:
+        if old[name]["weight"] != new[name]["weight"]:
+            raise UserError(
+                f"--input_train_bin: source {name} has a share of {new[name]['weight']}, but the checkpoint was trained"
+                f" with {quote(old[name]['weight'])}; set it back, or start a new run in another --output_dir"
+            )
+        _check_same_shards(old[name]["shards"], new[name]["shards"], f"source {name}: " if name else "")
+
+
+def _sources(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sources by name. A single glob is one source without a name."""
+    sources = fingerprint.get("sources") or [{"name": "", "weight": 1, "shards": fingerprint["shards"]}]
+    return {source["name"]: source for source in sources}
+
+
+def _check_same_shards(saved: list[dict[str, Any]], now: list[dict[str, Any]], where: str) -> None:
+    for old, new in zip(saved, now, strict=False):
+        if old["name"] != new["name"]:
+            raise UserError(
+                f"--input_train_bin: {where}the checkpoint has {quote(old['name'])} where there is now {new['name']};"
+                f" {_ADVICE}"
+            )
+        if old != new:
+            raise UserError(
+                f"--input_train_bin: {where}{new['name']} is not the file the checkpoint was trained on; {_ADVICE}"
+            )
+    if len(saved) != len(now):
+        longer = max(saved, now, key=len)
+        odd = longer[min(len(saved), len(now))]["name"]
+        what = "is missing" if longer is saved else "is new"
+        raise UserError(f"--input_train_bin: {where}{quote(odd)} {what} since the checkpoint was written; {_ADVICE}")
+
+
+# --- tokenizers: {"name", "vocab_size", "sha256"}, or the name alone where the files were not read ---
+
+
+def same_tokenizer(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Compares two fingerprints by hash, or by name if one of them has no hash."""
+    return a["sha256"] == b["sha256"] if "sha256" in a and "sha256" in b else a["name"] == b["name"]
+
+
+def check_same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Checks that a checkpoint was trained with this tokenizer. The name `none` matches every tokenizer."""
+    if "none" not in (saved["name"], now["name"]) and not same_tokenizer(saved, now):
+        raise UserError(
+            f"--tokenizer={now['name']}, but the checkpoint was trained with {quote(saved['name'])}"
+            f"{', whose files have changed since' if now['name'] == saved['name'] else ''};"
+            f" set it back, or use another --output_dir"
+        )
+
+
+def check_shards_tokenizer(paths: Iterable[Path], fingerprint: dict[str, Any], flag: str) -> None:
+    """Checks that the manifests beside the shards name this tokenizer. Shards without a rawgpt manifest pass."""
+    for folder in dict.fromkeys(path.parent for path in paths):
+        made = tokenizer_in_manifest(folder)
+        if made and not same_tokenizer(made, fingerprint):
+            changed = ", whose files have changed since" if made["name"] == fingerprint["name"] else ""
+            raise UserError(
+                f"--{flag}: the shards in {folder} were made with tokenizer {quote(made['name'])}, but"
+                f" --tokenizer={fingerprint['name']}{changed}; give --tokenizer={quote(made['name'])}, or other shards"
+            )
+
+
+def tokenizer_in_manifest(folder: Path) -> dict[str, Any] | None:
+    """Returns the tokenizer's fingerprint in a folder's manifest.json, or None without a manifest by rawgpt.
+
+    The first versions of rawgpt wrote only the tokenizer's name.
+    """
+    try:
+        made = read_json(folder / "manifest.json")["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if made in ("gpt2", "gpt2-fim"):
+        return {"name": made}
+    valid = isinstance(made, dict) and isinstance(made.get("name"), str) and isinstance(made.get("sha256"), str)
+    return made if valid else None
