@@ -19,7 +19,7 @@ import torch
 
 from data.shards import write_shard
 from model.formats.pretrained import load_model
-from scripts.soak import trace_of
+from tests.soak.trace import read_trace
 
 pytest_plugins = ["tests.fault_table"]
 
@@ -117,7 +117,7 @@ def metrics() -> Callable[[Path], list[dict]]:
 @pytest.fixture(scope="session")
 def trace() -> Callable[[Path], list[dict]]:
     """The numbers of a run that must not depend on how it was interrupted, in full precision."""
-    return trace_of
+    return read_trace
 
 
 @pytest.fixture(scope="session")
