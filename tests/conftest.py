@@ -1,15 +1,17 @@
-"""What tests share: tiny learnable shards and the real training command."""
+"""Shared fixtures: tiny learnable shards and the real training command."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 
 from data.shards import write_shard
 from model.formats.pretrained import load_model
-from scripts.soak import trace_of
+from tests.soak.trace import read_trace
 
 pytest_plugins = ["tests.fault_table"]
 
@@ -54,21 +56,64 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Python:
+    """The interpreter for runs, and its environment variables."""
+
+    executable: str = sys.executable
+    env: dict[str, str] = field(default_factory=dict)
+
+    def run(self, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Runs a script of the project, or `-m` and a module, with its arguments, and checks the exit code.
+
+        An error of a user must be one line.
+        """
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **self.env}
+        command = [self.executable, *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == code, f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
+        if code:
+            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        return done
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Python]:
+    """An interpreter that starts with torch already imported (tests/warm_python.py)."""
+    if sys.platform != "linux" or "RAWGPT_COLD_START" in os.environ:
+        yield Python()
+        return
+    script, address = ROOT / "tests" / "warm_python.py", f"warm_python_{os.getpid()}_{time.monotonic_ns()}"
+    client = tmp_path_factory.mktemp("python") / "warm_python"
+    client.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S {shlex.quote(str(script))} "$@"\n')
+    client.chmod(0o755)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(script), address], env=env, start_new_session=True, **pipes) as server:
+        assert server.stdout.readline()  # it listens
+        yield Python(str(client), {"WARM_PYTHON": address, "PYTHON_EXEC": str(client)})  # PYTHON_EXEC is for torchrun
+        server.stdin.close()
+
+
 class Trainer:
     """Starts `train_gpt.py`, or a script that wraps it, on the tiny shards, directly or under torchrun."""
 
-    def __init__(self, shards: Path):
-        self.shards = shards
+    def __init__(self, shards: Path, warm_python: Python):
+        self.shards, self.warm_python = shards, warm_python
 
     def command(
-        self, output_dir: Path, *flags: str, ranks: int = 1, restarts: int = 0, script: str = SCRIPT
+        self,
+        output_dir: Path,
+        *flags: str,
+        ranks: int = 1,
+        restarts: int = 0,
+        script: str = SCRIPT,
+        python: str = sys.executable,
     ) -> list[str]:
         data = [f"--input_train_bin={self.shards}/*_train_*.bin", f"--input_val_bin={self.shards}/*_val_*.bin"]
-        python = [sys.executable]
-        if ranks > 1:
-            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            python += [f"--max-restarts={restarts}"]
-        return [*python, script, *TINY, *data, f"--output_dir={output_dir}", *flags]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher = [*torchrun, f"--max-restarts={restarts}"] if ranks > 1 else []
+        return [python, *launcher, script, *TINY, *data, f"--output_dir={output_dir}", *flags]
 
     def start(
         self,
@@ -79,12 +124,17 @@ class Trainer:
         script: str = SCRIPT,
         fault: str = "",
         env: dict[str, str] | None = None,
+        python: Python | None = None,
         **popen: Any,
     ) -> subprocess.Popen[str]:
-        """`fault` is a RAWGPT_FAULT (util/faults.py); `popen` are arguments of subprocess.Popen."""
+        """Starts a run in a new interpreter, or in `python`. `fault`: see util/files.py. `popen`: for Popen."""
+        python = python or Python()
+        command = self.command(
+            output_dir, *flags, ranks=ranks, restarts=restarts, script=script, python=python.executable
+        )
         return subprocess.Popen(
-            self.command(output_dir, *flags, ranks=ranks, restarts=restarts, script=script),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RAWGPT_FAULT": fault, **(env or {})},
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RAWGPT_FAULT": fault, **python.env, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -93,15 +143,20 @@ class Trainer:
         )
 
     def run(self, output_dir: Path, *flags: str, code: int = 0, **how: Any) -> subprocess.CompletedProcess[str]:
-        process = self.start(output_dir, *flags, **how)
+        """Runs to the end and checks the exit code.
+
+        The warm interpreter is used, unless the process is prepared in a way that concerns the interpreter too.
+        """
+        cold = "preexec_fn" in how or "TORCH_LOGS" in (how.get("env") or {})
+        process = self.start(output_dir, *flags, python=None if cold else self.warm_python, **how)
         out, err = process.communicate(timeout=300)
         assert process.returncode == code, f"exit {process.returncode} instead of {code}\n{out}\n{err}"
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture(scope="session")
-def trainer(shards: Path) -> Trainer:
-    return Trainer(shards)
+def trainer(shards: Path, warm_python: Python) -> Trainer:
+    return Trainer(shards, warm_python)
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -117,7 +172,7 @@ def metrics() -> Callable[[Path], list[dict]]:
 @pytest.fixture(scope="session")
 def trace() -> Callable[[Path], list[dict]]:
     """The numbers of a run that must not depend on how it was interrupted, in full precision."""
-    return trace_of
+    return read_trace
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 The input is planned as units (data/prepare/sources.py). Worker processes read and encode a unit each and leave its
 tokens in a file; this process appends them to the shards in the order of the units, and keeps a journal of how far it
-is. All of it happens in the hidden folder `.partial` of the output; the shards are moved out when they are complete, the
+is. All of it happens in the hidden folder `.partial` of the output; the shards are moved out when complete, the
 manifest last, so that an interrupted run leaves nothing that a glob would pick up and the same command goes on from
 the journal.
 

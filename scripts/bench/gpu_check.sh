@@ -1,7 +1,24 @@
 #!/usr/bin/env bash
-# Correctness, then the speed of evaluation and generation, on this machine's GPU; see gpu_check.py for the flags.
+# Checks the numbers that this machine's GPU computes, and times evaluation and generation (tests/gpu).
+#   --output FILE   report of all figures, as JSON (default: outdir/gpu_check.json)
+#   --minutes N     time limit (default: 8); checks that start later fail
+#   --only TEXT     checks with all these words in their name
+#   --large         only GPT-2 1558M: its memory beside the plan (40 GB)
+#   --device cpu    a rehearsal with tiny shapes, without a GPU
+# Other arguments go to pytest. The cheapest checks come first. Needs no data and no network.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
-exec "$python" scripts/bench/gpu_check.py "$@"
+files=(numbers evaluation training speed) arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --only=*) arguments+=(-k "$(sed 's/ \+/ and /g' <<<"${1#--only=}")") ;;
+    --only) arguments+=(-k "$(sed 's/ \+/ and /g' <<<"${2:-}")") && shift ;;
+    --large) files=(speed) arguments+=(--large -k 1558m) ;;
+    *) arguments+=("$1") ;;
+    esac
+    shift
+done
+files=("${files[@]/#/tests/gpu/test_}")
+exec "$python" -m pytest -rfE -m gpu "${files[@]/%/.py}" --device=cuda --minutes=8 --output=outdir/gpu_check.json "${arguments[@]}"

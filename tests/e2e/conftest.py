@@ -1,4 +1,4 @@
-"""What the end-to-end tests share."""
+"""Shared fixtures of the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def command(warm_python):
+    """Runs one of the project's commands: `command("eval/generate.py", ..., code=2)`."""
+    return warm_python.run
+
+
+@pytest.fixture(scope="session")
 def undisturbed(trainer, trace, parameters_of, tmp_path_factory):
-    """Trace and final parameters of a run without interruption; it takes place when it is first asked for."""
+    """A function that returns trace and final parameters of a run without interruption; each run is made once."""
     found = {}
 
     def of(ranks: int, *flags: str):

@@ -1,9 +1,6 @@
 """Code with fill-in-the-middle, end to end: text → shards → a model → a filled hole."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,19 +10,8 @@ TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--sequence_length=64", "--b
 TINY += ["--num_iterations=3", "--device=cpu", "--sample_every=0", "--val_max_steps=1"]
 
 
-def command(script, *args, code=0):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(command, tmp_path_factory):
     """A folder with shards of our own source and a tiny model of the preset, trained on them for three steps."""
     folder = tmp_path_factory.mktemp("code")
     sources = sorted((ROOT / "data").glob("*.py"))
@@ -37,7 +23,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_the_hole_is_filled_and_the_rest_stands(run):
+def test_the_hole_is_filled_and_the_rest_stands(command, run):
     prompt = "def add(a, b):\n    return <FILL_ME>\n\nprint(add(1, 2))"
     args = ["--checkpoint", run / "run", "--prompt", prompt, "--max_new_tokens=5", "--temperature=0"]
     text = command("eval/generate.py", *args, "--infill").stdout
@@ -46,29 +32,29 @@ def test_the_hole_is_filled_and_the_rest_stands(run):
     assert "fim_" not in text
 
 
-def test_a_prompt_without_a_hole(run):
+def test_a_prompt_without_a_hole(command, run):
     done = command("eval/generate.py", "--checkpoint", run / "run", "--prompt=x", "--infill", code=2)
     assert done.stderr.count("\n") == 1 and "<FILL_ME>" in done.stderr
 
 
-def test_shards_with_sentinels_want_the_tokenizer_that_has_them(run):
+def test_shards_with_sentinels_want_the_tokenizer_that_has_them(command, run):
     flags = [f"--input_train_bin={run}/code/*_train_*.bin", f"--output_dir={run}/other"]
     done = command("train_gpt.py", *TINY, "--cfg=code-small", "--vocab_size=50257", "--tokenizer=gpt2", *flags, code=2)
     assert done.stderr.count("\n") == 1
 
 
-def test_a_tokenizer_without_sentinels_is_refused(run):
+def test_a_tokenizer_without_sentinels_is_refused(command, run):
     done = command("data/text.py", run / "code.jsonl", "--fim_rate=0.5", "--output_dir", run / "x", code=2)
     assert "gpt2-fim" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_text_is_not_made_with_another_tokenizer_than_the_checkpoints(run):
+def test_text_is_not_made_with_another_tokenizer_than_the_checkpoints(command, run):
     done = command("eval/generate.py", "--checkpoint", run / "run", "--tokenizer=gpt2", code=2)
     assert "--tokenizer=gpt2, but the checkpoint was trained with gpt2-fim" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_run_without_tokenizer_does_not_forget_the_checkpoints(run, tmp_path):
+def test_a_run_without_tokenizer_does_not_forget_the_checkpoints(command, run, tmp_path):
     shards = f"--input_train_bin={run}/code/*_train_*.bin"
     start = [*TINY, "--cfg=code-small", shards, "--input_val_bin=", f"--output_dir={tmp_path}"]
     command("train_gpt.py", *start, "--num_iterations=1")

@@ -2,13 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+FAILING = str(Path(__file__).with_name("failing_evaluation.py"))
 # GPT-2's vocabulary, to encode the examples with.
 SHAPE = ["--vocab_size=50257", "--n_embd=16", "--num_iterations=6", "--val_max_steps=1", "--val_loss_every=2"]
 SHAPE += ["--save_every_niter=4", "--sequence_length=64", "--batch_size=1"]
@@ -49,7 +47,9 @@ STAGES = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)),
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_hellaswag_changes_no_bit_of_the_run(stage, trainer, examples, metrics, undisturbed, assert_same_run, tmp_path):
+def test_hellaswag_changes_no_bit_of_the_run(
+    stage, trainer, command, examples, metrics, undisturbed, assert_same_run, tmp_path
+):
     stage_flags = [*SHAPE, f"--zero_stage={stage}"]
     out = trainer.run(tmp_path, *stage_flags, *flags_of(examples), ranks=2).stdout
     assert_same_run(tmp_path, undisturbed(2, *stage_flags))
@@ -57,8 +57,7 @@ def test_hellaswag_changes_no_bit_of_the_run(stage, trainer, examples, metrics, 
     assert [r["step"] for r in records if "hellaswag_acc" in r] == [2, 4, 6]
     # All ranks together find what the command finds of the same checkpoint.
     options = ["--checkpoint", tmp_path, "--input", examples, "--limit=40", "--device=cpu"]
-    command = [sys.executable, "eval/hellaswag.py", *options, "--output", tmp_path / "found.json"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    command("eval/hellaswag.py", *options, "--output", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     accuracies = [found[style][metric]["value"] for style in ("completion", "lm_eval") for metric in METRICS]
     assert [records[-1][key] for key in KEYS] == accuracies
@@ -73,16 +72,11 @@ def test_compiled_blocks_score_the_same(trainer, examples, metrics, tmp_path):
     assert found[0] == found[1] and any(found[0])
 
 
-def test_an_evaluation_that_fails_is_reported_and_left_out(
-    trainer, examples, metrics, undisturbed, tmp_path, monkeypatch
-):
+def test_an_evaluation_that_fails_is_reported_and_left_out(trainer, examples, metrics, undisturbed, tmp_path):
     flags = [*SHAPE, "--zero_stage=3"]
     lines, _ = undisturbed(2, *flags)
-    command = trainer.command(tmp_path, *flags, *flags_of(examples), ranks=2)
     (tmp_path / "samples" / "step_00000003.txt").mkdir(parents=True)  # so that the sample cannot be written
-    command[command.index(str(ROOT / "train_gpt.py"))] = str(ROOT / "tests/e2e/failing_evaluation.py")
-    monkeypatch.setattr(trainer, "command", lambda *args, **kwargs: command)
-    err = trainer.run(tmp_path, ranks=2).stderr
+    err = trainer.run(tmp_path, *flags, *flags_of(examples), ranks=2, script=FAILING).stderr
     assert "warning: HellaSwag failed on rank 1, and is left out: OSError: the disk is gone" in err
     assert "warning: sample failed on rank 0, and is left out: IsADirectoryError" in err
     for what in ("validation", "HellaSwag", "sample"):
@@ -96,7 +90,7 @@ def test_an_evaluation_that_fails_is_reported_and_left_out(
 
 def test_a_signal_does_not_wait_for_hellaswag(trainer, examples, metrics, wait_for, tmp_path):
     flags = [*SHAPE, f"--hellaswag_data={examples}", "--hellaswag_every=4"]
-    process = trainer.start(tmp_path, *flags, "--batch_size=1")
+    process = trainer.start(tmp_path, *flags, "--batch_size=1", python=trainer.warm_python)
     saved = tmp_path / "checkpoints" / "step_00000004"
     assert wait_for(saved.is_dir, process)  # the evaluation of a thousand examples comes next
     process.send_signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.soak import all_gone, processes_of
+from tests.soak.processes import all_gone, processes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "scripts" / "launch"

@@ -35,11 +35,6 @@ def assert_close(ours, reference, limit=5e-6):
         assert a == pytest.approx(b, rel=0, abs=limit)
 
 
-@pytest.fixture(autouse=True)
-def tell_of_recompilation(monkeypatch):
-    monkeypatch.setenv("TORCH_LOGS", "recompiles")
-
-
 def run_case(trainer, trace, one_process, output_dir, stage, accumulation, recompute, compile):
     ranks, flags = STAGES[stage]
     tokens = 512 if accumulation * ranks > 8 else 256
@@ -47,7 +42,7 @@ def run_case(trainer, trace, one_process, output_dir, stage, accumulation, recom
     flags += [f"--activation_checkpointing={recompute}", f"--compile={compile}", "--save_every_niter=0"]
     if compile:  # samples, whose lengths differ, are not to be compiled
         flags += ["--sample_every=10", "--sample_tokens=4"]
-    done = trainer.run(output_dir, *flags, ranks=ranks)
+    done = trainer.run(output_dir, *flags, ranks=ranks, env={"TORCH_LOGS": "recompiles"} if compile else None)
     assert_close(trace(output_dir), one_process[tokens])
     recompiled = done.stderr.count("Recompiling function forward")
     assert recompiled == (ranks if compile else 0), done.stderr  # once each: validation needs no gradients
@@ -76,7 +71,7 @@ def test_every_stage_with_everything_gives_the_numbers_of_one_process(trainer, t
 
 def stop_and_go_on(trainer, wait_for, metrics, output_dir, *flags, ranks):
     """SIGTERM in the middle, then the same command again."""
-    process = trainer.start(output_dir, *flags, ranks=ranks)
+    process = trainer.start(output_dir, *flags, ranks=ranks, python=trainer.warm_python)
     assert wait_for(lambda: len(metrics(output_dir)) >= 11, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)

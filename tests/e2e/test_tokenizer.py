@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +9,11 @@ import pytest
 from data.shards import write_shard
 from data.tokenizers.load import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = "".join(f"Speaker {i}: the cat's {i} hats, and they'll sit.\n\n" for i in range(1500))
 
 
-def command(*words, code=0):
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(command, tmp_path_factory):
     """Two tokenizers, and shards that the first one made."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "text.txt").write_text(TEXT)
@@ -62,7 +50,7 @@ def test_it_trains_with_bits_per_byte_and_samples_as_text(run, world, metrics):
     assert (run / "samples" / "step_00000010.txt").read_text().strip()
 
 
-def test_the_checkpoint_is_usable_on_its_own(run, world, tmp_path):
+def test_the_checkpoint_is_usable_on_its_own(command, run, world, tmp_path):
     """Copied elsewhere, and the tokenizer gone: the text is the same."""
     checkpoint = run / "checkpoints" / "step_00000010"
     state = json.loads((checkpoint / "state.json").read_text())
@@ -73,9 +61,9 @@ def test_the_checkpoint_is_usable_on_its_own(run, world, tmp_path):
     sampling = ["eval/generate.py", "--device=cpu", "--max_new_tokens=20", "--prompt=Speaker", "--checkpoint"]
     (world / "tok").rename(world / "moved")
     try:
-        text = command(*sampling, tmp_path / "step_00000010")
-        assert text == command(*sampling, run) and text.startswith("Speaker")
-        assert "no such tokenizer or file" in command(*sampling, run, f"--tokenizer={world}/tok", code=2)
+        text = command(*sampling, tmp_path / "step_00000010").stdout
+        assert text == command(*sampling, run).stdout and text.startswith("Speaker")
+        assert "no such tokenizer or file" in command(*sampling, run, f"--tokenizer={world}/tok", code=2).stderr
         shutil.copytree(run, tmp_path / "run")
     finally:
         (world / "moved").rename(world / "tok")
@@ -123,11 +111,11 @@ def test_shards_of_validation_are_looked_at_too(world, trainer, tmp_path):
     assert done.stderr.startswith("error: --input_val_bin: the shards in ")
 
 
-def test_tinyshakespeare_with_a_tokenizer_of_ones_own(world, tmp_path):
+def test_tiny_shakespeare_with_a_trained_tokenizer(command, world, tmp_path):
     made = ["data/tiny_shakespeare.py", f"--tokenizer={world}/tok", "--output_dir", tmp_path / "out"]
-    assert "training and" in command(*made)
+    assert "training and" in command(*made).stdout
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["tokenizer"] == load_tokenizer(str(world / "tok")).fingerprint
-    assert "already there" in command(*made)
+    assert "already there" in command(*made).stdout
     other = ["data/tiny_shakespeare.py", f"--tokenizer={world}/other", "--output_dir", tmp_path / "out"]
-    assert "made from other input" in command(*other, code=2)
+    assert "made from other input" in command(*other, code=2).stderr

@@ -3,9 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -100,22 +97,15 @@ def test_one_batch_is_learned_by_heart(trainer, metrics, tmp_path):
     assert metrics(tmp_path / "run")[-1]["loss"] < 0.1
 
 
-def test_the_quickstarts_run_learns_shakespeare_by_heart(tmp_path):
+def test_the_quickstart_learns_one_batch_of_shakespeare_by_heart(command, tmp_path):
     """The preset, the real tokens and the sample of scripts/quickstart.sh, without its installation."""
-    repository = Path(__file__).resolve().parents[2]
-
-    def command(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=repository, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     command("data/tiny_shakespeare.py", "--output_dir", tmp_path / "data")
     data = f"--input_train_bin={tmp_path}/data/*_train.bin"
     command("train_gpt.py", "--cfg=overfit", "--device=cpu", data, f"--output_dir={tmp_path}/run")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(math.log(50257), abs=0.1)
     assert losses[-1] < 0.1
-    text = command("eval/generate.py", "--checkpoint", tmp_path / "run", "--temperature", 0, "--device", "cpu")
+    text = command("eval/generate.py", "--checkpoint", tmp_path / "run", "--temperature", 0, "--device", "cpu").stdout
     assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n")
 
 

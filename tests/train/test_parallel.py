@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,19 +24,21 @@ LAUNCHES = [(1, ["save"]), (2, ["save"]), (4, [*CHECKS, "save", "load"]), (2, [*
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def reports(tmp_path_factory, warm_python):
     """(ranks, check) → what was wrong, by one launch for many checks."""
     folder, found = tmp_path_factory.mktemp("on_ranks"), {}
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **warm_python.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     (folder / "checkpoints").mkdir()
     torch.manual_seed(0)
     shape = {"hidden_size": 28, "intermediate_size": 90, "num_hidden_layers": 3, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=251, max_position_embeddings=64, **shape))
     llama.to(torch.bfloat16).save_pretrained(folder / "llama", max_shard_size="20KB")
     for ranks, checks in LAUNCHES:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        torchrun = [warm_python.executable, "-m", "torch.distributed.run", "--standalone"]
         words = [str(Path(__file__).with_name("on_ranks.py")), str(folder / "report"), str(folder / "checkpoints")]
-        done = subprocess.run([*command, *words, *checks], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [*torchrun, f"--nproc_per_node={ranks}", *words, *checks], env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         report = json.loads((folder / "report").read_text())
         found |= {(ranks, check): problem for check, problem in report.items()}

@@ -1,0 +1,1 @@
+"""Tests. They mirror the directories of the project."""
