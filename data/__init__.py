@@ -1,1 +1,1 @@
-"""Tokens: assets, tokenizer, shards, and the loader that turns a step into a batch. Knows nothing of ranks."""
+"""Data: tokenizers, token shards, the loader that maps a step to a batch, and the commands that prepare data."""

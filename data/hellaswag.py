@@ -1,10 +1,9 @@
 """`python data/hellaswag.py`: HellaSwag's validation set (Zellers et al. 2019), as text and as GPT-2 tokens.
 
-Writes data/hellaswag/hellaswag_val.jsonl, the official file, and hellaswag_val.bin, the same for llm.c:
-256 little-endian int32, [0] magic 20240522, [1] version 1, [2] number of examples, [3] bytes of the
-longest; then the examples, all in uint16: 65535, bytes of this example, its index, label, number of
-completions, and the context and each completion as a count and as many tokens. A completion's tokens
-are those of its text with a space before it.
+Writes data/hellaswag/hellaswag_val.jsonl, the official file, and hellaswag_val.bin, the examples in llm.c's format:
+a header of 256 little-endian int32 ([0] magic 20240522, [1] version 1, [2] number of examples, [3] bytes of the longest
+example), then the examples in uint16. An example is 65535, its size in bytes, its index, its label, the number of
+endings, and for the context and each ending a count and the tokens. An ending is encoded with a space before it.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ ENDINGS = 4
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 MAGIC, VERSION = 20240522, 1
-START_OF_EXAMPLE = 2**16 - 1  # so no token may have this id
-EXAMPLE_HEAD = 5  # start, bytes, index, label, number of completions
+START_OF_EXAMPLE = 2**16 - 1  # not a valid token id in this format
+EXAMPLE_HEAD = 5  # start, bytes, index, label, number of endings
 
 
 @dataclass(frozen=True)
 class Example:
-    """An unfinished text, and endings of which the `label`-th, counted from 0, is the right one."""
+    """A context and its possible endings. `label` is the index of the correct one."""
 
     context: str
     endings: list[str]
     label: int
-    parts: tuple[str, str, str] | None = None  # activity label and the context's two sentences, where asked for
+    parts: tuple[str, str, str] | None = None  # activity label and both sentences of the context, with `with_parts`
 
 
 @dataclass(frozen=True)
 class TokenExample:
-    """The same in tokens; an ending's begin with its leading space."""
+    """An example in tokens. The first token of an ending includes a leading space."""
 
     context: list[int]
     endings: list[list[int]]
@@ -58,15 +57,15 @@ class TokenExample:
 
 
 def read_hellaswag(path: Path, with_parts: bool = False) -> Iterator[Example]:
-    """The examples of a .jsonl file with the official file's fields `ctx`, `endings` and `label`.
+    """Reads the examples of a .jsonl file with the fields `ctx`, `endings` and `label` of the official file.
 
-    `with_parts` also `activity_label`, `ctx_a` and `ctx_b`, which lm-evaluation-harness makes its context of. Raises
-    UserError naming the file, and the line if one of them is not an example.
+    With `with_parts` it also reads `activity_label`, `ctx_a` and `ctx_b`, from which lm-evaluation-harness makes its
+    context. An error names the file and the line.
     """
     with user_errors(path):
         lines = path.read_bytes().splitlines()
     if not any(line.strip() for line in lines):
-        raise UserError(f"{path}: holds no examples")
+        raise UserError(f"{path}: contains no examples")
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -76,7 +75,7 @@ def read_hellaswag(path: Path, with_parts: bool = False) -> Iterator[Example]:
 
 
 def _example(line: bytes, parts: tuple[str, ...]) -> Example:
-    """Raises ValueError that says what in `line` is not an example's."""
+    """Parses a line. Raises ValueError with what is wrong."""
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as e:
@@ -91,26 +90,27 @@ def _example(line: bytes, parts: tuple[str, ...]) -> Example:
     for text in (context, *endings):
         if not isinstance(text, str) or not text.strip():
             raise ValueError("ctx and endings must be texts that are not empty")
-        text.encode()  # half a surrogate pair is no text; UnicodeEncodeError is a ValueError
+        text.encode()  # fails for half a surrogate pair; UnicodeEncodeError is a ValueError
     if type(label) is not int or not 0 <= label < ENDINGS:
         raise ValueError(f"label {quote(label)!r} is not a number from 0 to {ENDINGS - 1}")
     texts = [row[part] for part in parts]
     for part, text in zip(parts, texts, strict=True):  # the second sentence may be empty
         if not isinstance(text, str):
-            raise ValueError(f"{part} is no text")
+            raise ValueError(f"{part} is not text")
         text.encode()
     return Example(context, endings, label, (texts[0], texts[1], texts[2]) if parts else None)
 
 
 def encode_example(example: Example, encode: Callable[[str], list[int]]) -> TokenExample:
+    """Encodes an example."""
     return TokenExample(encode(example.context), [encode(" " + e) for e in example.endings], example.label)
 
 
 def write_eval_file(path: Path, examples: list[TokenExample]) -> None:
-    """Writes llm.c's evaluation file; atomic. Raises UserError for what does not fit into its uint16."""
+    """Writes llm.c's evaluation file atomically. Numbers that do not fit into uint16 are an error."""
     streams = [_stream(path, index, example) for index, example in enumerate(examples)]
     if not 0 < len(streams) < 2**16:
-        raise UserError(f"{path}: {len(streams)} examples; the format holds 1 to {2**16 - 1}")
+        raise UserError(f"{path}: {len(streams)} examples; the format allows 1 to {2**16 - 1}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:4] = MAGIC, VERSION, len(streams), 2 * max(map(len, streams))
     write_atomically(path, header.tobytes() + np.array(list(chain(*streams)), "<u2").tobytes())
@@ -122,9 +122,11 @@ def _stream(path: Path, index: int, example: TokenExample) -> list[int]:
         stream += [len(tokens), *tokens]
     size = 2 * len(stream)
     if size >= 2**16:
-        raise UserError(f"{path}: example {index} takes {size} bytes, the format holds less than {2**16}; leave it out")
+        raise UserError(
+            f"{path}: example {index} takes {size} bytes, but the format allows less than {2**16}; remove it"
+        )
     if not 0 <= example.label < len(example.endings):
-        raise ValueError(f"example {index}: label {example.label} is not that of an ending")
+        raise ValueError(f"example {index}: label {example.label} is not the index of an ending")
     if any(not 0 <= token < START_OF_EXAMPLE for tokens in (example.context, *example.endings) for token in tokens):
         raise UserError(f"{path}: example {index} has a token id outside of uint16; the format is for GPT-2's tokens")
     stream[1] = size
@@ -132,18 +134,18 @@ def _stream(path: Path, index: int, example: TokenExample) -> list[int]:
 
 
 def read_eval_file(path: Path) -> list[TokenExample]:
-    """The examples of an evaluation file of llm.c. Raises UserError naming the file and what is wrong with it."""
+    """Reads and checks llm.c's evaluation file."""
     with user_errors(path):
         content = path.read_bytes()
     if len(content) < HEADER_BYTES:
-        raise UserError(f"{path}: {len(content)} bytes is less than a header of {HEADER_BYTES}; make it again")
+        raise UserError(f"{path}: {len(content)} bytes are less than the header's {HEADER_BYTES}; make it again")
     magic, version, count, longest = np.frombuffer(content, "<i4", 4).tolist()
     if magic != MAGIC:
-        raise UserError(f"{path}: magic {magic} is not an evaluation file's ({MAGIC})")
+        raise UserError(f"{path}: magic {magic} is not the magic of an evaluation file ({MAGIC})")
     if version != VERSION:
-        raise UserError(f"{path}: version {version}, but only {VERSION} is known")
+        raise UserError(f"{path}: version {version} is not supported, only {VERSION}")
     if len(content) % 2:
-        raise UserError(f"{path}: odd number of bytes ({len(content)}), so not whole uint16; truncated?")
+        raise UserError(f"{path}: odd number of bytes ({len(content)}), but the format is uint16; truncated?")
     stream = np.frombuffer(content, "<u2", offset=HEADER_BYTES).tolist()
     examples, at, largest = [], 0, 0
     for index in range(count):
@@ -158,12 +160,15 @@ def read_eval_file(path: Path) -> list[TokenExample]:
     if at != len(stream):
         raise UserError(f"{path}: too long: {2 * (len(stream) - at)} bytes after the last of {count} examples")
     if not examples or largest != longest:
-        raise UserError(f"{path}: {count} examples of up to {longest} bytes, says the header; found {largest}")
+        raise UserError(
+            f"{path}: the header says {count} examples of up to {longest} bytes, but the largest has {largest};"
+            f" make it again"
+        )
     return examples
 
 
 def _parse(stream: list[int], index: int) -> TokenExample | None:
-    """The example of exactly this stream, or None if it is not the one of that index."""
+    """Parses the tokens of example `index`. Returns None if they are damaged."""
     if len(stream) < EXAMPLE_HEAD:
         return None
     start, size, its_index, label, completions = stream[:EXAMPLE_HEAD]
@@ -180,23 +185,23 @@ def _parse(stream: list[int], index: int) -> TokenExample | None:
 def main() -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument(
-        "--input", default="", help=f"a copy of {OFFICIAL}, if it cannot be fetched, or a .jsonl of your own"
+        "--input", default="", help=f"a copy of {OFFICIAL} if it cannot be downloaded, or your own .jsonl"
     )
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
 
     source = find_source(args.input, args.output_dir)
     if source.name != OFFICIAL:
-        print(f"{source}: taken as it is; figures on it do not compare with HellaSwag's unless it is {OFFICIAL}")
+        print(f"{source}: not verified; results are comparable with HellaSwag's only if it is {OFFICIAL}")
     jsonl = args.output_dir / f"{source.stem}.jsonl"
     binary = jsonl.with_suffix(".bin")
     examples = list(read_hellaswag(source))
     content = source.read_bytes()
     if jsonl.exists() and jsonl.read_bytes() != content:
-        raise UserError(f"{jsonl} is another file than {source}; choose another --output_dir or remove it")
+        raise UserError(f"{jsonl} exists and differs from {source}; choose another --output_dir or remove it")
     if jsonl.exists() and binary.exists():
         if len(read_eval_file(binary)) != len(examples):
-            raise UserError(f"{binary} is not made from {jsonl}; remove it")
+            raise UserError(f"{binary} was not made from {jsonl}; remove it")
         print(f"{args.output_dir}: already there")
         return
     encode = load_tokenizer().encode
@@ -207,8 +212,9 @@ def main() -> None:
 
 
 def find_source(given: str, output_dir: Path, flag: str = "input") -> Path:
-    """The file to read, `given` with --`flag`. Under the official name only the official file is taken; another is
-    the user's own.
+    """Returns the file to read, which may be `given` with --`flag`.
+
+    A file with the official name must be the official file. A file with another name is the user's own.
     """
     written = output_dir / OFFICIAL
     if given and Path(given).name != OFFICIAL:

@@ -1,10 +1,9 @@
-"""Step → batch, as a pure function.
+"""The loader: a pure function from step to batch.
 
-The shards are one long stream of tokens, cut into windows of T + 1 that overlap by one token (the
-last target of a window is the first input of the next). Sample number k of a run, counted over all
-steps and ranks, is window π(k mod W) of epoch k // W, where W is the number of windows and π a
-permutation drawn from (seed, epoch). So the place in the data is one integer, the step: nothing to
-save, and any number of ranks sees the same samples in the same order.
+The shards are one stream of tokens, cut into windows of T + 1 that overlap by one token: the last target of a window is
+the first input of the next. Sample number k of a run, counted over all steps and ranks, is window π(k mod W) of epoch
+k // W, where W is the number of windows and π a permutation chosen by (seed, epoch). The data cursor is therefore one
+integer, the step: the loader has no state to save, and any number of ranks sees the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ FINGERPRINT_TOKENS = 4096
 
 
 class TokenStream:
-    """Shards end to end. Reads go through a bounded set of open files."""
+    """A concatenation of shards. At most MAX_OPEN_FILES files are open at a time."""
 
     def __init__(self, shards: list[Shard]):
         self.shards = shards
         self.ends = list(accumulate(s.count for s in shards))
         self._ends = np.array(self.ends)
-        # A token's place in its file, in bytes, is its place in the stream times the item size plus this.
+        # Byte offset of a token in its file = index in the stream * item size + self._offsets[shard].
         starts = self._ends - [s.count for s in shards]
         self._itemsizes = np.array([s.dtype.itemsize for s in shards])
         self._offsets = np.array([s.offset for s in shards]) - starts * self._itemsizes
@@ -48,7 +47,7 @@ class TokenStream:
         return self.ends[-1]
 
     def read_into(self, out: np.ndarray, start: int) -> None:
-        """Fills `out` (n,) with the tokens from `start` on, across shard boundaries."""
+        """Reads n tokens from index `start` on into `out` (n,), across shard boundaries."""
         i, filled = bisect_right(self.ends, start), 0
         while filled < len(out):
             begin = self.ends[i] - self.shards[i].count
@@ -60,10 +59,9 @@ class TokenStream:
             filled, start, i = filled + length, start + length, i + 1
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens from each of `starts` (n,) on, (n, length) int32.
+        """Reads the `length` tokens from each of `starts` (n,) on. Returns (n, length) int32.
 
-        The kernel copies each window into its row of one array, which is checked and converted as a whole:
-        Python's cost per window is that of the system call.
+        Each window is read by one system call into its row of an array, which is then checked and converted at once.
         """
         out = np.empty((len(starts), length), np.int32)
         shard = np.searchsorted(self._ends, starts, side="right")
@@ -72,20 +70,22 @@ class TokenStream:
             self.read_into(out[row], int(starts[row]))
         for itemsize in np.unique(self._itemsizes):
             rows = np.flatnonzero(whole & (self._itemsizes[shard] == itemsize))
-            rows = rows[np.argsort(starts[rows])]  # in file order: each file is opened once a batch, if at all
+            rows = rows[np.argsort(starts[rows])]  # in file order, so that a batch opens each file at most once
             if len(rows):
                 out[rows] = self._read_rows(starts[rows], length, shard[rows])
         return out
 
     def _read_rows(self, starts: np.ndarray, length: int, shard: np.ndarray) -> np.ndarray:
-        """Windows that lie within the shards of these numbers, all of one dtype, (n, length) of it, checked."""
+        """Reads and checks windows that each lie within one shard. All shards have one dtype, which is kept."""
         raw = np.empty((len(starts), length), self.shards[shard[0]].dtype)
         places = (starts * raw.itemsize + self._offsets[shard]).tolist()
         size, opened, fd = length * raw.itemsize, -1, -1
         for row, place, i in zip(raw, places, shard.tolist(), strict=True):
             if i != opened:
                 opened, fd = i, self._fd(i)
-            if os.preadv(fd, (row,), place) != size:  # a short read: goes on, or says that the file has become shorter
+            if (
+                os.preadv(fd, (row,), place) != size
+            ):  # a short read: Shard.read continues it, or reports a truncated file
                 row[:] = self.shards[i].read((place - self.shards[i].offset) // raw.itemsize, length, fd)
         if int(raw.max()) >= self._vocab_size:
             for row, place, i in zip(raw, places, shard.tolist(), strict=True):
@@ -105,7 +105,7 @@ class TokenStream:
             os.close(self._open.popitem()[1])
 
     def shard_fingerprints(self) -> list[dict[str, Any]]:
-        """Name, token count and a hash of both ends of each shard: enough to notice another file."""
+        """Returns name, token count and a hash of both ends of each shard, to detect that a file was replaced."""
         rows = []
         for shard in self.shards:
             n = min(shard.count, FINGERPRINT_TOKENS)
@@ -115,13 +115,16 @@ class TokenStream:
 
 
 def sample_numbers(step: int, sequences_per_batch: int, part: int, parts: int) -> np.ndarray:
-    """Numbers of the samples in the `part`-th of `parts` of the global batch of `step`, counted over the run."""
+    """Returns the numbers, counted over the run, of the samples in part `part` of `parts` of step's global batch."""
     size = sequences_per_batch // parts
     return (step - 1) * sequences_per_batch + part * size + np.arange(size)
 
 
 class Loader:
-    """`batch(step)` for training, `gather(windows)` for evaluation. Steps count from 1."""
+    """A loader of one set of shards: `batch(step)` for training, `gather(windows)` for evaluation.
+
+    Steps count from 1.
+    """
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class Loader:
         flag: str,
         name: str = "",
     ):
-        self.key = f"{seed}:{name}" if name else str(seed)  # sources of one name have one order
+        self.key = f"{seed}:{name}" if name else str(seed)  # the name is a source of a mixture
         self.stream = TokenStream(shards)
         self.sequence_length, self.sequences_per_batch = sequence_length, sequences_per_batch
         self.shuffle = shuffle
@@ -141,11 +144,11 @@ class Loader:
         if self.windows < sequences_per_batch:
             need = sequences_per_batch * sequence_length + 1
             raise UserError(
-                f"--{flag} holds {len(self.stream)} tokens, too few for one batch of {need};"
+                f"--{flag} has {len(self.stream)} tokens, too few for one batch of {need};"
                 f" lower --total_batch_size or --sequence_length, or add data"
             )
-        # What decides which tokens a step sees: kept in the checkpoint and compared on resume. Taken now, since
-        # it describes the files that are read, not what may stand in their place when the run ends.
+        # Everything that decides which tokens a step sees. Checkpoints store it, and a resume compares it. It is
+        # computed now, because the files could be replaced during the run.
         self.fingerprint = {
             "seed": seed,
             "sequence_length": sequence_length,
@@ -159,7 +162,7 @@ class Loader:
         return self.stream.shards
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, windows), both (n,) int64, of the samples of these numbers, counted from 0 over the run."""
+        """Returns epochs and windows, both (n,) int64, of the samples with these numbers."""
         epochs, places = np.divmod(samples, self.windows)
         if self.shuffle:
             blocks_per_epoch = -(-self.windows // permutation.BLOCK)
@@ -172,24 +175,24 @@ class Loader:
         return epochs, places
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
-        """The samples of these numbers, (n, T + 1) int32."""
+        """Returns the samples with these numbers, (n, T + 1) int32."""
         return self.stream.read_windows(self.locate(numbers)[1] * self.sequence_length, self.sequence_length + 1)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Tensor:
-        """Rows of the global batch of `step`, (sequences_per_batch / parts, T + 1) int32: the `part`-th of `parts`.
+        """Returns part `part` of `parts` of step's global batch, (sequences_per_batch / parts, T + 1) int32.
 
         Inputs are [:, :-1], targets [:, 1:].
         """
         return torch.from_numpy(self.samples(sample_numbers(step, self.sequences_per_batch, part, parts)))
 
     def gather(self, windows: list[int]) -> Tensor:
-        """The windows of these numbers, which count in file order, (len(windows), T + 1) int32."""
+        """Returns windows by their index in the stream, (len(windows), T + 1) int32."""
         starts = np.array(windows, np.int64) * self.sequence_length
         return torch.from_numpy(self.stream.read_windows(starts, self.sequence_length + 1))
 
 
 class Prefetcher:
-    """Makes the next step's batch in a thread while this step's is in use."""
+    """A thread that makes the next step's batch while the current one is in use."""
 
     def __init__(self, make: Callable[[int], Tensor], pin: bool):
         self._make = (lambda step: make(step).pin_memory()) if pin else make
@@ -197,7 +200,8 @@ class Prefetcher:
         self._ahead: tuple[int, Future[Tensor]] | None = None
 
     def get(self, step: int) -> Tensor:
-        # One worker, and every read is its own: the stream's open files need no lock.
+        """Returns step's batch and starts to make the next one."""
+        # A single thread does all reads, so the stream's open files need no lock.
         ahead = self._ahead
         future = ahead[1] if ahead is not None and ahead[0] == step else self._pool.submit(self._make, step)
         batch = future.result()

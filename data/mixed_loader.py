@@ -1,9 +1,9 @@
-"""Several sets of shards, mixed by weight: `--input_train_bin 'web=0.7:GLOB,code=0.3:GLOB'`.
+"""A loader of several sets of shards, mixed by weight: `--input_train_bin 'web=0.7:GLOB,code=0.3:GLOB'`.
 
-Sample number k of a run belongs to the source in slot k mod SLOTS of a fixed pattern, and is the j-th
-sample of that source, where j is the number of its slots up to there. Both are looked up in a table, so
-a batch stays a pure function of (seed, step). A source goes through its own windows in its own epochs,
-each in an order drawn from (seed, name, epoch): what the others hold or weigh changes nothing in it.
+Sample number k of a run belongs to the source in slot k mod SLOTS of a fixed pattern. Within the source it is
+sample number j, where j is the number of the source's slots before it. Both come from a table, so a batch is a pure
+function of (seed, step). Each source has its own epochs, whose order is chosen by (seed, name, epoch): it does not
+depend on the other sources or on the weights.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ class Source(NamedTuple):
 
 
 def parse_sources(text: str, flag: str) -> list[Source]:
-    """The sources of a mixture, in name order; none if `text` is one glob, or the name of a file.
-
-    Raises UserError for a weight that is no positive number and for a name that comes twice.
-    """
+    """Parses the sources of a mixture, sorted by name. Returns [] if `text` is a single glob or an existing file."""
     prefixes = list(PREFIX.finditer(text))
     if not prefixes or prefixes[0].start() > 0 or os.path.isfile(text):
         return []
@@ -50,13 +47,13 @@ def parse_sources(text: str, flag: str) -> list[Source]:
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"--{flag}: the weight of {name} is {number!r}; it must be a number above 0")
         if name in sources:
-            raise UserError(f"--{flag}: there are two sources called {name}; rename one")
+            raise UserError(f"--{flag}: two sources are named {name}; rename one")
         sources[name] = Source(name, weight, os.path.expanduser(text[prefix.end() : end].strip()))
     return sorted(sources.values())
 
 
 def slot_counts(weights: list[float]) -> list[int]:
-    """How many of SLOTS each weight gets: its share rounded down, and what is left to the largest remainders."""
+    """Divides SLOTS by weight: each share is rounded down, and the largest remainders get the slots that are left."""
     total = math.fsum(w / max(weights) for w in weights)
     exact = [SLOTS * (w / max(weights)) / total for w in weights]
     counts = [math.floor(e) for e in exact]
@@ -67,23 +64,23 @@ def slot_counts(weights: list[float]) -> list[int]:
 
 
 def spread(counts: list[int]) -> np.ndarray:
-    """A row of sum(counts) slots in which source m has counts[m], laid out evenly, (sum(counts),) int64.
+    """Returns the source of each slot, (sum(counts),) int64: source m has counts[m] slots, spread evenly.
 
-    In every prefix of t slots a source has less than one more or less than t · counts[m] / sum(counts).
-    A slot goes to the source whose next turn is due first, among those whose turn has begun: earliest
-    deadline first on the windows of P-fairness (Baruah, Cohen, Plaxton and Varvel 1996), which misses none.
+    In every prefix of t slots, the number of a source's slots differs from t * counts[m] / sum(counts) by less than 1.
+    This is P-fairness (Baruah, Cohen, Plaxton and Varvel 1996): among the sources whose next window has started, the
+    slot goes to the one with the earliest deadline.
     """
-    total, taken = sum(counts), [0] * len(counts)
+    total, used = sum(counts), [0] * len(counts)
     slots = np.empty(total, np.int64)
     for t in range(total):
-        begun = [m for m, count in enumerate(counts) if taken[m] * total < (t + 1) * count]
-        slots[t] = first = min(begun, key=lambda m: -(-(taken[m] + 1) * total // counts[m]))
-        taken[first] += 1
+        ready = [m for m, count in enumerate(counts) if used[m] * total < (t + 1) * count]
+        slots[t] = first = min(ready, key=lambda m: -(-(used[m] + 1) * total // counts[m]))
+        used[first] += 1
     return slots
 
 
 class MixedLoader:
-    """A loader of several sources, drawn by weight: `batch` and `fingerprint` as data.loader.Loader has them."""
+    """A loader of several sources mixed by weight, with the methods that training needs of a Loader."""
 
     def __init__(
         self,
@@ -102,17 +99,17 @@ class MixedLoader:
             tokens = sum(shard.count for shard in its_shards)
             if tokens <= sequence_length:
                 raise UserError(
-                    f"--{flag}: source {source.name} holds {tokens} tokens, too few for one window of"
+                    f"--{flag}: source {source.name} has {tokens} tokens, too few for one window of"
                     f" {sequence_length + 1}; lower --sequence_length, or add data"
                 )
             if not count:
                 raise UserError(
-                    f"--{flag}: the weight of {source.name} is less than one sample in {SLOTS:,}; raise it or leave"
-                    f" the source out"
+                    f"--{flag}: the weight of {source.name} is less than one sample in {SLOTS:,}; raise it or remove"
+                    f" the source"
                 )
             self.loaders.append(Loader(its_shards, sequence_length, 1, seed, shuffle, flag, source.name))
         self.slots = spread(self.counts.tolist())
-        self.before = np.empty(SLOTS, np.int64)  # of the same source, in earlier slots
+        self.before = np.empty(SLOTS, np.int64)  # the number of the source's earlier slots
         for m, count in enumerate(self.counts):
             self.before[self.slots == m] = np.arange(count)
         self.fingerprint = {
@@ -131,13 +128,13 @@ class MixedLoader:
         return [shard for loader in self.loaders for shard in loader.shards]
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, number among that source's samples), both (n,) int64, of the run's samples of these numbers."""
+        """Returns the source of each sample and its number within the source, both (n,) int64."""
         rounds, slots = np.divmod(samples, SLOTS)
         source = self.slots[slots]
         return source, rounds * self.counts[source] + self.before[slots]
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Tensor:
-        """Rows of the global batch of `step`, (sequences_per_batch / parts, T + 1) int32: the `part`-th of `parts`."""
+        """Returns part `part` of `parts` of step's global batch, (sequences_per_batch / parts, T + 1) int32."""
         source, number = self.locate(sample_numbers(step, self.sequences_per_batch, part, parts))
         rows = np.empty((len(source), self.sequence_length + 1), np.int32)
         for m, loader in enumerate(self.loaders):
@@ -145,7 +142,7 @@ class MixedLoader:
         return torch.from_numpy(rows)
 
     def describe(self, num_iterations: int) -> str:
-        """A line per source: its share, its tokens, and how often a run goes through them."""
+        """Returns a line per source: its share, its tokens and its epochs in a run."""
         samples = num_iterations * self.sequences_per_batch
         lines = []
         for source, count, loader in zip(self.sources, self.counts.tolist(), self.loaders, strict=True):

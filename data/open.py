@@ -1,4 +1,4 @@
-"""The data of a run, opened and checked as its flags say."""
+"""Opens the training and validation data of a run."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from data.shards import Shard, find_shards, open_shard
 from util.errors import UserError
 
 
-def open_shards(config: Config, pattern: str, flag: str, identity: dict[str, Any]) -> list[Shard]:
-    """The checked shards of a glob, made by the tokenizer of that identity as far as they say."""
+def open_shards(config: Config, pattern: str, flag: str, tokenizer: dict[str, Any]) -> list[Shard]:
+    """Opens and checks the shards of a glob. `tokenizer` is the fingerprint that manifests beside them must have."""
     paths = find_shards(pattern, flag)
     if config.tokenizer != "none":
-        check_shards_tokenizer(paths, identity, flag)
+        check_shards_tokenizer(paths, tokenizer, flag)
     return [open_shard(path, config.vocab_size, config.check_data) for path in paths]
 
 
-def open_train_data(config: Config, identity: dict[str, Any]) -> Loader | MixedLoader:
-    """--input_train_bin: one glob, or several mixed by weight."""
+def open_train_data(config: Config, tokenizer: dict[str, Any]) -> Loader | MixedLoader:
+    """Opens --input_train_bin: one glob, or several mixed by weight."""
     pattern, flag = config.input_train_bin, "input_train_bin"
     order = (config.sequence_length, config.total_batch_size // config.sequence_length, config.seed, config.shuffle)
     if sources := parse_sources(pattern, flag):
-        return MixedLoader(sources, [open_shards(config, s.pattern, flag, identity) for s in sources], *order, flag)
-    return Loader(open_shards(config, pattern, flag, identity), *order, flag)
+        return MixedLoader(sources, [open_shards(config, s.pattern, flag, tokenizer) for s in sources], *order, flag)
+    return Loader(open_shards(config, pattern, flag, tokenizer), *order, flag)
 
 
-def open_val_data(config: Config, identity: dict[str, Any]) -> Loader:
-    """--input_val_bin: one glob."""
+def open_val_data(config: Config, tokenizer: dict[str, Any]) -> Loader:
+    """Opens --input_val_bin: one glob."""
     pattern, flag = config.input_val_bin, "input_val_bin"
     if parse_sources(pattern, flag):
         raise UserError(f"--{flag}={pattern}: validation reads one set of shards; give one glob without name=weight:")
-    shards = open_shards(config, pattern, flag, identity)
+    shards = open_shards(config, pattern, flag, tokenizer)
     return Loader(shards, config.sequence_length, 1, config.seed, config.shuffle, flag)

@@ -1,9 +1,9 @@
-"""The .bin token shard: reading, checking, writing, finding.
+"""Token shards (.bin files): finding, reading, checking and writing them.
 
-256 little-endian int32: [0] magic, [1] version, [2] token count, the rest 0; then the tokens. Magic
-20240520 version 1 holds uint16 (llm.c's GPT-2 files), 20240801 version 7 uint32 (its Llama 3 files).
-nanoGPT's headerless uint16 files are read when they bear nanoGPT's names, train.bin and val.bin: any
-file is a valid headerless one, so a guess from the content would train on rubbish without a word.
+A shard is a header of 256 little-endian int32 ([0] magic, [1] version, [2] token count, the rest 0) and the tokens.
+Magic 20240520 with version 1 has uint16 tokens (llm.c's GPT-2 files), 20240801 with version 7 uint32 (llm.c's Llama 3
+files). nanoGPT's headerless uint16 files are read under nanoGPT's names, train.bin and val.bin. Any file would parse as
+headerless, so guessing by content could silently train on garbage.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 HEADERLESS_NAMES = ("train.bin", "val.bin")
-SAMPLE_BLOCKS, SAMPLE_BLOCK = 64, 16384  # what is looked at without --check_data
-READ_BLOCK = 2**24  # tokens at a time where a whole file is read
+SAMPLE_BLOCKS, SAMPLE_BLOCK = 64, 16384  # the sample of ids that is checked without --check_data
+READ_BLOCK = 2**24  # tokens read at a time when a whole file is checked
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the dtype of a shard's tokens."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
@@ -40,7 +41,7 @@ def open_file(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Shard:
-    """A checked file of `count` tokens that start at byte `offset`."""
+    """A checked file with `count` tokens, which start at byte `offset`."""
 
     path: Path
     count: int
@@ -49,41 +50,40 @@ class Shard:
     vocab_size: int = 2**32  # ids are below this
 
     def read(self, start: int, length: int, fd: int | None = None) -> np.ndarray:
-        """Tokens [start, start + length), (length,). Raises UserError if the file has become shorter.
+        """Returns tokens [start, start + length), (length,).
 
-        Reads with pread rather than a memory map: a map's touched pages count as the process's
-        memory, and a file truncated under it kills the process.
+        Uses pread instead of a memory map: mapped pages count as the process's memory, and truncating a mapped file
+        kills the process.
         """
         size, at = length * self.dtype.itemsize, self.offset + start * self.dtype.itemsize
         opened = open_file(self.path) if fd is None else fd
         try:
             content = os.pread(opened, size, at)
             while 0 < len(content) < size and (more := os.pread(opened, size - len(content), at + len(content))):
-                content += more  # Linux returns at most 2 GiB a call
+                content += more  # Linux returns at most 2 GiB per call
         finally:
             if fd is None:
                 os.close(opened)
         if len(content) != size:
             raise UserError(
-                f"{self.path}: {length} tokens at {start} are no longer there; the file changed under the run"
+                f"{self.path}: {length} tokens at {start} are missing; the file was truncated while it was open"
             )
         return np.frombuffer(content, self.dtype)
 
     def check(self, tokens: np.ndarray, start: int) -> None:
-        """Raises UserError if any of `tokens`, which stand from `start` on, is not in the vocabulary."""
+        """Checks that `tokens`, which start at index `start`, are in the vocabulary."""
         if len(tokens) and int(tokens.max()) >= self.vocab_size:
             at = int(tokens.argmax())
             raise UserError(
                 f"{self.path}: token id {tokens[at]} at position {start + at} is not below"
-                f" --vocab_size={self.vocab_size}; another tokenizer's file, or a damaged one"
+                f" --vocab_size={self.vocab_size}; the file is from another tokenizer, or damaged"
             )
 
 
 def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
-    """Opens a shard after checking its header, its size, and its token ids against the vocabulary.
+    """Opens a shard and checks its header, its size and its token ids.
 
-    Ids are checked on a sample of blocks spread over the file, or all with `check_all`.
-    Raises UserError naming the file and what is wrong with it.
+    Checks the ids in a sample of blocks spread over the file, or with `check_all` all ids.
     """
     with user_errors(path):
         size = path.stat().st_size
@@ -100,31 +100,31 @@ def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
 def _headerless(path: Path, size: int, header: np.ndarray) -> Shard | None:
     if path.name not in HEADERLESS_NAMES:
         return None
-    is_header = len(header) == HEADER_BYTES and not header[12:].any()  # text is never 500 times token 0
+    is_header = len(header) == HEADER_BYTES and not header[12:].any()  # text does not start with 500 times token 0
     if is_header:
         return None
     if size % 2:
-        raise UserError(f"{path}: odd number of bytes ({size}), so not whole uint16 tokens; truncated?")
+        raise UserError(f"{path}: odd number of bytes ({size}), but tokens are uint16; truncated?")
     return Shard(path, size // 2, np.dtype("<u2"), 0)
 
 
 def _with_header(path: Path, size: int, header: np.ndarray) -> Shard:
     if len(header) < HEADER_BYTES:
-        raise UserError(f"{path}: {size} bytes is less than a header of {HEADER_BYTES}; truncated, make it again")
+        raise UserError(f"{path}: {size} bytes are less than the header's {HEADER_BYTES}; truncated, make it again")
     magic, version, count = (int(n) for n in header.view("<i4")[:3])
     if magic not in FORMATS:
         names = " or ".join(HEADERLESS_NAMES)
         raise UserError(
-            f"{path}: magic {magic} is not a token shard's ({' or '.join(map(str, FORMATS))});"
-            f" nanoGPT's headerless files are read under the names {names}"
+            f"{path}: magic {magic} is not the magic of a token shard ({' or '.join(map(str, FORMATS))});"
+            f" nanoGPT's headerless files must be named {names}"
         )
     expected_version, dtype = FORMATS[magic]
     if version != expected_version:
-        raise UserError(f"{path}: version {version}, but magic {magic} goes with version {expected_version}")
+        raise UserError(f"{path}: version {version}, but magic {magic} has version {expected_version}")
     expected = HEADER_BYTES + count * dtype.itemsize
     if count < 0 or size != expected:
         what = "truncated" if size < expected else "too long"
-        raise UserError(f"{path}: {what}: {count} tokens make {expected} bytes, the file has {size}; make it again")
+        raise UserError(f"{path}: {what}: {count} tokens need {expected} bytes, but the file has {size}; make it again")
     return Shard(path, count, dtype, HEADER_BYTES)
 
 
@@ -139,6 +139,7 @@ def _check_ids(shard: Shard, check_all: bool) -> None:
 
 
 def shard_header(count: int, vocab_size: int) -> bytes:
+    """Returns the header of a shard with `count` tokens."""
     dtype = token_dtype(vocab_size)
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = *next((magic, version) for magic, (version, d) in FORMATS.items() if d == dtype), count
@@ -146,27 +147,24 @@ def shard_header(count: int, vocab_size: int) -> bytes:
 
 
 def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Writes tokens (n,) with the header that fits the vocabulary; atomic. Raises ValueError for ids out of range."""
+    """Writes tokens (n,) as a shard, atomically. Raises ValueError if an id is out of range."""
     if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
         raise ValueError(f"token ids must be in [0, {vocab_size})")
     write_atomically(path, shard_header(len(tokens), vocab_size) + tokens.astype(token_dtype(vocab_size)).tobytes())
 
 
 class ShardWriter:
-    """Appends tokens to shards. After `flush`, what it returns is on disk, and another writer can go on from it."""
+    """A writer that appends tokens to shards. Another writer can resume from what `flush` returns."""
 
     def __init__(self, folder: Path, layout: Iterator[tuple[str, int]], vocab_size: int):
         self.folder, self.layout, self.vocab_size = folder, layout, vocab_size
         self.dtype = token_dtype(vocab_size)
-        self.files: list[dict[str, Any]] = []  # the complete ones
+        self.files: list[dict[str, Any]] = []  # the complete shards, as in the manifest
         self._file: IO[bytes] | None = None
         self._name, self._size, self._held = "", 0, 0
 
     def resume(self, files: list[dict[str, Any]], held: int) -> None:
-        """Goes on after complete `files` and `held` tokens of the next one; what lies beyond is dropped.
-
-        Raises UserError if they are not there.
-        """
+        """Continues after the complete `files` and `held` tokens of the next file. Later tokens are dropped."""
         self.files = files
         for _ in files:
             next(self.layout)
@@ -185,7 +183,7 @@ class ShardWriter:
             self._file.seek(0, os.SEEK_END)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Raises ValueError for ids out of the vocabulary."""
+        """Appends tokens (n,). Raises ValueError if an id is not in the vocabulary."""
         if len(tokens) and int(tokens.max()) >= self.vocab_size:
             raise ValueError(f"token ids must be below {self.vocab_size}")
         while len(tokens):
@@ -193,7 +191,7 @@ class ShardWriter:
                 self._name, self._size = next(self.layout)
                 self._held = 0
                 self._file = open(self.folder / self._name, "wb")
-                self._file.write(bytes(HEADER_BYTES))  # no shard's, until it is one
+                self._file.write(bytes(HEADER_BYTES))  # zeros until the shard is complete, so that nobody reads it
             piece = tokens[: self._size - self._held]
             self._file.write(piece.astype(self.dtype, copy=False).tobytes())
             self._held += len(piece)
@@ -202,13 +200,14 @@ class ShardWriter:
                 self.close()
 
     def flush(self) -> dict[str, Any]:
+        """Writes everything to disk and returns the arguments of `resume`."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
         return {"files": self.files, "held": self._held if self._file is not None else 0}
 
     def close(self) -> None:
-        """Completes the shard at hand, if there is one."""
+        """Completes the current shard, if there is one."""
         if self._file is None:
             return
         self._file.seek(0)
@@ -224,7 +223,7 @@ class ShardWriter:
 
 
 def find_shards(pattern: str, flag: str) -> list[Path]:
-    """Files that match a glob, or the one file of that name, in name order. Raises UserError with a hint if none."""
+    """Returns the files that match a glob, or the file with that name, sorted by name."""
     if os.path.isfile(pattern):
         return [Path(pattern)]
     paths = sorted({Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)})
@@ -234,21 +233,22 @@ def find_shards(pattern: str, flag: str) -> list[Path]:
 
 
 def _no_match_hint(pattern: Path) -> str:
-    """Why a glob finds nothing, and the nearest thing that is there."""
-    if "\0" in str(pattern):
-        return "no name has a NUL character"
+    """Explains why a glob matches nothing, and names a similar path."""
     parent = Path(pattern.anchor)
     for part in pattern.parts[len(parent.parts) : -1]:
         if glob.has_magic(part):
             break
         if not os.path.isdir(parent / part):
+            missing = f"folder {parent / part} does not exist"
             siblings = [d.name for d in parent.iterdir() if os.path.isdir(d)] if os.path.isdir(parent) else []
             near = closest(part, siblings)
             if near:
-                return f"there is no folder {parent / part}; did you mean {parent / near}?"
+                return f"{missing}; did you mean {parent / near}?"
             if closest(part, ["tinyshakespeare"]):
-                return f"there is no folder {parent / part}; python data/tiny_shakespeare.py makes data/tinyshakespeare"
-            return f"there is no folder {parent / part}; docs/data.md says how shards are made"
+                return (
+                    f"folder {parent / part} does not exist; python data/tiny_shakespeare.py makes data/tinyshakespeare"
+                )
+            return f"folder {parent / part} does not exist; docs/data.md explains how to make shards"
         parent = parent / part
     there = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if os.path.isdir(parent) else []
-    return f"{parent} holds {', '.join(there[:4]) + (', …' if len(there) > 4 else '') if there else 'nothing'}"
+    return f"{parent} contains {', '.join(there[:4]) + (', …' if len(there) > 4 else '') if there else 'nothing'}"

@@ -1,9 +1,9 @@
 """`python data/text.py FILE_OR_GLOB... --output_dir DIR`: token shards from any text.
 
-A .txt file is one document, a line of .jsonl and a row of .parquet one each (their field --text_key); .txt and .jsonl
-may be .gz or .zst, and a folder stands for all such files in it. `--mixture FILE` draws from several sources by weight
-instead (data/prepare/mixture.py describes the file). The first tokens become DIR/NAME_val_000000.bin, the rest
-DIR/NAME_train_%06d.bin. Interrupted, the same command goes on.
+A document is a .txt file, a line of .jsonl or a row of .parquet (their field --text_key). .txt and .jsonl may be
+compressed (.gz, .zst). A folder stands for all text files below it. `--mixture FILE` draws from several sources by
+weight instead (data/prepare/mixture.py describes the file). The first tokens become DIR/NAME_val_000000.bin, the rest
+DIR/NAME_train_%06d.bin. After an interruption, repeat the command to resume.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ def main() -> None:
     parser.add_argument("inputs", nargs="*", metavar="FILE_OR_GLOB")
     parser.add_argument("--mixture", default="", metavar="FILE", help="a YAML file of sources, weights and tokens")
     parser.add_argument("--output_dir", type=folder, required=True)
-    parser.add_argument("--name", default="", help="first part of the shards' names (default: that of the folder)")
+    parser.add_argument("--name", default="", help="first part of the shards' names (default: the folder's name)")
     parser.add_argument(
-        "--val_tokens", type=int, default=10**7, help="validation tokens, at most a tenth of all (default: 10,000,000)"
+        "--val_tokens",
+        type=int,
+        default=10**7,
+        help="validation tokens, at most a tenth of all tokens (default: 10,000,000)",
     )
     add_flags(parser)
     args = parser.parse_args()
@@ -34,12 +37,14 @@ def main() -> None:
     if args.check:
         return check(args.output_dir, args.tokenizer)
     if not 0 <= args.val_tokens < 2**31:
-        raise UserError(f"--val_tokens={args.val_tokens} must be from 0 to 2,147,483,647, which a header can count")
+        raise UserError(
+            f"--val_tokens={args.val_tokens} must be from 0 to 2,147,483,647, the limit of a shard's header"
+        )
     name = args.name or args.output_dir.resolve().name
     if Path(name).name != name or "_val_" in name or "_train_" in name:
-        raise UserError(f"--name={name} must be a name, not a path, without _val_ and _train_, which tell shards apart")
+        raise UserError(f"--name={name} must be a name, not a path, and must not contain _val_ or _train_")
     if bool(args.inputs) == bool(args.mixture):
-        raise UserError("name the files to read, or a --mixture of them; one of the two")
+        raise UserError("give either files or a --mixture")
     recipe = {"val_tokens": args.val_tokens}
     run(args, name, input_files(args.inputs), recipe, val_tokens=args.val_tokens, val_tenth=True)
 

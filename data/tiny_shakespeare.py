@@ -1,7 +1,7 @@
-"""`python data/tiny_shakespeare.py`: tinyshakespeare as tokens, 90% to train on and 10% to validate.
+"""`python data/tiny_shakespeare.py`: tinyshakespeare as tokens, 90 % for training and 10 % for validation.
 
-Writes data/tinyshakespeare/tiny_shakespeare_{train,val}.bin. The split is by characters, as in
-nanoGPT, and each half is one document.
+Writes data/tinyshakespeare/tiny_shakespeare_{train,val}.bin. The split is by characters, as in nanoGPT. Each half is
+one document.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parent / "tinyshakespeare"
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--input", default="", help="a copy of tinyshakespeare.txt, if it cannot be fetched")
+    parser.add_argument("--input", default="", help="a copy of tinyshakespeare.txt if it cannot be downloaded")
     parser.add_argument("--output_dir", type=folder, default=DEFAULT_OUTPUT)
     parser.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""`python data/train_tokenizer.py FILE_OR_GLOB... --output DIR`: a byte-level BPE of your own text, as tokenizer.json.
+"""`python data/train_tokenizer.py FILE_OR_GLOB... --output DIR`: trains a byte-level BPE tokenizer on text.
 
-Reads what data/text.py reads. Writes DIR/tokenizer.json and DIR/tokenizer_config.json, for --tokenizer=DIR and for
-transformers' AutoTokenizer. Special tokens have the first ids. A twentieth of the text is held out, and the bytes
-per token on it are shown beside GPT-2's.
+Reads the files that data/text.py reads. Writes DIR/tokenizer.json and DIR/tokenizer_config.json, for --tokenizer=DIR
+and for transformers' AutoTokenizer. Special tokens have the first ids. A twentieth of the text is held out; the bytes
+per token on it are printed beside those of GPT-2's tokenizer.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from util.files import write_atomically
 if TYPE_CHECKING:
     import tokenizers
 
-PIECE = 2**12  # characters; a document is taken in pieces, so that a single one can be split
+PIECE = 2**12  # characters; documents are split into pieces, so that a part of a long one can be held out
 HOLD_OUT_EVERY, HELD_OUT_BYTES = 20, 2**24
-SPECIAL_NAME = re.compile(r"<\|\w+\|>")  # no pattern leaves such a name in one piece, so merges cannot make one
+SPECIAL_NAME = re.compile(r"<\|\w+\|>")  # the patterns split such a name, so merges cannot make it
 
 
 def pieces(inputs: list[str], text_key: str, max_bytes: int, skip_bad: bool) -> Iterator[str]:
-    """The text of all documents in pieces, up to `max_bytes` of UTF-8."""
+    """Yields the text of all documents in pieces, up to `max_bytes` of UTF-8."""
     used = 0
     skipped: Counter[str] = Counter()
     for unit in plan(input_files(inputs), text_key):
@@ -50,11 +50,11 @@ def pieces(inputs: list[str], text_key: str, max_bytes: int, skip_bad: bool) -> 
 
 
 def train(texts: Iterator[str], vocab_size: int, special: list[str], pattern: str) -> tokenizers.Tokenizer:
-    """A tokenizer of at most `vocab_size` ids, fewer if the text gives no more pairs to merge."""
+    """Trains a tokenizer with `vocab_size` ids, or fewer if the text has no more pairs to merge."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    if pattern == "gpt2":  # the one that ByteLevel has built in
+    if pattern == "gpt2":  # built into ByteLevel
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:
         split = pre_tokenizers.Split(Regex(GPT4_PATTERN), behavior="isolated")
@@ -72,7 +72,7 @@ def train(texts: Iterator[str], vocab_size: int, special: list[str], pattern: st
 
 
 def report(name: str, held_out: list[str]) -> None:
-    """Bytes per token on text that was not trained on, beside GPT-2's."""
+    """Prints the bytes per token on held-out text, and GPT-2's for comparison."""
     size = sum(len(text.encode()) for text in held_out)
     for other in (name, "gpt2") if held_out else ():
         try:
@@ -80,22 +80,23 @@ def report(name: str, held_out: list[str]) -> None:
         except UserError as error:
             if other == name:
                 raise
-            print(f"GPT-2's is not here to compare with: {error}")
+            print(f"no comparison with GPT-2's tokenizer: {error}")
             return
         tokens = sum(len(tokenizer.encode(text)) for text in held_out)
-        print(f"{other}: {size / tokens:.3f} bytes per token on {size:,} bytes held out")
+        print(f"{other}: {size / tokens:.3f} bytes per token on {size:,} held-out bytes")
 
 
 def parse_special(names: str) -> list[str]:
+    """Parses --special_tokens. The end-of-text token comes first."""
     special = list(dict.fromkeys([END_OF_TEXT, *(name for name in names.split(",") if name)]))
     for name in special:
         if not SPECIAL_NAME.fullmatch(name):
-            raise UserError(f"--special_tokens: {name!r} must have the form <|name|>, so that text does not make it")
+            raise UserError(f"--special_tokens: {name!r} must have the form <|name|>, which merges cannot produce")
     return special
 
 
 def check_arguments(args: argparse.Namespace, special: list[str]) -> tuple[Path, Path]:
-    """The two files to write, neither of which is there."""
+    """Checks the flags. Returns the paths of tokenizer.json and tokenizer_config.json, which must not exist."""
     if not 256 + len(special) <= args.vocab_size < 2**31:
         raise UserError(
             f"--vocab_size={args.vocab_size} must be at least {256 + len(special)}: 256 bytes and"
@@ -108,7 +109,7 @@ def check_arguments(args: argparse.Namespace, special: list[str]) -> tuple[Path,
     paths = file, file.with_name(TOKENIZER_CONFIG)
     for path in paths:
         if path.exists():
-            raise UserError(f"{path} is there already; choose another --output or remove it")
+            raise UserError(f"{path} exists already; choose another --output or remove it")
     return paths
 
 
@@ -116,13 +117,13 @@ def main() -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("inputs", nargs="+", metavar="FILE_OR_GLOB")
     parser.add_argument("--output", type=Path, required=True, help="a folder, or a file that ends in .json")
-    parser.add_argument("--vocab_size", type=int, default=2**15, help="ids, special ones among them (default: 32768)")
+    parser.add_argument("--vocab_size", type=int, default=2**15, help="ids, including special tokens (default: 32768)")
     parser.add_argument(
-        "--special_tokens", default="", help=f"more of them than {END_OF_TEXT}: <|fim_prefix|>,<|fim_middle|>,..."
+        "--special_tokens", default="", help=f"in addition to {END_OF_TEXT}: <|fim_prefix|>,<|fim_middle|>,..."
     )
-    parser.add_argument("--pattern", choices=["gpt4", "gpt2"], default="gpt4", help="how text is cut before merging")
+    parser.add_argument("--pattern", choices=["gpt4", "gpt2"], default="gpt4", help="how text is split before merging")
     parser.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
-    parser.add_argument("--skip_bad", action="store_true", help="pass over text that is damaged")
+    parser.add_argument("--skip_bad", action="store_true", help="skip damaged text")
     parser.add_argument("--max_bytes", type=int, default=10**9, help="text to use (default: 1,000,000,000)")
     args = parser.parse_args()
     special = parse_special(args.special_tokens)
@@ -144,11 +145,11 @@ def main() -> None:
 
     trained = train(training_text(), args.vocab_size, special, args.pattern)
     if not used:
-        raise UserError(f"the input holds no text within --max_bytes={args.max_bytes}")
+        raise UserError(f"the input contains no text within --max_bytes={args.max_bytes}")
     if trained.get_vocab_size() < args.vocab_size:
         raise UserError(
             f"{used:,} bytes of text give only {trained.get_vocab_size()} tokens, not --vocab_size={args.vocab_size};"
-            f" give more text or lower it"
+            f" give more text or lower --vocab_size"
         )
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

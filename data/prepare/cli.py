@@ -1,4 +1,4 @@
-"""What the commands that prepare data share: their flags, and what they do with them."""
+"""Flags and main function shared by the commands that prepare data."""
 
 from __future__ import annotations
 
@@ -24,31 +24,37 @@ def cores() -> int:
 
 
 def folder(text: str) -> Path:
-    """Of --output_dir=~/…, where the shell leaves the ~ to us."""
+    """Expands ~ in --output_dir=~/x, which the shell does not."""
     return Path(os.path.expanduser(text))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is made")
+    what = parser.add_argument_group("output")
     what.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")
-    what.add_argument("--max_tokens", type=int, default=0, help="stop after this many tokens; 0: take all")
+    what.add_argument("--max_tokens", type=int, default=0, help="stop after this many tokens; 0: no limit")
     what.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
     what.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
-    what.add_argument("--skip_bad", action="store_true", help="pass over text that is damaged, and count it")
-    what.add_argument("--fim_rate", type=float, default=0.0, help="share of documents rearranged to fill in the middle")
-    what.add_argument("--fim_spm_rate", type=float, default=0.0, help="share of suffix-prefix-middle among those")
-    how = parser.add_argument_group("how")
-    how.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
-    how.add_argument("--encoder", default="auto", choices=["auto", "tiktoken"], help="auto: the fastest that agrees")
-    how.add_argument("--part", default="", metavar="K/N", help="prepare only the K-th of N parts, K from 1 to N")
-    how.add_argument("--join", action="store_true", help="make one data set of the parts that are there")
-    how.add_argument("--check", action="store_true", help="read the shards of --output_dir again and verify them")
+    what.add_argument("--skip_bad", action="store_true", help="skip damaged text, and count it")
+    what.add_argument(
+        "--fim_rate", type=float, default=0.0, help="share of documents rearranged for fill-in-the-middle"
+    )
+    what.add_argument("--fim_spm_rate", type=float, default=0.0, help="share of these in suffix-prefix-middle order")
+    how = parser.add_argument_group("work")
+    how.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
+    how.add_argument(
+        "--encoder", default="auto", choices=["auto", "tiktoken"], help="auto: splintr if it agrees with tiktoken"
+    )
+    how.add_argument("--part", default="", metavar="K/N", help="prepare only part K of N, K from 1 to N")
+    how.add_argument("--join", action="store_true", help="join all parts into one data set")
+    how.add_argument("--check", action="store_true", help="verify the shards in --output_dir")
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError for a flag out of range, or two that do not go together."""
+    """Checks ranges of flags and combinations of flags."""
     if not 1 <= args.shard_size < 2**31:
-        raise UserError(f"--shard_size={args.shard_size} must be from 1 to 2,147,483,647, which a header can count")
+        raise UserError(
+            f"--shard_size={args.shard_size} must be from 1 to 2,147,483,647, the limit of a shard's header"
+        )
     for flag, least in (("max_tokens", 0), ("workers", 1)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag}={getattr(args, flag)} must be at least {least}")
@@ -58,14 +64,14 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.fim_spm_rate and not args.fim_rate:
         raise UserError("--fim_spm_rate is a share of --fim_rate, which is 0")
     if args.part and args.join:
-        raise UserError("--part makes a part and --join puts them together; give one of the two")
+        raise UserError("--part prepares a part and --join joins all parts; give one of the two")
 
 
 def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str, Any], **job: Any) -> None:
-    """Makes the data set, a part of it, or one of all parts, and says what was made."""
-    tokenizer = load_tokenizer(args.tokenizer)  # before anything long or written
+    """Prepares a data set or a part of it, or joins all parts, and prints a summary."""
+    tokenizer = load_tokenizer(args.tokenizer)  # first, so that a mistake in --tokenizer is reported at once
     if getattr(args, "mixture", ""):
-        from data.prepare.mixture import mix, read_mixture  # and pydantic, which workers would import too
+        from data.prepare.mixture import mix, read_mixture  # imports pydantic, which the workers do not need
 
         mixture = read_mixture(Path(args.mixture))
     else:
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
         name=name,
         recipe={
             "source": [identify(path) for path in files],
-            "tokenizer": tokenizer.sha256,  # its path may differ from machine to machine
+            "tokenizer": tokenizer.sha256,  # its path may differ between machines
             "name": name,
             **{key: getattr(args, key) for key in decisive},
             **recipe,
@@ -91,14 +97,14 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
     )
     if mixture and (args.part or args.join or args.max_tokens):
         raise UserError(
-            "--mixture is drawn by one command, as many tokens as its file says; leave out --part, --join, --max_tokens"
+            "--mixture is prepared by one command, and its file gives the number of tokens; remove --part, --join, --max_tokens"
         )
     if mixture:
         made = mix(whole, mixture)
     elif args.join:
         made = join_parts(whole)
-    elif args.part and (there := read_manifest(whole.output_dir)) and there["recipe"] == whole.recipe:
-        made = None  # all parts are joined
+    elif args.part and (existing := read_manifest(whole.output_dir)) and existing["recipe"] == whole.recipe:
+        made = None  # the parts have been joined already
     else:
         units = plan(files, args.text_key)
         if args.part:
@@ -108,15 +114,12 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
 
 
 def check(output_dir: Path, tokenizer_name: str) -> None:
-    """Reads all shards of a folder, compares hashes and ids, and prints what they hold.
-
-    Raises UserError naming the shard that is not what it should be.
-    """
+    """Reads all shards of a folder, verifies hashes and ids, and prints their statistics."""
     from tqdm import tqdm
 
     manifest = read_manifest(output_dir)
     if manifest is None:
-        print(f"{output_dir}: no manifest, so no hashes to compare")
+        print(f"{output_dir}: no manifest, hashes are not verified")
         paths = find_shards(str(output_dir / "*.bin"), "output_dir")
     else:
         paths = checked_files(output_dir, manifest)
@@ -137,7 +140,7 @@ def check(output_dir: Path, tokenizer_name: str) -> None:
         tokens += shard.count
     if manifest and (manifest["tokens"], manifest["documents"]) != (tokens, documents):
         raise UserError(
-            f"{output_dir} holds {tokens:,} tokens and {documents:,} documents, but its manifest says"
+            f"{output_dir} contains {tokens:,} tokens and {documents:,} documents, but its manifest says"
             f" {manifest['tokens']:,} and {manifest['documents']:,}; make it again"
         )
     print(

@@ -1,7 +1,7 @@
-"""A document → token ids, fast: through splintr where it is installed and agrees with tiktoken, else through tiktoken.
+"""Fast encoding of documents: splintr if it is installed and agrees with tiktoken, otherwise tiktoken.
 
-tiktoken is the reference. splintr (splintr-rs on PyPI, MIT) is built from the same ranks and the same pattern and
-is some four times as fast; it is asked for the same ids on a sample each time before it is trusted.
+splintr (splintr-rs on PyPI, MIT license) is about four times as fast as tiktoken. It gets tiktoken's ranks and pattern,
+and each command compares the two on a sample of text before it uses splintr.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from util.errors import UserError
 
 Encode = Callable[[str], np.ndarray]
 
-# The patterns that splintr has scanners of its own for, in the spelling it knows them by: the same as tiktoken's, to
-# every one of Unicode's characters (a test goes through them). What it makes of other patterns is not: its regular
-# expressions know letters that tiktoken's do not.
+# The patterns for which splintr has hand-written scanners, in splintr's spelling. A test compares them with tiktoken on
+# every Unicode character. With other patterns splintr uses its regular expressions, which know other letters than
+# tiktoken's.
 FAST_PATTERNS = {
     GPT2_PATTERN: r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     CL100K_PATTERN: re.sub(r"([+*?}])\+", r"\1", CL100K_PATTERN),  # without possessive quantifiers
     O200K_PATTERN: O200K_PATTERN,
 }
-LONG = 2**23  # characters; a longer document is encoded in segments
-# What tokenizers have disagreed on: spaces at ends and in runs, contractions, long runs of one kind, digits, scripts
-# without spaces, combining and control characters, special tokens spelled out.
+LONG = 2**23  # characters; longer documents are split
+# Text on which tokenizers have disagreed: spaces at ends and in runs, contractions, long runs of one kind, digits,
+# scripts without spaces, combining and control characters, names of special tokens.
 SAMPLE = [
     "",
     " ",
@@ -38,7 +38,7 @@ SAMPLE = [
     "<|endoftext|> <|fim_prefix|> </s> [PAD]",
     "naïve café e\u0301 Å ﬁ straße ИЙ ελληνικά עברית العربية हिन्दी ไทย",
     "東京特許許可局 한국어 カタカナ ひらがな 👩‍👩‍👧 🇫🇷 👍🏽 \U0001d400\U0010ffff",
-    # Letters that Unicode 16 and 17 have added, each where it decides how the text is cut.
+    # Letters new in Unicode 16 and 17, in places where they decide how text is split.
     *(f"a{c}'d!{c}'d 1{c} {c}x" for c in "\u088f\u0c5c\u0cdc\ua7ce\U00010940\U00016ea0\U00018d80\U0001e6c0\U000323b0"),
     "\x00\x07\x1b\x7f\x85\xa0\u200b\u200d\u2028\u3000\ufeff\ufffd",
     "def f(x):\n\treturn {'a': x[0] ** 2}  # !?!?\n\n\n    \n" * 20,
@@ -49,16 +49,16 @@ SAMPLE = [
 def make_encoder(
     tokenizer: Tokenizer, sample: Iterable[str] = (), fast: bool = True, compared: bool = False
 ) -> tuple[Encode, str]:
-    """A function from text to ids, (n,) uint32, and the name of what does the work.
+    """Returns a function from text to ids, (n,) uint32, and the name of the library behind it.
 
-    Special tokens in the text are text. `sample` is text to compare the fast encoder on, besides our own, unless it
-    was `compared` before.
+    Names of special tokens are encoded as ordinary text. The fast encoder is compared with tiktoken on SAMPLE and
+    `sample`, unless the caller has `compared` them before.
     """
-    quick = _splintr(tokenizer) if fast else None
-    if quick is not None:
+    splintr = _splintr(tokenizer) if fast else None
+    if splintr is not None:
         texts = [] if compared else [*SAMPLE, *sample]
-        if all(np.array_equal(quick(text), tokenizer.encode(text)) for text in texts):
-            return quick, "splintr"
+        if all(np.array_equal(splintr(text), tokenizer.encode(text)) for text in texts):
+            return splintr, "splintr"
     return _reference(tokenizer), "tiktoken" if tokenizer.ranks else "tokenizers"
 
 
@@ -66,19 +66,19 @@ def _reference(tokenizer: Tokenizer) -> Encode:
     def encode(text: str) -> np.ndarray:
         try:
             return np.array(tokenizer.encode(text), np.uint32)
-        except BaseException as e:  # which is what a panic in Rust is
+        except BaseException as e:  # a panic in Rust is a BaseException
             if type(e).__name__ != "PanicException":
                 raise
             raise UserError(
-                f"a document with {text[:40]!r} is more than tiktoken can encode, millions of spaces in a row perhaps;"
-                f" use --encoder=auto with splintr-rs installed, or leave it out"
+                f"tiktoken cannot encode a document with {text[:40]!r}, perhaps because of millions of spaces in a row;"
+                f" install splintr-rs and use --encoder=auto, or remove the document"
             ) from e
 
     return encode
 
 
 def _splintr(tokenizer: Tokenizer) -> Encode | None:
-    """None if it is not installed, or does not take the tokenizer."""
+    """Returns splintr's encoder, or None if splintr is not installed or does not support the tokenizer."""
     if tokenizer.ranks is None or tokenizer.pattern not in FAST_PATTERNS:
         return None
     try:
@@ -91,11 +91,10 @@ def _splintr(tokenizer: Tokenizer) -> Encode | None:
 
 
 def split_safely(blocks: Iterable[str], pattern: str | None) -> Iterator[str]:
-    """A document's text in segments of about LONG characters whose ids, put together, are those of the whole.
+    """Splits a document into segments of about LONG characters without changing its token ids.
 
-    The patterns of GPT-2, cl100k and GPT-4 end a piece before a space that follows no other space, and after a
-    single newline between two characters that are no spaces; of other patterns that is not known, and the text stays
-    whole.
+    The patterns of GPT-2, cl100k and GPT-4 never match across two places: before a space that follows a character other
+    than a space, and after a single newline between two such characters. With other patterns the text is not split.
     """
     held: list[str] = []
     length = 0
@@ -115,11 +114,12 @@ def split_safely(blocks: Iterable[str], pattern: str | None) -> Iterator[str]:
 
 
 def has_safe_cuts(pattern: str | None) -> bool:
+    """Returns whether text can be split safely with this pattern."""
     return pattern in (GPT2_PATTERN, CL100K_PATTERN, GPT4_PATTERN)
 
 
 def _last_cut(text: str) -> int:
-    """The last such place, 0 if there is none; at spaces if it can be, since most text has them."""
+    """Returns the last safe place to split, or 0 if there is none. Prefers spaces, which most text has."""
     end = len(text)
     while (end := text.rfind(" ", 1, end)) > 0:
         if not text[end - 1].isspace():

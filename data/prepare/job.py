@@ -1,13 +1,13 @@
-"""Text → shards, on all cores: the same bytes whatever the number of workers and however often it was interrupted.
+"""Text to shards, on all cores. The bytes of the shards do not depend on the number of workers or on interruptions.
 
-The input is planned as units (data/prepare/sources.py). Worker processes read and encode a unit each and leave its
-tokens in a file; this process appends them to the shards in the order of the units, and keeps a journal of how far it
-is. All of it happens in the hidden folder `.partial` of the output; the shards are moved out when complete, the
-manifest last, so that an interrupted run leaves nothing that a glob would pick up and the same command goes on from
-the journal.
+The input is divided into work units (data/prepare/sources.py). Worker processes read and encode one unit at a time and
+write its tokens to a file. This process appends the files to the shards in the order of the units, and keeps a journal
+of its progress. Everything is written to the hidden folder `.partial` of the output. Complete shards are moved out, the
+manifest last. So an interrupted command leaves no file that a glob would find, and the next command resumes from the
+journal.
 
-A part (`--part 3/16`) is such an output for a share of the units, in a folder of its own; `--join` cuts the tokens of
-all parts, put together, into the shards that one run would have written.
+A part (`--part 3/16`) is a folder with the tokens of a share of the units. `--join` concatenates all parts and cuts
+them into the shards that a single run writes.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ READ_TOKENS = 2**22
 
 @dataclass(frozen=True)
 class Job:
-    """What a preparing command was asked for."""
+    """The output of a command that prepares data, and the settings that decide it."""
 
     output_dir: Path
     name: str  # first part of the shards' names
-    recipe: dict[str, Any]  # what decides the shards' bytes; kept in the manifest
+    recipe: dict[str, Any]  # everything that decides the shards' bytes; stored in the manifest
     tokenizer: Tokenizer
     options: EncodeOptions
     shard_size: int = 10**8  # tokens
     val_tokens: int = 10**8  # the first shard's tokens
-    val_tenth: bool = False  # validation is at most a tenth of the whole
+    val_tenth: bool = False  # validation gets at most a tenth of all tokens
     max_tokens: int = 0  # 0: no limit
     workers: int = 1
-    plan: str = ""  # a hash of the units, which a journal counts
-    pieces: bool = False  # tokens for a later command to put together, not shards to train on
+    plan: str = ""  # hash of the work units; a journal is valid for this plan only
+    pieces: bool = False  # writes input for --join or a mixture instead of shards to train on
 
     def validation(self, total: int) -> int:
-        """Tokens to validate on, of `total`."""
+        """Returns how many of `total` tokens are for validation."""
         if self.pieces:
             return self.val_tokens
         if self.val_tenth:
@@ -67,7 +67,7 @@ class Job:
         return self.val_tokens if total > self.val_tokens else total // 10
 
     def layout(self, val_tokens: int) -> Iterator[tuple[str, int]]:
-        """Names and sizes of the shards, in order."""
+        """Yields names and sizes of the shards, in order."""
         if self.pieces:
             yield from ((f"piece_{i:06d}.bin", self.shard_size) for i in count())
         if val_tokens:
@@ -78,7 +78,7 @@ class Job:
 
 @dataclass
 class Progress:
-    """How far a job is, as its journal and its manifest keep it."""
+    """The progress of a job, as stored in its journal and its manifest."""
 
     units: int = 0
     tokens: int = 0
@@ -88,7 +88,7 @@ class Progress:
 
 
 def prepare(job: Job, units: list[WorkUnit]) -> dict[str, Any] | None:
-    """Encodes the units into the shards of `job`; returns the manifest, or None if they were there already."""
+    """Encodes the units into the shards of `job`. Returns the manifest, or None if the shards existed already."""
     if job.options.fim_rate:
         sentinels(job.tokenizer)
     partial = open_job(job.output_dir, job.recipe)
@@ -98,7 +98,7 @@ def prepare(job: Job, units: list[WorkUnit]) -> dict[str, Any] | None:
     with disk_errors(job.output_dir), locked(job.output_dir):
         progress, writer = resume_job(job, partial)
         if progress.units:
-            print(f"{job.output_dir}: going on after {progress.tokens:,} tokens")
+            print(f"{job.output_dir}: resuming after {progress.tokens:,} tokens")
         if not job.max_tokens or progress.tokens < job.max_tokens:
             _encode(job, units, partial, progress, writer)
         writer.close()
@@ -107,6 +107,7 @@ def prepare(job: Job, units: list[WorkUnit]) -> dict[str, Any] | None:
 
 
 def resume_job(job: Job, partial: Path) -> tuple[Progress, ShardWriter]:
+    """Restores progress and writer from the journal. Without a journal it starts new ones."""
     writer = ShardWriter(partial, job.layout(job.val_tokens), job.tokenizer.vocab_size)
     for stale in partial.glob("unit_*"):
         stale.unlink()
@@ -115,7 +116,7 @@ def resume_job(job: Job, partial: Path) -> tuple[Progress, ShardWriter]:
         write_atomically(partial / RECIPE, json.dumps(job.recipe).encode())
         return Progress(), writer
     if journal.get("plan") != job.plan:
-        raise UserError(f"{partial} was begun by another version of these commands; remove it to begin again")
+        raise UserError(f"{partial} was written by another version of rawgpt; remove it to start again")
     writer.resume(journal["files"], journal["held"])
     return Progress(**{**journal["progress"], "skipped": Counter(journal["progress"]["skipped"])}), writer
 
@@ -126,15 +127,15 @@ def _encode(job: Job, units: list[WorkUnit], partial: Path, progress: Progress, 
     options = replace(job.options, max_tokens=job.max_tokens)
     sizes = [unit.size for unit in units]
     started, saved, before = time.monotonic(), time.monotonic(), progress.tokens
-    watched = os.isatty(2)
+    interactive = os.isatty(2)
     with tqdm(
         total=sum(sizes),
         initial=sum(sizes[: progress.units]),
         unit="B",
         unit_scale=True,
         desc="tokenizing",
-        mininterval=0.1 if watched else 60,
-        delay=0 if watched else 60,  # in a log, a line a minute and none for short work
+        mininterval=0.1 if interactive else 60,
+        delay=0 if interactive else 60,  # in a log file: one line a minute, none for the first minute
     ) as bar:
         for encoded in encoded_units(units, progress.units, options, job.tokenizer, partial, job.workers):
             _append(job, encoded, progress, writer)
@@ -149,6 +150,7 @@ def _encode(job: Job, units: list[WorkUnit], partial: Path, progress: Progress, 
 
 
 def _append(job: Job, encoded: Encoded, progress: Progress, writer: ShardWriter) -> None:
+    """Appends the tokens of a unit to the shards, up to --max_tokens, and deletes the unit's file."""
     room = job.max_tokens - progress.tokens if job.max_tokens else encoded.tokens
     left = min(room, encoded.tokens)
     cut = left < encoded.tokens
@@ -160,10 +162,10 @@ def _append(job: Job, encoded: Encoded, progress: Progress, writer: ShardWriter)
     with open(encoded.path, "rb") as f:
         while left:
             tokens = np.fromfile(f, writer.dtype, min(left, READ_TOKENS))
-            assert len(tokens), "a unit's file is as long as its worker said"
+            assert len(tokens), "a unit's file is shorter than its worker reported"
             writer.add(tokens)
             left -= len(tokens)
-            if cut:  # counted anew, as far as it is taken
+            if cut:  # the worker counted the whole unit: count the part that is used
                 progress.documents += int(np.count_nonzero(tokens == job.tokenizer.end_of_text))
                 progress.text_bytes += text_bytes(tokens, job.tokenizer)
     os.unlink(encoded.path)
@@ -175,12 +177,12 @@ def _write_journal(partial: Path, job: Job, progress: Progress, writer: ShardWri
 
 
 def _finish(job: Job, partial: Path, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sees to the size of the validation shard, writes the manifest and moves everything into place."""
+    """Publishes complete shards, after cutting them again if the input is too small for the planned validation shard."""
     if not progress.tokens and not job.pieces:
         shutil.rmtree(partial)
-        raise UserError(f"the input holds no text{_told(progress.skipped)}")
+        raise UserError(f"the input contains no text{_skip_counts(progress.skipped)}")
     folder, val_tokens = partial, job.validation(progress.tokens)
-    if val_tokens != job.val_tokens:  # only now is it known how little there is
+    if val_tokens != job.val_tokens:
         folder = partial / RECUT
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -195,7 +197,7 @@ def _finish(job: Job, partial: Path, progress: Progress, files: list[dict[str, A
 def publish(
     job: Job, folder: Path, progress: Progress, files: list[dict[str, Any]], facts: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Writes the manifest beside complete shards in the hidden `folder` and moves all out; returns the manifest."""
+    """Writes the manifest beside the complete shards in `folder`, moves all to the output and returns the manifest."""
     manifest = {
         "format": 1,
         "recipe": job.recipe,
@@ -214,7 +216,7 @@ def publish(
 
 
 def _move_out(output_dir: Path) -> None:
-    """Moves complete shards, those that a manifest lies beside, into the output; nothing else."""
+    """Moves complete shards from `.partial` to the output. Shards are complete if there is a manifest beside them."""
     partial = output_dir / PARTIAL
     for folder in (partial / RECUT, partial):
         if (folder / MANIFEST).is_file():
@@ -227,7 +229,7 @@ def _move_out(output_dir: Path) -> None:
 
 
 def tokens_in(paths: list[Path], vocab_size: int) -> Iterator[np.ndarray]:
-    """All tokens of the shards in order, in pieces of at most READ_TOKENS."""
+    """Yields all tokens of the shards in order, at most READ_TOKENS at a time."""
     for path in paths:
         shard = open_shard(path, vocab_size)
         for start in range(0, shard.count, READ_TOKENS):
@@ -235,37 +237,38 @@ def tokens_in(paths: list[Path], vocab_size: int) -> Iterator[np.ndarray]:
 
 
 def open_job(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
-    """The hidden folder to write into, or None if `output_dir` already holds what `recipe` describes.
+    """Returns the hidden folder to write into, or None if `output_dir` already holds the shards of `recipe`.
 
-    Raises UserError if it holds shards made otherwise, or the beginnings of such: they are not overwritten. So too
-    if another command is at work in it.
+    Shards of another recipe, complete or not, are an error: they are never overwritten.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir={output_dir} is a file")
     partial = output_dir / PARTIAL
     if partial.is_dir():
         with locked(output_dir):
-            _move_out(output_dir)  # what was complete, but stopped while it was moved
-    there = read_manifest(output_dir)
-    if there is not None:
-        if there["recipe"] == recipe:
-            for row in there["files"]:
-                path = output_dir / row["name"]
-                if not path.is_file() or path.stat().st_size != row["bytes"]:
-                    raise UserError(f"{path} is missing or cut short; remove {output_dir} to make it again")
-            shutil.rmtree(partial, ignore_errors=True)  # if it was stopped before the last of this
-            return None
-        raise UserError(
-            f"{output_dir} holds shards made from other input or options ({_difference(there['recipe'], recipe)});"
-            f" choose another --output_dir or remove it"
-        )
+            _move_out(output_dir)  # if the last command was interrupted while it moved its shards
+    # --- complete ---
+    existing = read_manifest(output_dir)
+    if existing is not None:
+        if existing["recipe"] != recipe:
+            raise UserError(
+                f"{output_dir} holds shards made from other input or options"
+                f" ({_difference(existing['recipe'], recipe)}); choose another --output_dir or remove it"
+            )
+        for row in existing["files"]:
+            path = output_dir / row["name"]
+            if not path.is_file() or path.stat().st_size != row["bytes"]:
+                raise UserError(f"{path} is missing or truncated; remove {output_dir} to make it again")
+        shutil.rmtree(partial, ignore_errors=True)  # if the last command was interrupted before it did this
+        return None
     if list(output_dir.glob("*.bin")):
         raise UserError(f"{output_dir} holds .bin files without a manifest; choose another --output_dir or remove them")
-    begun = read_json(partial / RECIPE) if (partial / JOURNAL).exists() else recipe
-    if begun != recipe:
+    # --- unfinished, or new ---
+    unfinished = read_json(partial / RECIPE) if (partial / JOURNAL).exists() else recipe
+    if unfinished != recipe:
         raise UserError(
             f"{output_dir} holds the unfinished work of a command with other input or options"
-            f" ({_difference(begun, recipe)}); give that command again, choose another --output_dir, or"
+            f" ({_difference(unfinished, recipe)}); repeat that command, choose another --output_dir, or"
             f" remove {partial}"
         )
     with user_errors(f"--output_dir={output_dir}"):
@@ -274,18 +277,19 @@ def open_job(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder of shards, None if there is none. Raises UserError if it is not one of ours."""
+    """Returns the manifest of a folder of shards, or None if there is none."""
     path = folder / MANIFEST
     if not path.exists():
         return None
     manifest = read_json(path)
     kinds = {"recipe": dict, "tokenizer": dict, "files": list, "tokens": int, "documents": int}
     if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{path}: not a manifest of this rawgpt; choose another --output_dir")
+        raise UserError(f"{path}: not a manifest that rawgpt wrote; choose another --output_dir")
     return manifest
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file, or {} if it cannot be read or is not an object."""
     try:
         content = value_in(path)
     except (OSError, ValueError):
@@ -297,29 +301,29 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key))
 
 
-def _told(skipped: Counter[str] | dict[str, int]) -> str:
-    """`, 3 null and 1 bad skipped`, or nothing."""
+def _skip_counts(skipped: Counter[str] | dict[str, int]) -> str:
+    """Formats the counts as `, 3 null and 1 bad skipped`, or "" if nothing was skipped."""
     counts = " and ".join(f"{n:,} {what}" for what, n in sorted(skipped.items()) if n)
     return f", {counts} skipped" if counts else ""
 
 
 def summary(output_dir: Path, manifest: dict[str, Any]) -> str:
-    """What was made, in one line."""
+    """Describes the output in one line."""
     if "part" in manifest["recipe"]:
         return (
             f"{output_dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
-            f"{_told(manifest['skipped'])}, for --join"
+            f"{_skip_counts(manifest['skipped'])}, for --join"
         )
     val = sum(row["tokens"] for row in manifest["files"] if "_val_" in row["name"])
     return (
         f"{output_dir}: {manifest['documents']:,} documents, {manifest['tokens'] - val:,} training and {val:,}"
-        f" validation tokens{_told(manifest['skipped'])}"
+        f" validation tokens{_skip_counts(manifest['skipped'])}"
     )
 
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Keeps a second command out of the same output. Raises UserError in that one."""
+    """Locks an output directory. A second command fails with a UserError."""
     (output_dir / PARTIAL).mkdir(parents=True, exist_ok=True)
     lock, holder = take_lock(output_dir / PARTIAL / ".lock")
     with lock:
@@ -330,12 +334,12 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(output_dir: Path) -> Iterator[None]:
-    """Says of a full disk or missing rights that the work so far is kept."""
+    """Turns a disk error, such as a full disk, into a UserError that says how to resume."""
     try:
         yield
     except OSError as e:
         if e.errno not in MACHINE_REFUSES:
             raise
         raise UserError(
-            f"--output_dir={output_dir}: {e.strerror}; what is done is kept, and the same command goes on from there"
+            f"--output_dir={output_dir}: {e.strerror}; finished work is kept, repeat the command to resume"
         ) from e

@@ -1,15 +1,15 @@
-"""Mixtures: documents of several sources drawn into one data set by weight.
+"""Mixtures: documents of several sources, drawn into one data set by weight.
 
 A mixture is a YAML file:
 
-    tokens: 1_000_000_000          # in all
+    tokens: 1_000_000_000          # in total
     sources:
       web:  {input: "web/*.parquet", weight: 0.7}
       code: {input: [src/], text_key: content, weight: 0.3, fim_rate: 0.5}
 
-Each source is first prepared for itself, as far as its share needs, and then documents are drawn, each from the source
-that lags furthest behind its share. There is no chance in it. A source that ends begins again; how often it
-was begun is in the manifest.
+Each source is first prepared alone, with the tokens that its share needs. Then documents are drawn one by one, each
+from the source that is furthest behind its share. The draw is deterministic. A source that ends starts again from its
+beginning; the manifest counts the passes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from data.prepare.job import (
 )
 from data.prepare.sources import identify, input_files, plan
 from data.shards import ShardWriter
-from util.errors import UserError, quote
+from util.errors import UserError
 from util.files import read_yaml
 
-SLACK = 2**20  # tokens prepared beyond a source's share, so that its last document is a whole one
+SLACK = 2**20  # tokens prepared beyond a source's share, so that its last document is complete
 
 
 class Source(BaseModel):
@@ -60,7 +60,7 @@ class Mixture(BaseModel):
 
 
 def read_mixture(path: Path) -> Mixture:
-    """Raises UserError naming the file and the line of it that is wrong. Weights come back as shares of 1."""
+    """Reads a mixture file and scales its weights to a sum of 1. An error names the file and the key or line."""
     try:
         content = read_yaml(path)
         if not isinstance(content, dict):
@@ -72,8 +72,6 @@ def read_mixture(path: Path) -> Mixture:
             what = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
         raise UserError(f"--mixture={path}: {what}; data/prepare/mixture.py has an example") from e
     for name, source in mixture.sources.items():
-        if "\0" in "".join([name, *source.input]):
-            raise UserError(f"--mixture={path}: {quote(name)}: no name has a NUL character")
         if not name or Path(name).name != name:
             raise UserError(f"--mixture={path}: {name!r} must be a name, not a path")
         if mixture.sources[name].fim_spm_rate and not mixture.sources[name].fim_rate:
@@ -86,18 +84,18 @@ def read_mixture(path: Path) -> Mixture:
 
 @dataclass
 class Drawn:
-    """What was taken from a source."""
+    """Counts of the documents drawn from a source."""
 
     weight: float
     tokens: int = 0
     documents: int = 0
-    passes: int = 0  # times it was begun
+    passes: int = 0  # through the source, including the last, incomplete one
 
 
 def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
-    """Prepares the sources and draws from them; returns the manifest, or None if it was there already.
+    """Prepares the sources and draws from them. Returns the manifest, or None if the output existed already.
 
-    `job.recipe` gets the sources' files and settings; they decide the result as its other entries do.
+    Files and settings of the sources become part of the recipe, because they decide the result.
     """
     files = {
         name: input_files([source.input] if isinstance(source.input, str) else source.input)
@@ -120,7 +118,7 @@ def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
         with disk_errors(job.output_dir), locked(job.output_dir):
             made = _draw(job, partial, mixture, folders)
     for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)  # the last time too, if it was stopped here
+        shutil.rmtree(folder, ignore_errors=True)  # also after an earlier command that was interrupted here
     return made
 
 
@@ -156,11 +154,11 @@ def _draw(job: Job, partial: Path, mixture: Mixture, folders: dict[str, Path]) -
 
 
 def _documents(folder: Path, vocab_size: int, end_of_text: int) -> Iterator[np.ndarray]:
-    """The documents of a prepared source, each with the end-of-text before it, over and over."""
+    """Yields the documents of a prepared source, each with its end-of-text token, in an endless loop."""
     manifest = read_manifest(folder)
     assert manifest is not None
     if not manifest["tokens"]:
-        raise UserError(f"{folder.name.removeprefix('source_')}: this source of the mixture holds no text")
+        raise UserError(f"{folder.name.removeprefix('source_')}: this source of the mixture contains no text")
     while True:
         rest = np.empty(0, np.uint32)
         for tokens in tokens_in([folder / row["name"] for row in manifest["files"]], vocab_size):

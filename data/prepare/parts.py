@@ -1,4 +1,4 @@
-"""Many commands, one data set: parts of the input prepared apart, and put together into the shards of one run."""
+"""Parts: a data set prepared by many commands, for example one per node, and joined into the shards of a single run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from util.files import file_sha256
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """`3/16` as (3, 16). Raises UserError."""
+    """Parses `3/16` as (3, 16)."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--part={text} must be K/N with K from 1 to N, such as 3/16")
@@ -29,7 +29,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def part_of(job: Job, units: list[WorkUnit], k: int, n: int) -> tuple[Job, list[WorkUnit]]:
-    """The job and the units of part k of n: a contiguous share of about an n-th of the text, maybe none."""
+    """Returns the job and the units of part k of n: contiguous units with about an n-th of the text, or none."""
     ends = list(accumulate(unit.size for unit in units))
     total = ends[-1] if ends else 0
     cuts = [bisect_left(ends, i * total / n) for i in range(n)] + [len(units)]
@@ -44,11 +44,11 @@ def part_dir(output_dir: Path, k: int, n: int) -> Path:
 
 
 def find_parts(job: Job) -> list[tuple[Path, dict[str, Any]]]:
-    """Folder and manifest of each part, in order. Raises UserError naming what is missing or does not belong."""
+    """Returns folder and manifest of each part, in order."""
     names = [re.fullmatch(r"part_\d+_of_(\d+)", path.name) for path in job.output_dir.glob("part_*_of_*")]
     counts = {int(match[1]) for match in names if match}
     if not counts:
-        raise UserError(f"--join: {job.output_dir} holds no part; they are made with --part=1/N to --part=N/N")
+        raise UserError(f"--join: {job.output_dir} does not contain parts; prepare them with --part=1/N to --part=N/N")
     if len(counts) > 1:
         raise UserError(f"--join: {job.output_dir} holds parts of {' and of '.join(map(str, sorted(counts)))}")
     (n,) = counts
@@ -57,31 +57,33 @@ def find_parts(job: Job) -> list[tuple[Path, dict[str, Any]]]:
         folder = part_dir(job.output_dir, k, n)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(f"--join: part {k}/{n} is not finished; give its command with --part={k}/{n} (again)")
+            raise UserError(f"--join: part {k}/{n} is not finished; run its command with --part={k}/{n}")
         if manifest["recipe"] != {**job.recipe, "part": f"{k}/{n}"}:
-            raise UserError(f"--join: {folder} was made from other input or options than these")
+            raise UserError(
+                f"--join: {folder} was made from other input or options; prepare it again with the options of --join"
+            )
         parts.append((folder, manifest))
     return parts
 
 
 def checked_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    """The shards of a manifest, after comparing their hashes. Raises UserError for one that differs."""
+    """Returns the paths of a manifest's shards after verifying their hashes."""
     paths = []
     for row in manifest["files"]:
         path = folder / row["name"]
         if not path.is_file():
             raise UserError(f"{path} is missing; its manifest lists it")
         if file_sha256(path) != row["sha256"]:
-            raise UserError(f"{path} is not the file its manifest describes; make it again")
+            raise UserError(f"{path} is not the file that its manifest describes; make it again")
         paths.append(path)
     return paths
 
 
 def join_parts(job: Job) -> dict[str, Any] | None:
-    """One data set of all parts, which are then removed; returns its manifest, or None if it was there already."""
+    """Joins all parts into one data set and removes them. Returns its manifest, or None if it existed already."""
     partial = open_job(job.output_dir, job.recipe)
     made = None if partial is None else _join(job, partial)
-    for folder in job.output_dir.glob("part_*_of_*"):  # the last time's too, if it was stopped here
+    for folder in job.output_dir.glob("part_*_of_*"):  # also after an earlier --join that was interrupted here
         manifest = read_manifest(folder)
         if manifest and {k: v for k, v in manifest["recipe"].items() if k != "part"} == job.recipe:
             shutil.rmtree(folder)
@@ -96,7 +98,7 @@ def _join(job: Job, partial: Path) -> dict[str, Any]:
     progress = Progress()
     with disk_errors(job.output_dir), locked(job.output_dir):
         if not total:
-            raise UserError("--join: the parts hold no text")
+            raise UserError("--join: the parts contain no text")
         (partial / JOURNAL).unlink(missing_ok=True)
         writer = ShardWriter(partial, job.layout(job.validation(total)), tokenizer.vocab_size)
         for folder, manifest in parts:
@@ -104,15 +106,15 @@ def _join(job: Job, partial: Path) -> dict[str, Any]:
             if not left:
                 break
             progress.skipped.update(manifest["skipped"])
-            whole_part = manifest["tokens"] <= left
-            if whole_part:
+            complete = manifest["tokens"] <= left
+            if complete:
                 progress.documents += manifest["documents"]
                 progress.text_bytes += manifest["text_bytes"]
             for tokens in tokens_in(checked_files(folder, manifest), tokenizer.vocab_size):
                 tokens = tokens[: total - progress.tokens]
                 writer.add(tokens)
                 progress.tokens += len(tokens)
-                if not whole_part:
+                if not complete:
                     progress.documents += int(np.count_nonzero(tokens == tokenizer.end_of_text))
                     progress.text_bytes += text_bytes(tokens, tokenizer)
         writer.close()

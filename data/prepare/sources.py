@@ -1,7 +1,7 @@
-"""Where text comes from: files → units of work → documents.
+"""Text files, divided into work units, and the documents of a unit.
 
-.txt (a file is a document), .jsonl (a line is), each also .gz and .zst, and .parquet (a row is). A unit is a piece of
-one file that a worker reads by itself: rows of a parquet file, bytes of a plain .jsonl, all of any other.
+A document is a .txt file, a line of .jsonl or a row of .parquet. .txt and .jsonl may be compressed (.gz, .zst). A work
+unit is a range of rows of a parquet file, a range of bytes of a plain .jsonl, or any other file as a whole.
 """
 
 from __future__ import annotations
@@ -29,26 +29,28 @@ from typing import IO, Any, TypeVar
 from util.errors import UserError, quote, user_errors
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
-UNIT_BYTES = 2**22  # of text, about
-MAX_SPLITS = 16  # of one row group, since reading its last rows means decoding all before them
+UNIT_BYTES = 2**22  # approximate size of a unit
+MAX_SPLITS = 16  # of a row group: reading its last rows decodes all rows before them
 BLOCK = 2**22
-ROWS_BYTES = 2**20  # of parquet, at a time
-HASH_BLOCK, HASH_BLOCKS = 2**16, 64  # bytes; larger files than all of these are known by a sample
+ROWS_BYTES = 2**20  # approximate size of a batch of parquet rows
+HASH_BLOCK, HASH_BLOCKS = 2**16, 64  # bytes, and how many blocks of a file are hashed
 
-TRIES, FIRST_PAUSE = 6, 2.0  # seconds, doubled each time: for what is read over a network
-READERS = 16  # files at a time while planning, for the same reason
+TRIES, FIRST_PAUSE = 6, 2.0  # for remote files; the pause, in seconds, doubles with each try
+READERS = 16  # threads that plan remote files at the same time
 
 REMOTE = re.compile(r"(hf|https?|s3|gs)://(?!.*\.\.)[\x21-\x7e]+")
 T = TypeVar("T")
-Document = Iterable[str]  # its text in blocks, nearly always one
+Document = Iterable[str]  # the text in blocks, usually one
 
 
 @dataclass(frozen=True)
 class WorkUnit:
+    """A piece of a file that a worker reads alone."""
+
     path: str
-    start: int  # rows of .parquet, bytes of .jsonl; 0 otherwise
+    start: int  # a row of .parquet, a byte of .jsonl; 0 for other files
     stop: int
-    size: int  # bytes of text, about: to divide work and to tell how far it is
+    size: int  # approximate bytes of text, to balance parts and to show progress
 
 
 def is_remote(path: str) -> bool:
@@ -56,20 +58,15 @@ def is_remote(path: str) -> bool:
 
 
 def input_files(patterns: list[str]) -> list[str]:
-    """Files that names, globs and folders stand for, in the order given, each once.
-
-    Raises UserError for one that matches nothing, or a file of a kind that is not read.
-    """
+    """Expands paths, globs and folders to files, in the order given, each file once. Remote addresses stay as they are."""
     paths: dict[str, None] = {}
     for pattern in patterns:
         if is_remote(pattern):
             if not REMOTE.fullmatch(pattern) or not pattern.endswith(".parquet"):
-                what = "only .parquet files are read from afar, by hf://, https://, http://, s3:// or gs://"
-                raise UserError(f"{quote(pattern)}: {what}; fetch others first")
+                what = "only remote .parquet files are read, from hf://, https://, http://, s3:// or gs://"
+                raise UserError(f"{quote(pattern)}: {what}; download other files first")
             paths[pattern] = None
             continue
-        if "\0" in pattern:
-            raise UserError(f"{quote(pattern)}: no such file")
         path = os.path.expanduser(pattern)
         named = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         found = [file for one in named for file in _files(Path(one))]
@@ -83,16 +80,16 @@ def input_files(patterns: list[str]) -> list[str]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or the text in a folder and below."""
+    """Returns the file itself, or all text files below a folder."""
     if path.is_file():
         return [path]
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
 
 
 def identify(path: str) -> dict[str, Any]:
-    """Name, size and hash of a file; a remote address names a revision itself.
+    """Returns name, size and hash of a file. A remote file is identified by its address, which names a revision.
 
-    Of a file above 4 MiB, blocks spread over it are hashed: whoever asks again for what is done waits for no more.
+    Files above 4 MiB are hashed by sample, so that a repeated command returns quickly.
     """
     if is_remote(path):
         return {"name": path}
@@ -106,14 +103,14 @@ def identify(path: str) -> dict[str, Any]:
 
 
 def plan(paths: list[str], text_key: str) -> list[WorkUnit]:
-    """The units of the files, in order: a function of the files alone. Raises UserError for one that is damaged."""
+    """Divides files into units, in order. The result depends on the files alone."""
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(lambda path: retry(path, lambda: list(_units(path, text_key))), paths)
         return list(chain.from_iterable(found))
 
 
 def retry(path: str, read: Callable[[], T]) -> T:
-    """What `read` returns; of a remote file it is tried again when it fails. Raises UserError in the end."""
+    """Calls `read` and returns its result. For a remote file it retries up to TRIES times."""
     if not is_remote(path):
         return read()
     for attempt in range(TRIES):
@@ -121,11 +118,11 @@ def retry(path: str, read: Callable[[], T]) -> T:
             return read()
         except UserError:
             raise
-        except Exception as e:  # the libraries below have many names for a network that fails
+        except Exception as e:  # network libraries raise many kinds of exceptions
             problem = f"{type(e).__name__}: {e}"
         if attempt < TRIES - 1:
             time.sleep(FIRST_PAUSE * 2**attempt)
-    raise UserError(f"{path} cannot be read ({problem}); the same command goes on once it can")
+    raise UserError(f"{path} cannot be read ({problem}); repeat the command to resume")
 
 
 def _units(path: str, text_key: str) -> Iterator[WorkUnit]:
@@ -141,7 +138,7 @@ def _units(path: str, text_key: str) -> Iterator[WorkUnit]:
 
 
 def _row_units(path: str, metadata: Any, column: int) -> Iterator[WorkUnit]:
-    """Row groups taken together, or a large one taken apart, to come near UNIT_BYTES."""
+    """Merges small row groups and splits large ones into units of about UNIT_BYTES."""
     begin = row = size = 0
     for g in range(metadata.num_row_groups):
         group = metadata.row_group(g)
@@ -161,9 +158,9 @@ def _row_units(path: str, metadata: Any, column: int) -> Iterator[WorkUnit]:
 
 
 def documents(unit: WorkUnit, text_key: str, skip_bad: bool, skipped: Counter[str]) -> Iterator[Document]:
-    """The documents of a unit. What is null or empty, and with `skip_bad` what is no text, is counted in `skipped`.
+    """Yields the documents of a unit. Counts null and empty documents in `skipped`, and with `skip_bad` damaged ones.
 
-    Raises UserError naming the file and the line, byte or column that is wrong.
+    Without `skip_bad`, damaged text is an error that names the file and the line or byte.
     """
     try:
         if unit.path.endswith(".parquet"):
@@ -183,20 +180,20 @@ def documents(unit: WorkUnit, text_key: str, skip_bad: bool, skipped: Counter[st
             else:
                 yield (text,)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise UserError(f"{unit.path}: a damaged compressed file ({e})") from e
+        raise UserError(f"{unit.path}: damaged compressed file ({e})") from e
     except OSError as e:
         if is_remote(unit.path):
-            raise  # more likely the network, and tried again
+            raise  # probably the network: `retry` tries again
         raise UserError(f"{unit.path}: {e.strerror or e}") from e
 
 
 def _decoded(text: str | bytes, path: str, skip_bad: bool) -> str | None:
-    """The row as text that can be written as UTF-8, None if it is none and that is to be skipped."""
+    """Returns a row as valid text, or None if it is not UTF-8 and `skip_bad` is set."""
     if isinstance(text, str):
         try:
             text.encode()
             return text
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say; as tiktoken does
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can contain; tiktoken converts it like this
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     try:
         return text.decode()
@@ -207,7 +204,7 @@ def _decoded(text: str | bytes, path: str, skip_bad: bool) -> str | None:
 
 
 def _not_utf8(e: UnicodeDecodeError, before: int = 0) -> str:
-    return f"not UTF-8 text ({e.reason} at byte {before + e.start}); mend it, or pass over such text with --skip_bad"
+    return f"not UTF-8 text ({e.reason} at byte {before + e.start}); repair it, or skip damaged text with --skip_bad"
 
 
 def _open(path: str) -> IO[bytes]:
@@ -221,7 +218,7 @@ def _open(path: str) -> IO[bytes]:
 
 
 def _text_file(unit: WorkUnit, skip_bad: bool, skipped: Counter[str]) -> Iterator[Document]:
-    """The one document of a .txt file, in blocks, so that its size does not matter. Line ends become \\n."""
+    """Yields the document of a .txt file, in blocks to bound memory. Line ends become \\n."""
     if skip_bad:
         try:
             for _ in _text_blocks(unit.path):
@@ -230,7 +227,7 @@ def _text_file(unit: WorkUnit, skip_bad: bool, skipped: Counter[str]) -> Iterato
             skipped["bad"] += 1
             return
     blocks = _text_blocks(unit.path)
-    if first := next(filter(None, blocks), ""):  # a block may be part of a character
+    if first := next(filter(None, blocks), ""):  # the first block may end within the first character
         yield chain((first,), blocks)
     else:
         skipped["empty"] += 1
@@ -250,15 +247,15 @@ def _text_blocks(path: str) -> Iterator[str]:
 
 
 def _json_rows(unit: WorkUnit, text_key: str, skip_bad: bool, skipped: Counter[str]) -> Iterator[str | None]:
-    """The field of each line that begins within the unit."""
+    """Yields field `text_key` of each line that begins within the unit."""
     with _open(unit.path) as f:
         at = unit.start
         if at:
             f.seek(at - 1)
-            at += len(f.readline(unit.stop - at + 1)) - 1  # the rest of a line that a unit before reads
+            at += len(f.readline(unit.stop - at + 1)) - 1  # skip the rest of a line of the previous unit
         compressed = not unit.path.endswith(".jsonl")
         if not at and not f.peek(1):  # type: ignore[attr-defined]
-            skipped["empty"] += 1  # of a file without anything
+            skipped["empty"] += 1  # an empty file
         while (compressed or at < unit.stop) and (line := f.readline()):
             if line.strip():
                 try:
@@ -271,7 +268,7 @@ def _json_rows(unit: WorkUnit, text_key: str, skip_bad: bool, skipped: Counter[s
 
 
 def _field(line: bytes, text_key: str) -> str | None:
-    """Raises ValueError with what is to be said of the line."""
+    """Returns the field of a JSON line. Raises ValueError with a message that follows "line N"."""
     try:
         text = json.loads(line)[text_key]
     except UnicodeDecodeError as e:
@@ -284,7 +281,7 @@ def _field(line: bytes, text_key: str) -> str | None:
 
 
 def _line_number(path: str, at: int) -> int:
-    """Of the line that begins at byte `at` of the text."""
+    """Returns the number of the line that begins at byte `at` of the uncompressed text."""
     number = 1
     with _open(path) as f:
         while at and (block := f.read(min(at, BLOCK))):
@@ -295,11 +292,11 @@ def _line_number(path: str, at: int) -> int:
 
 @contextmanager
 def _parquet(path: str, text_key: str) -> Iterator[tuple[Any, int]]:
-    """The open file and the number of its text column. Raises UserError for what is wrong with either."""
+    """Opens a parquet file. Yields it and the index of its text column."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowException, set_memory_pool, system_memory_pool, types
 
-    set_memory_pool(system_memory_pool())  # gives memory back, where the default one keeps the most it ever held
+    set_memory_pool(system_memory_pool())  # the default pool never returns memory to the system
     source, metadata = (_remote_file(path), _remote_metadata(path)) if is_remote(path) else (path, None)
     try:
         options = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
@@ -315,9 +312,9 @@ def _parquet(path: str, text_key: str) -> Iterator[tuple[Any, int]]:
             yield file, column
     except ArrowException as e:
         raise UserError(f"{path}: not a readable parquet file ({e})") from e
-    except OSError as e:  # what pyarrow says of damaged pages
+    except OSError as e:  # pyarrow raises it for damaged pages
         if is_remote(path):
-            raise  # more likely the network, and tried again
+            raise  # probably the network: `retry` tries again
         raise UserError(f"{path}: not a readable parquet file ({e})") from e
 
 
@@ -329,14 +326,14 @@ def _remote_file(path: str) -> Any:
 
 @lru_cache(maxsize=8)
 def _remote_metadata(path: str) -> Any:
-    """What the file says of itself at its end: megabytes, which every unit would read anew. Its address is pinned."""
+    """Reads the metadata at the end of a remote file. It can be megabytes, so it is cached for the file's other units."""
     import pyarrow.parquet as pq
 
     return pq.read_metadata(_remote_file(path))
 
 
 def _parquet_rows(unit: WorkUnit, text_key: str) -> Iterator[str | bytes | None]:
-    """The rows of the unit, as bytes where some are no UTF-8, which a string column may hold."""
+    """Yields the rows of a unit. Rows that are not UTF-8, which a string column may contain, are yielded as bytes."""
     with _parquet(unit.path, text_key) as (file, _):
         row, first = 0, 0
         groups: list[int] = []
@@ -360,7 +357,7 @@ def _parquet_rows(unit: WorkUnit, text_key: str) -> Iterator[str | bytes | None]
 
 
 def _rows_at_once(file: Any, groups: list[int], text_key: str) -> int:
-    """Rows of about a megabyte of text in all, so that memory does not depend on how long they are."""
+    """Returns how many rows have about a megabyte of text, so that long rows do not need more memory."""
     rows = size = 1
     for g in groups:
         group = file.metadata.row_group(g)

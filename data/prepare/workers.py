@@ -1,4 +1,4 @@
-"""Units → token files, in processes: each reads, encodes and writes by itself, so no text passes between them."""
+"""Worker processes that encode work units. A worker reads text and writes tokens itself, so that pipes carry neither."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import Tokenizer
 from util.errors import UserError
 
-HELD_TOKENS = 2**22  # in memory before they are written
+HELD_TOKENS = 2**22  # tokens in memory before they are written
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 2**16
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What decides the tokens of a unit, and `fast`, which does not."""
+    """The options that decide the tokens of a unit, and `fast`, which only decides the speed."""
 
     text_key: str = "text"
     skip_bad: bool = False
     fim_rate: float = 0.0
     fim_spm_rate: float = 0.0
     fast: bool = True
-    max_tokens: int = 0  # of a unit, about; 0: all
+    max_tokens: int = 0  # stop a unit after about so many tokens; 0: no limit
 
 
 @dataclass
 class Encoded:
-    """The tokens of a unit, in a file of their own without a header, and what was counted."""
+    """The result of a unit: a file of tokens without a header, and counts."""
 
     path: Path
     tokens: int = 0
@@ -55,7 +55,7 @@ class Encoded:
 
 @dataclass
 class Encoder:
-    """What a process keeps from unit to unit."""
+    """The state that a process keeps between units."""
 
     options: EncodeOptions
     tokenizer: Tokenizer
@@ -63,20 +63,20 @@ class Encoder:
 
     @classmethod
     def of(cls, options: EncodeOptions, tokenizer: Tokenizer) -> Encoder:
-        """`options.fast` must be what `check_fast` left of it."""
+        """Creates an encoder from options that `check_fast` has returned."""
         return cls(options, tokenizer, make_encoder(tokenizer, fast=options.fast, compared=True)[0])
 
 
 def text_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes that tokens stand for; special ones stand for none."""
+    """Returns the number of UTF-8 bytes of the tokens. Special tokens count 0."""
     return int(tokenizer.byte_lengths(tokenizer.vocab_size)[tokens].sum())
 
 
 def encode_unit(unit: WorkUnit, path: Path, encoder: Encoder) -> Encoded:
-    """Writes the tokens of a unit to `path`, which then appears whole."""
+    """Writes the tokens of a unit to `path`, which appears when it is complete."""
     tokenizer, options = encoder.tokenizer, encoder.options
     dtype = token_dtype(tokenizer.vocab_size)
-    start = np.array(tokenizer.document_prefix, np.uint32)
+    prefix = np.array(tokenizer.document_prefix, np.uint32)
     found = Encoded(path)
     held: list[np.ndarray] = []
     half = path.with_name(f"{path.name}.{os.getpid()}")
@@ -91,8 +91,8 @@ def encode_unit(unit: WorkUnit, path: Path, encoder: Encoder) -> Encoded:
         for document in documents(unit, options.text_key, options.skip_bad, found.skipped):
             if options.max_tokens and found.tokens >= options.max_tokens:
                 break
-            found.tokens += len(start)
-            held.append(start)
+            found.tokens += len(prefix)
+            held.append(prefix)
             found.documents += 1
             for part in parts(document, encoder):
                 tokens = np.array([part], np.uint32) if isinstance(part, int) else encoder.encode(part)
@@ -110,7 +110,7 @@ def encode_unit(unit: WorkUnit, path: Path, encoder: Encoder) -> Encoded:
 
 
 def parts(document: Document, encoder: Encoder) -> Iterator[str | int]:
-    """A document's text in the order and the pieces in which it is encoded, with ids of sentinels between."""
+    """Yields the pieces of a document to encode, in order: text, and the ids of sentinels for fill-in-the-middle."""
     options, tokenizer = encoder.options, encoder.tokenizer
     if options.fim_rate:
         for part in fim.rearrange("".join(document), options.fim_rate, options.fim_spm_rate, tokenizer):
@@ -120,9 +120,9 @@ def parts(document: Document, encoder: Encoder) -> Iterator[str | int]:
 
 
 def check_fast(options: EncodeOptions, tokenizer: Tokenizer, units: list[WorkUnit]) -> EncodeOptions:
-    """`options`, without `fast` if the fast encoder is not to be had or differs from tiktoken on the units' text.
+    """Turns `fast` off if the fast encoder is missing or disagrees with tiktoken on a sample.
 
-    Looks at the beginnings of documents of the first and the middle unit.
+    The sample is the beginnings of documents of the first and the middle unit.
     """
     if not options.fast:
         return options
@@ -145,18 +145,19 @@ def _start_worker(options: EncodeOptions, name: str, sha256: str) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave_with_parent() -> None:  # a killed parent cannot tell its children
+    def exit_with_parent() -> None:  # a killed parent cannot stop its children
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    tokenizer = load_tokenizer(name)  # a pipe would hold up the parent until each worker has read it
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    # Load the tokenizer again: sending it would block the parent until each worker had read it from the pipe.
+    tokenizer = load_tokenizer(name)
     assert tokenizer.sha256 == sha256, f"tokenizer {name} changed while the command ran"
     _encoder = Encoder.of(options, tokenizer)
 
 
 def _start() -> None:
-    """What starts a worker, before there is work for it."""
+    """Does nothing. Submitting it starts a worker before there is work."""
 
 
 def _work(unit: WorkUnit, path: Path, fast: bool) -> Encoded:
@@ -169,7 +170,7 @@ def _work(unit: WorkUnit, path: Path, fast: bool) -> Encoded:
 
 
 def _submit(pool: ProcessPoolExecutor, *call: Any) -> Future[Any]:
-    """A worker that this starts has SIGINT blocked from its first moment: Ctrl-C is the parent's to answer."""
+    """Submits a call. A worker started by it inherits a blocked SIGINT, so that only the parent handles Ctrl-C."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(*call)
@@ -180,9 +181,9 @@ def _submit(pool: ProcessPoolExecutor, *call: Any) -> Future[Any]:
 def encoded_units(
     units: list[WorkUnit], first: int, options: EncodeOptions, tokenizer: Tokenizer, folder: Path, workers: int
 ) -> Iterator[Encoded]:
-    """The units from number `first` on, encoded, in order; their files lie in `folder` until they are taken.
+    """Encodes the units from number `first` on and yields the results in order. The caller deletes their files.
 
-    At most two units a worker are under way, which bounds memory and disk.
+    At most two units per worker are in progress, which bounds memory and disk.
     """
     workers = min(workers, len(units) - first)
     if workers <= 1:
@@ -191,7 +192,7 @@ def encoded_units(
             path = folder / f"unit_{i:08d}"
             yield retry(units[i].path, partial(encode_unit, units[i], path, encoder))
         return
-    context = multiprocessing.get_context("spawn")  # nothing of ours is inherited, a lock least of all
+    context = multiprocessing.get_context("spawn")  # a forked worker would inherit the lock on the output
     waiting: deque[Future[Encoded]] = deque()
     with ProcessPoolExecutor(workers, context, _start_worker, (options, tokenizer.name, tokenizer.sha256)) as pool:
         try:
@@ -206,8 +207,8 @@ def encoded_units(
                 yield waiting.popleft().result()
         except BrokenProcessPool as e:
             raise UserError(
-                "a worker process was killed, for want of memory perhaps; the same command goes on, with fewer"
-                " --workers if need be"
+                "a worker process was killed, perhaps because memory ran out; repeat the command to resume, with fewer"
+                " --workers if necessary"
             ) from e
         except BaseException:
             for child in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""Byte-pair merging in plain Python: what pair each token comes from. Text is encoded by tiktoken or `tokenizers`."""
+"""Byte-pair merging in plain Python, to find the pair that each token is merged from. It does not encode text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T", bytes, str)
 
 
 def merge(token: T, ranks: dict[T, int], until: int = 1) -> list[T]:
-    """The parts that are left of `token`, a string or bytes, when no more of them make a token or `until` are left.
+    """Merges the letters of `token`, a string or bytes, until `until` parts are left or no pair of parts is a token.
 
-    Of the adjacent parts whose concatenation is a token, those of the lowest rank are merged, leftmost first.
+    Each step merges the adjacent pair whose concatenation has the lowest rank, the leftmost if there are several.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > until:
@@ -24,10 +24,10 @@ def merge(token: T, ranks: dict[T, int], until: int = 1) -> list[T]:
 
 
 def merges(ranks: dict[T, int]) -> list[tuple[T, T]]:
-    """The one pair that each token is ever merged of, in the order of ranks.
+    """Returns the pair that each token is merged from, in the order of ranks.
 
-    That there is only one, and that it is found in the token alone, is point 1 in data/tokenizers/hf_json.py. Tokens
-    that merging never makes (three or more parts are left, or a letter of them is no token) have no pair.
+    Point 1 in data/tokenizers/hf_json.py shows that each token has only one pair, and that merging the token alone finds
+    it. Tokens that merging cannot make have no pair: three or more parts are left, or a letter is not a token.
     """
     pairs: list[tuple[T, T]] = []
     for token in sorted(ranks, key=ranks.__getitem__):

@@ -1,4 +1,4 @@
-"""A tokenizer as the files of a Hugging Face folder, which `transformers` opens with the same ids."""
+"""Export of a tokenizer to the files of a Hugging Face folder. `transformers` gives the same ids with them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from data.tokenizers.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
 def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str, bytes]:
-    """Name and content of the files; `limit` is how many tokens the model takes (model_max_length).
+    """Returns names and contents of the files. `limit` is the model's context length (model_max_length).
 
-    What came from a tokenizer.json is that file, byte for byte. The end-of-text token of a named one is also its
-    bos_token, since that is what documents begin with here, as in GPT-2's own.
+    A tokenizer that was read from a tokenizer.json keeps that file byte for byte. The end-of-text token of a named
+    tokenizer is also its bos_token, because documents start with it, as GPT-2's do.
     """
     if tokenizer.files:
         content = tokenizer.files[TOKENIZER]
@@ -27,7 +27,7 @@ def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str,
         content = json.dumps(_named_json(tokenizer), ensure_ascii=False).encode()
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     config["clean_up_tokenization_spaces"] = False
-    if steps := byte_level_steps(json.loads(content)):  # else `transformers` 4 sets it to its own default
+    if steps := byte_level_steps(json.loads(content)):  # otherwise `transformers` 4 uses its default
         config["add_prefix_space"] = any(step.get("add_prefix_space", True) for step in steps)
     if limit is not None:
         config["model_max_length"] = limit
@@ -35,10 +35,10 @@ def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str,
 
 
 def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer.json of a named tokenizer, from its ranks.
+    """Returns the tokenizer.json of a named tokenizer.
 
-    Ids are the same by the proof in data/tokenizers/hf_json.py: each token stands in the list of merges with the one
-    pair that it is made of, in the order of ids, and `ignore_merges` is only needed where there is a token without.
+    The ids are the same by the proof in data/tokenizers/hf_json.py: the list of merges has the pair of each token, in
+    the order of ids. `ignore_merges` is needed if a token has no pair.
     """
     assert tokenizer.ranks is not None, "a named tokenizer has ranks"
     pairs = merges(tokenizer.ranks)
@@ -63,7 +63,7 @@ def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": len(pairs) < len(vocab) - 256,
-            # Names of special tokens too: only so do they keep ids that leave a gap, as cl100k's do.
+            # With the special tokens: otherwise ids after a gap, which cl100k has, would be renumbered.
             "vocab": vocab | tokenizer.special,
             "merges": [f"{_written(left)} {_written(right)}" for left, right in pairs],
         },
@@ -71,6 +71,7 @@ def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _written(token: bytes) -> str:
+    """Writes bytes as GPT-2's letters."""
     letters = _letters()
     return "".join(letters[b] for b in token)
 
@@ -81,7 +82,7 @@ def _letters() -> dict[int, str]:
 
 
 def _pre_tokenizer(pattern: str | None, byte_level: dict[str, Any]) -> dict[str, Any]:
-    if pattern == GPT2_PATTERN:  # the one that ByteLevel has built in
+    if pattern == GPT2_PATTERN:  # built into ByteLevel
         return byte_level | {"use_regex": True}
     regex = next(theirs for theirs, ours in SAME_CUTS.items() if ours == pattern)
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}

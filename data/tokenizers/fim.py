@@ -1,8 +1,8 @@
-"""Fill-in-the-middle: a document rearranged so that a left-to-right model learns to fill a hole.
+"""Fill-in-the-middle: rearranged documents that teach a left-to-right model to fill a gap.
 
-Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle" (arXiv 2207.14255): the document
-is cut at two random characters, each part is encoded for itself, and the parts are put in the order
-prefix-suffix-middle (PSM) or suffix-prefix-middle (SPM, in the form of its appendix D that shares PSM's sentinels).
+Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle" (arXiv 2207.14255). A document is
+split at two random characters into prefix, middle and suffix. The parts are encoded separately and ordered
+prefix-suffix-middle (PSM) or suffix-prefix-middle (SPM; the variant of appendix D, which shares PSM's sentinels).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import hashlib
 from data.tokenizers.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 from util.errors import UserError
 
-Parts = list["str | int"]  # text to encode, and sentinels' ids as they are
+Parts = list["str | int"]  # text to encode, and ids of sentinels
 
 
 def sentinels(tokenizer: Tokenizer) -> tuple[int, int, int]:
-    """Ids of the prefix, middle and suffix sentinels. Raises UserError if the tokenizer has none."""
+    """Returns the ids of the prefix, middle and suffix sentinels."""
     try:
         return tokenizer.special[FIM_PREFIX], tokenizer.special[FIM_MIDDLE], tokenizer.special[FIM_SUFFIX]
     except KeyError as e:
@@ -27,10 +27,10 @@ def sentinels(tokenizer: Tokenizer) -> tuple[int, int, int]:
 
 
 def rearrange(text: str, rate: float, spm_rate: float, tokenizer: Tokenizer) -> Parts:
-    """The document's parts in order; the text alone with probability 1 - `rate`.
+    """Rearranges a document with probability `rate` and returns its parts in order.
 
-    `spm_rate` is the share of SPM among the rearranged. A pure function of the text: a hash of it draws, so
-    neither the document's place nor the number of workers matters.
+    `spm_rate` is the share of SPM among rearranged documents. The random numbers are a hash of the text, so the result
+    depends on the text alone.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=32).digest()
     chosen, first, second, order = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16, 24))
@@ -45,6 +45,6 @@ def rearrange(text: str, rate: float, spm_rate: float, tokenizer: Tokenizer) -> 
 
 
 def infill_prompt(prefix: str, suffix: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids after which a model trained on PSM writes what belongs between `prefix` and `suffix`."""
+    """Returns the prompt after which a PSM model writes the text between `prefix` and `suffix`."""
     pre, mid, suf = sentinels(tokenizer)
     return [pre, *tokenizer.encode(prefix), suf, *tokenizer.encode(suffix), mid]

@@ -1,23 +1,24 @@
-"""tokenizer.json, the format of Hugging Face's `tokenizers`: through tiktoken's core where that gives the same ids.
+"""Reader of tokenizer.json, the format of Hugging Face's `tokenizers`.
 
-Read are byte-pair encodings that any text can be written in: byte-level ones, and SentencePiece's with byte
-fallback. The names of special and added tokens are ordinary text to both encoders.
+It reads byte-pair encodings that can encode any text: byte-level ones, and SentencePiece's with byte fallback. Names of
+special and added tokens are encoded as ordinary text. tiktoken's core encodes if it gives the same ids, because it is
+faster; otherwise `tokenizers` does.
 
-When both cores give the same ids. `tokenizers` merges, of the adjacent pairs that stand in its list of merges, the
-first in the list, leftmost first. tiktoken merges, of the adjacent pairs whose concatenation is a token, the one with
-the lowest id, leftmost first. Both do so within the pieces that the pattern cuts. Say that token z alone, from its
-bytes on, comes out of the list of merges as n tokens.
+Proof that both cores give the same ids. Both split text into pieces by the pattern and merge within a piece, one pair
+of adjacent tokens at a time, the leftmost pair if there are several of one rank. `tokenizers` merges the pair that
+comes first in its list of merges. tiktoken merges the pair whose concatenation has the lowest id. Let n be the number
+of tokens that the list of merges makes of the bytes of token z alone.
 
-1. What `tokenizers` does within a span of text, as long as it merges nothing across the ends of it, is what it does
-   to the span alone: the order of its merges compares only places and pairs, and those within the span compare the
-   same. So if adjacent x, y with x + y = z are ever reached, z alone reaches x, y too, and as that is one run of
-   fixed steps, it is the only pair that z can come from.
-2. n = 1: that pair is listed. n >= 3: z alone never is two tokens, so no such pair is ever reached. n = 2: it is
-   reached and not listed; tiktoken would merge it.
-3. So if no token has n = 2, both cores choose among the same pairs at every step, one pair to a token. If moreover
-   the tokens that the list makes stand in it in the order of their ids, they choose the same one.
-4. tiktoken looks up a whole piece before it merges. That changes nothing if n = 1 for all tokens, and
-   `ignore_merges` has `tokenizers` do the same.
+1. As long as `tokenizers` merges nothing across the ends of a span of text, it does the same inside the span as for the
+   span alone, because the order of merges depends only on positions and pairs. So if adjacent x, y with x + y = z are
+   reached in any text, z alone reaches x, y too. Merging z alone is deterministic, so x, y is the only pair that z can
+   be merged from.
+2. If n = 1, the pair is in the list. If n >= 3, z alone is never two tokens, so no pair for z is ever reached. If n = 2,
+   the pair is reached but not in the list: tiktoken merges it, `tokenizers` does not.
+3. So if no token has n = 2, both cores choose among the same pairs at every step, one pair per token. If the list also
+   makes its tokens in the order of their ids, they choose the same pair.
+4. tiktoken looks up a whole piece before it merges. The result is equal if n = 1 for all tokens. With
+   `ignore_merges`, `tokenizers` looks up whole pieces too.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ from util.errors import UserError, user_errors
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 ROLES = ("bos_token", "pad_token", "unk_token")
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
-# cl100k's pattern as GPT-4's and Llama 3's tokenizer.json spell it. tiktoken's own differs on white space at the end.
+# cl100k's pattern as GPT-4's and Llama 3's tokenizer.json have it. tiktoken's differs in trailing white space.
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tiktoken's own, for a core to which $ is any line's end and {1,3}+ is {1,}. No branch needs to give back what it has
-# taken for another part of it to match, so that possessive quantifiers and greedy ones take the same.
+# tiktoken's cl100k pattern for Oniguruma, where $ matches at each line end and {1,3}+ means {1,}. No branch needs to
+# backtrack, so greedy quantifiers match the same text as possessive ones.
 CL100K_ONIGURUMA = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s+\z|\s*[\r\n]|\s+(?!\S)|\s"
 )
-# The two cores have regular expressions of their own. With these patterns, which is what the dictionary is keyed by,
-# all 1,112,064 characters were seen to cut alike beside letters, digits, punctuation, spaces and line ends.
+# Pattern in a tokenizer.json -> pattern for tiktoken. The two cores use different regular expression engines. A test
+# has shown that they split all 1,112,064 characters alike beside letters, digits, punctuation, spaces and line ends.
 SAME_CUTS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": GPT2_PATTERN,
     CL100K_ONIGURUMA: CL100K_PATTERN,
@@ -63,14 +64,14 @@ SAMPLE = [
 
 @cache
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letter for each byte: printable ones stand for themselves, the rest for characters from U+0100 on."""
+    """Maps GPT-2's letters to bytes. Printable bytes are written as themselves, the others as U+0100 and following."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 class LibraryEncoding:
-    """`tokenizers` behind the names of tiktoken's Encoding. It knows of no special tokens."""
+    """An encoder by `tokenizers` with the methods of tiktoken's Encoding. Text never becomes a special token."""
 
     def __init__(self, definition: dict[str, Any], token_bytes: dict[int, bytes], special: dict[str, int]):
         import tokenizers
@@ -84,10 +85,10 @@ class LibraryEncoding:
         return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, texts: list[str], *, num_threads: int = 8) -> list[list[int]]:
-        """The number of threads is the library's own affair (RAYON_NUM_THREADS)."""
+        """Encodes many texts. `num_threads` is ignored: the library reads RAYON_NUM_THREADS."""
         try:
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        except (UnicodeError, TypeError):  # half a surrogate pair, which is no text; as tiktoken, to U+FFFD
+        except (UnicodeError, TypeError):  # half a surrogate pair: U+FFFD, as in tiktoken
             texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -97,10 +98,7 @@ class LibraryEncoding:
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of the folder that holds one.
-
-    Raises UserError if the file is damaged, of a kind that is not read, or names no end-of-text token.
-    """
+    """Loads a tokenizer.json, given its path or its folder."""
     file = path / TOKENIZER if path.is_dir() else path
     with user_errors(f"--tokenizer: {file}"):
         content = file.read_bytes()
@@ -108,30 +106,30 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def read_tokenizer_json(name: str, file: Path, content: bytes, config: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's content and a tokenizer_config.json; `file` is what mistakes are said of."""
+    """Creates a tokenizer from the content of a tokenizer.json and of its config. Errors name `file`."""
     data = _parse(file, content)
     try:
         model, added = data["model"], {token["content"]: int(token["id"]) for token in data.get("added_tokens") or []}
         if (kind := model.get("type", "BPE")) != "BPE" or "merges" not in model:
-            raise UserError(f"{file}: a {kind} tokenizer; only byte-pair encodings (BPE) are read")
+            raise UserError(f"{file}: a {kind} tokenizer; only byte-pair encodings (BPE) are supported")
         vocab = {str(token): int(i) for token, i in model["vocab"].items()}
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         made = [vocab[left + right] for left, right in merges]
         if min([*vocab.values(), *added.values()]) < 0 or len(set(vocab.values())) != len(vocab):
             raise ValueError("ids must be distinct and not negative")
-        ordinary = set(made)  # what merges make is an ordinary token, though it be listed as an added one
+        ordinary = set(made)  # tokens made by merges are ordinary, even if they are listed as added
         special = {name: i for name, i in added.items() if i not in ordinary}
         token_bytes = _token_bytes(file, data, {t: i for t, i in vocab.items() if t not in special})
         library = LibraryEncoding(_without_special(data, special), token_bytes, special)
         same_ids = _same_cuts(data) and _same_merges(model, made, special)
         prefix = _prefix(data.get("post_processor") or {})
         if unknown := {*prefix} - {*vocab.values(), *added.values()}:
-            raise ValueError(f"its post_processor puts id {min(unknown)} before a text, which is no token")
+            raise ValueError(f"its post_processor puts the unknown id {min(unknown)} before a text")
     except UserError:
         raise
     except Exception as e:  # `tokenizers` raises Exception itself for what it cannot use
-        what = f"no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
-        raise UserError(f"{file}: not a tokenizer.json that can be used ({what})") from e
+        what = f"{e} is missing" if isinstance(e, KeyError) else str(e) or type(e).__name__
+        raise UserError(f"{file}: not a usable tokenizer.json ({what})") from e
     end = _end_of_text(file, special, config)
     files = {TOKENIZER: content, TOKENIZER_CONFIG: _kept_config(config, end, {*vocab, *added})}
     slow = Tokenizer(name, None, None, special, special[end], library, files, prefix)
@@ -156,8 +154,8 @@ def _parse(file: Path, content: bytes) -> dict[str, Any]:
 
 
 def _prefix(processor: dict[str, Any]) -> list[int]:
-    """The ids that a post-processor puts before a text that stands alone."""
-    if processor.get("type") == "Sequence":  # each puts its own around what the one before has made
+    """Returns the ids that a post-processor puts before a single text."""
+    if processor.get("type") == "Sequence":  # each wraps the result of the one before it
         return [i for step in reversed(processor["processors"]) for i in _prefix(step)]
     ids: list[int] = []
     if processor.get("type") == "TemplateProcessing":
@@ -169,19 +167,19 @@ def _prefix(processor: dict[str, Any]) -> list[int]:
 
 
 def _token_bytes(file: Path, data: dict[str, Any], vocab: dict[str, int]) -> dict[int, bytes]:
-    """The bytes of each ordinary token. Raises UserError if there is text that the tokenizer has no tokens for."""
+    """Maps ids of ordinary tokens to bytes. A tokenizer that cannot encode every text is an error."""
     letters = _byte_letters()
     if byte_level_steps(data):
         if missing := [b for letter, b in letters.items() if letter not in vocab]:
             raise UserError(
-                f"{file}: {len(missing)} of the 256 bytes have no token (0x{missing[0]:02x}), and text with them"
-                f" would be lost; train it with the whole byte-level alphabet"
+                f"{file}: {len(missing)} of the 256 bytes have no token (0x{missing[0]:02x}), so some text would be"
+                f" lost; train it with the complete byte-level alphabet"
             )
-        # A token with other letters was never made of text.
+        # Tokens with other letters cannot occur in text.
         return {i: bytes(letters[c] for c in t) for t, i in vocab.items() if all(c in letters for c in t)}
     fallback = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
     if not data["model"].get("byte_fallback") or not fallback.keys() <= vocab.keys():
-        raise UserError(f"{file}: neither byte-level nor with byte fallback, so some text would be lost; not read")
+        raise UserError(f"{file}: not byte-level and without byte fallback, so some text would be lost; not supported")
     return {i: fallback.get(t, t.replace("▁", " ").encode()) for t, i in vocab.items()}
 
 
@@ -191,16 +189,16 @@ def _pre_tokenizers(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def byte_level_steps(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of its pre-tokenizers that write bytes as letters."""
+    """Returns the pre-tokenizers that write bytes as letters."""
     return [step for step in _pre_tokenizers(data) if step.get("type") == "ByteLevel"]
 
 
 def _pattern(data: dict[str, Any]) -> str:
-    """The regular expression of a pre-tokenizer that only cuts; "" if it does anything else."""
+    """Returns the regular expression of a pre-tokenizer that only splits text, "" for other pre-tokenizers."""
     *before, last = _pre_tokenizers(data)
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
         return ""
-    if not before:  # the one that ByteLevel has built in
+    if not before:  # built into ByteLevel
         return next(iter(SAME_CUTS)) if last.get("use_regex", True) else ""
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     if len(before) > 1 or last.get("use_regex", True) or any(before[0].get(k) != v for k, v in split.items()):
@@ -209,13 +207,13 @@ def _pattern(data: dict[str, Any]) -> str:
 
 
 def _same_cuts(data: dict[str, Any]) -> bool:
-    """Whether both cores cut text into the same pieces of bytes."""
+    """Returns whether both cores split text into the same pieces."""
     return not data.get("normalizer") and _pattern(data) in SAME_CUTS
 
 
 def _same_merges(model: dict[str, Any], made: list[int], special: dict[str, int]) -> bool:
-    """Whether both cores merge the bytes of every piece into the same tokens: the proof is at the top."""
-    switches = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # no byte is ever unknown
+    """Returns whether both cores merge every piece into the same tokens, by the proof at the top of this file."""
+    switches = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if any(model.get(switch) for switch in switches) or made != sorted(made):
         return False
     import tokenizers
@@ -229,7 +227,7 @@ def _same_merges(model: dict[str, Any], made: list[int], special: dict[str, int]
 
 
 def _without_special(data: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
-    """The definition that takes all text for text: neither added tokens nor, looked up whole, their names."""
+    """Returns the definition without special tokens. Their names in the vocabulary are changed, so no text matches."""
     vocab = {f"\ue000{t}" if t in special else t: i for t, i in data["model"]["vocab"].items()}
     plain: dict[str, Any] = {
         "added_tokens": [],
@@ -244,7 +242,7 @@ def _without_special(data: dict[str, Any], special: dict[str, int]) -> dict[str,
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """A tokenizer_config.json, {} if there is none."""
+    """Reads a tokenizer_config.json. Returns {} if the file does not exist."""
     try:
         config = json.loads(file.read_bytes()) if file.is_file() else {}
         if not isinstance(config, dict):
@@ -255,26 +253,27 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _token_name(config: dict[str, Any], role: str) -> str | None:
-    """The name of a special token in a tokenizer_config.json, which writes it alone or with its properties."""
+    """Returns the name of a special token in a tokenizer_config.json, which may be a string or an object."""
     value = config.get(role)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def _end_of_text(file: Path, special: dict[str, int], config: dict[str, Any]) -> str:
+    """Returns the name of the end-of-text token: eos_token in the config, or one of the usual names."""
     eos = _token_name(config, "eos_token")
     name = eos or next((end for end in ENDS_OF_TEXT if end in special), None)
     if name not in special:
         what = f"end-of-text token {eos!r} is not one of its special tokens" if eos else "no end-of-text token"
         names = ", ".join(sorted(special)[:8]) or "none"
-        raise UserError(f"{file}: {what} (there are {names}); name one as eos_token in {TOKENIZER_CONFIG}")
+        raise UserError(f"{file}: {what} (it has {names}); set eos_token in {TOKENIZER_CONFIG}")
     return name
 
 
 def _kept_config(config: dict[str, Any], end: str, names: set[str]) -> bytes:
-    """The tokenizer_config.json of a copy: names of tokens and the chat template, nothing that changes ids.
+    """Returns the tokenizer_config.json for a copy: names of tokens and the chat template, nothing that changes ids.
 
-    A token that the tokenizer.json does not have is left out: `transformers` would give it an id of its own.
+    Tokens that are missing from the tokenizer.json are dropped, because `transformers` would give them new ids.
     """
     kept = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
     kept |= {role: name for role in ROLES if (name := _token_name(config, role)) in names and name}

@@ -1,13 +1,13 @@
-"""llama2.c's tokenizer file (tokenizer.bin, tok512.bin), converted to a tokenizer.json and read as one.
+"""Reader of llama2.c's tokenizer file (tokenizer.bin, tok512.bin). It converts the file to a tokenizer.json.
 
-The file, little-endian: int32, the bytes of the longest piece; then of each piece its float32 score, its int32 length
-and so many bytes of UTF-8. Ids 0 to 2 are <unk>, <s> and </s>, 3 to 258 the bytes as <0x00> to <0xFF>, and the rest
-are the pieces that SentencePiece has learned, with a space for its ▁. llama2.c puts a space before the text, takes
-its characters one by one, in bytes where it has no such piece, and then, as long as two neighbours make a piece,
-merges those that make the one of the highest score, leftmost first. As with ranks, a piece is only ever made of one
-pair (data/tokenizers/bpe.py), and the list of these, by score, is that of a tokenizer.json.
+The file is little-endian: int32, the length of the longest piece in bytes; then for each piece a float32 score, an
+int32 length and UTF-8 text. Ids 0 to 2 are <unk>, <s> and </s>, ids 3 to 258 the bytes as <0x00> to <0xFF>. The other
+pieces were learned by SentencePiece; its ▁ is written as a space. llama2.c puts a space before the text and splits it
+into characters, or bytes for characters without a piece. As long as two neighbours form a piece, it merges the pair
+with the highest score, the leftmost if there are several. As with ranks, each piece is merged from a single pair
+(data/tokenizers/bpe.py). These pairs, ordered by score, are the list of merges of the tokenizer.json.
 
-Its data begins each story with <s> and has no </s>, and its samples stop at <s>: that is the end-of-text token here.
+llama2.c's data starts each story with <s> and has no </s>, and its samples stop at <s>. So <s> is the end-of-text token.
 """
 
 from __future__ import annotations
@@ -24,19 +24,16 @@ from data.tokenizers.hf_json import read_tokenizer_json
 from data.tokenizers.tokenizer import Tokenizer
 from util.errors import UserError, user_errors
 
-MAX_BYTES = 2**24  # of a file; Llama's 32,000 pieces are 434 kB
-MAX_PIECE = 2**8  # bytes; the longest of Llama's has 27
+MAX_BYTES = 2**24  # of a file; Llama's file with 32,000 pieces has 434 kB
+MAX_PIECE = 2**8  # bytes; Llama's longest piece has 27
 SPECIAL = ("<unk>", "<s>", "</s>")
 BYTES = tuple(f"<0x{b:02X}>" for b in range(256))
-FIRST = len(SPECIAL) + len(BYTES)  # id of the first piece that was learned
+FIRST = len(SPECIAL) + len(BYTES)  # id of the first learned piece
 SPACE = "▁"  # SentencePiece's letter for a space
 
 
 def load_llama2c_tokenizer(file: Path) -> Tokenizer:
-    """The tokenizer of llama2.c's file; its `files` hold the tokenizer.json.
-
-    Raises UserError if it is no such file, or damaged.
-    """
+    """Loads llama2.c's file. The tokenizer's `files` contain the tokenizer.json that it was converted to."""
     with user_errors(f"--tokenizer: {file}"), open(file, "rb") as f:
         content = f.read(MAX_BYTES + 1)
     try:
@@ -48,12 +45,12 @@ def load_llama2c_tokenizer(file: Path) -> Tokenizer:
 
 
 def read_pieces(content: bytes) -> dict[str, float]:
-    """The score of each piece, in the order of ids. Raises ValueError if that is not what the bytes hold."""
+    """Returns the score of each piece, in the order of ids. Raises ValueError if the content is damaged."""
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES:,} bytes")
     longest = struct.unpack_from("<i", content)[0] if len(content) >= 4 else 0
     if not 0 < longest <= MAX_PIECE:
-        raise ValueError(f"it does not begin with the length of its longest piece, 1 to {MAX_PIECE} bytes")
+        raise ValueError(f"it does not start with the length of its longest piece, 1 to {MAX_PIECE} bytes")
     pieces: dict[str, float] = {}
     at = 4
     while at < len(content):
@@ -63,7 +60,7 @@ def read_pieces(content: bytes) -> dict[str, float]:
         score, length = struct.unpack_from("<fi", content, at)
         at += 8
         if not 0 < length <= longest:
-            raise ValueError(f"{where} has a length of {length}, and the longest should have {longest}")
+            raise ValueError(f"{where} has length {length}, but the longest should have {longest}")
         if len(content) - at < length:
             raise ValueError(f"{where} is cut off")
         try:
@@ -71,14 +68,14 @@ def read_pieces(content: bytes) -> dict[str, float]:
         except UnicodeDecodeError:
             raise ValueError(f"{where} is not UTF-8") from None
         if piece in pieces or not math.isfinite(score):
-            raise ValueError(f"{where}, {piece!r}, {'was there before' if piece in pieces else f'scores {score}'}")
+            raise ValueError(f"{where}, {piece!r}, {'occurs twice' if piece in pieces else f'has score {score}'}")
         pieces[piece] = score
         at += length
     return pieces
 
 
 def tokenizer_json(pieces: dict[str, float]) -> dict[str, Any]:
-    """The tokenizer.json that gives the ids that llama2.c gives. Raises ValueError if there can be none."""
+    """Returns the tokenizer.json that gives llama2.c's ids. Raises ValueError if the pieces do not allow it."""
     names = [*pieces]
     for i, name in enumerate(SPECIAL + BYTES):
         if i >= len(names) or names[i].strip("\n" if 0 < i < len(SPECIAL) else "") != name:
@@ -93,7 +90,7 @@ def tokenizer_json(pieces: dict[str, float]) -> dict[str, Any]:
             raise ValueError(f"pieces {one!r} and {other!r} have one score, and so no order")
     vocab = [*SPECIAL, *BYTES, *(piece.replace(" ", SPACE) for piece in learned)]
     if len(set(vocab)) < len(vocab):
-        raise ValueError("a piece that was learned is called as one of the first")
+        raise ValueError("a learned piece has the name of a special token or byte")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -133,7 +130,7 @@ def _replace(old: str, new: str) -> dict[str, Any]:
 
 
 def _template(token: str, i: int) -> dict[str, Any]:
-    """The post-processor that puts a token before each text."""
+    """Returns the post-processor that puts a token before each text."""
     one = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     two = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     special = {token: {"id": token, "ids": [i], "tokens": [token]}}

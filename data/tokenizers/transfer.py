@@ -1,8 +1,8 @@
-"""From one tokenizer to another: which rows of the old embeddings each new id's row is the mean of.
+"""Embeddings for a new tokenizer: each new row is the mean of old rows.
 
 Fast Vocabulary Transfer (Gee, Zugarini, Rigutini, Torroni: Fast Vocabulary Transfer for Language Model Compression,
-EMNLP 2022 industry track, https://arxiv.org/abs/2402.09977): a token that both have keeps its row, and a new one gets
-the mean of the rows of the tokens that the old tokenizer writes it in.
+EMNLP 2022 industry track, https://arxiv.org/abs/2402.09977): a token in both vocabularies keeps its row. A new token
+gets the mean of the rows of the tokens that the old tokenizer encodes it to.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from data.tokenizers.tokenizer import Tokenizer
 
 
 def token_rows(old: Tokenizer, new: Tokenizer, old_size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Old ids, (n,) int64, and offsets, (new_size + 1,) int64: row i of the new embeddings is the mean of the old rows
-    ids[offsets[i]:offsets[i + 1]], and where there are none, of all old rows that are a token's.
+    """Returns old ids, (n,) int64, and offsets, (new_size + 1,) int64.
 
-    `old_size` and `new_size` are the rows of the embeddings, at least as many as the tokenizers have ids. A token has
-    the old one of the same bytes, else those that spell it; a special token has the old one of its name, the
-    end-of-text token the old end-of-text token. None are left for special tokens that are new, and for ids without a
-    token. Of one and the same tokenizer every row stays, without a token too.
+    Row i of the new embeddings is the mean of the old rows ids[offsets[i]:offsets[i + 1]]. If this is empty, it is the
+    mean of all old rows that belong to a token. `old_size` and `new_size` are the numbers of rows, at least the sizes of
+    the vocabularies.
+
+    A token gets the old token with its bytes, otherwise the old tokens that spell it. A special token gets the old
+    special token with its name, and the end-of-text token the old end-of-text token. New special tokens and unused ids
+    get nothing. If both tokenizers are equal, every row is kept, including rows without a token.
     """
     if old.vocab_size > old_size or new.vocab_size > new_size:
         raise ValueError(f"{old.vocab_size} and {new.vocab_size} ids in {old_size} and {new_size} rows")
     if old.sha256 == new.sha256:
         bags = {i: [i] for i in range(min(old_size, new_size))}
     else:
-        bags = _of_the_same_bytes(old.token_bytes, new.token_bytes)
+        bags = _with_equal_bytes(old.token_bytes, new.token_bytes)
         bags |= _spelled(old, {i: token for i, token in new.token_bytes.items() if i not in bags})
         bags |= {i: [old.special[name]] for name, i in new.special.items() if name in old.special}
         bags[new.end_of_text] = [old.end_of_text]
@@ -40,11 +42,11 @@ def token_rows(old: Tokenizer, new: Tokenizer, old_size: int, new_size: int) -> 
     return np.array([j for i in range(new_size) for j in bags.get(i, ())], np.int64), offsets
 
 
-def _of_the_same_bytes(old: dict[int, bytes], new: dict[int, bytes]) -> dict[int, list[int]]:
-    """Of each new id the old one of the same bytes.
+def _with_equal_bytes(old: dict[int, bytes], new: dict[int, bytes]) -> dict[int, list[int]]:
+    """Maps each new token id to the old id with the same bytes.
 
-    SentencePiece has some bytes twice, <0x41> and later A: the last of the one is matched with the last of the other,
-    and so on back, since it is the last that text is written in.
+    SentencePiece has some bytes twice, such as <0x41> and later A. The last old id is matched with the last new id, the
+    second to last with the second to last, because text is encoded with the last one.
     """
     old_ids, new_ids = _by_bytes(old), _by_bytes(new)
     return {
@@ -56,7 +58,7 @@ def _of_the_same_bytes(old: dict[int, bytes], new: dict[int, bytes]) -> dict[int
 
 
 def _by_bytes(token_bytes: dict[int, bytes]) -> dict[bytes, list[int]]:
-    """The ids of the same bytes, the last first."""
+    """Groups ids by their bytes, the last id first."""
     ids = defaultdict(list)
     for i in sorted(token_bytes, reverse=True):
         ids[token_bytes[i]].append(i)
@@ -64,13 +66,13 @@ def _by_bytes(token_bytes: dict[int, bytes]) -> dict[bytes, list[int]]:
 
 
 def _spelled(old: Tokenizer, tokens: dict[int, bytes]) -> dict[int, list[int]]:
-    """Of each of the tokens the old ids that it is written in, which together are its bytes."""
+    """Maps each token to the old ids that spell its bytes."""
     texts = {}
     for i, token in tokens.items():
-        with suppress(UnicodeDecodeError):  # part of a character, say
+        with suppress(UnicodeDecodeError):  # for example part of a character
             texts[i] = token.decode()
     bags: dict[int, list[int]] = {}
-    # An encoder that puts a space before a text is given it without its own, or behind a character to cut off.
+    # An encoder that puts a space before a text gets the token without its space, or after a newline that is removed.
     more = ((1, ""), (0, "\n")) if old.library and old.library.prepends_space else ()
     for taken, put in ((0, ""), *more):
         rest = {i: text for i, text in texts.items() if i not in bags and text[:taken] in ("", " ")}
@@ -85,5 +87,5 @@ def _spelled(old: Tokenizer, tokens: dict[int, bytes]) -> dict[int, list[int]]:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterable[list[int]]:
-    """Ids of many short texts: by tiktoken's core one by one, which is quicker than its batches."""
+    """Encodes many short texts. tiktoken is faster one by one than in batches."""
     return tokenizer.library.encode_ordinary_batch(texts) if tokenizer.library else map(tokenizer.encode, texts)

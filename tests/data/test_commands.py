@@ -79,7 +79,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, source, workers):
     (source.parent / "again.jsonl").write_bytes(source.read_bytes() * 3)
     done = command(*args, preexec_fn=limit)
     assert done.returncode == 2, done
-    assert done.stderr.count("\n") == 1 and "File too large; what is done is kept" in done.stderr
+    assert done.stderr.count("\n") == 1 and "File too large; finished work is kept" in done.stderr
     assert os.listdir(tmp_path / "out") == [".partial"]
     assert command(*args).returncode == 0
 
@@ -134,8 +134,8 @@ def test_options_that_do_not_go_together(tmp_path, quick, source):
         ([source], "--output_dir"),
         (out, "name the files to read, or a --mixture"),
         ([source, *mixture, *out], "one of the two"),
-        ([*mixture, *out, "--join"], "--mixture is drawn by one command"),
-        ([*mixture, *out, "--max_tokens=5"], "--mixture is drawn by one command"),
+        ([*mixture, *out, "--join"], "--mixture is prepared by one command"),
+        ([*mixture, *out, "--max_tokens=5"], "--mixture is prepared by one command"),
         ([source, *out, "--part=1/2", "--join"], "give one of the two"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -197,11 +197,11 @@ def test_check_of_what_is_not_ours(tmp_path, quick, source, capsys):
     manifest = tmp_path / "out" / "manifest.json"
     former = json.loads(manifest.read_text()) | {"tokenizer": "gpt2"}
     manifest.write_text(json.dumps(former))
-    with pytest.raises(UserError, match="not a manifest of this rawgpt"):
+    with pytest.raises(UserError, match="not a manifest that rawgpt wrote"):
         quick("--output_dir", tmp_path / "out", "--check")
     manifest.unlink()
     quick("--output_dir", tmp_path / "out", "--check")
-    assert "no manifest, so no hashes to compare\n" in capsys.readouterr().out
+    assert "no manifest, hashes are not verified\n" in capsys.readouterr().out
 
 
 # FineWeb-Edu from files that are here, and tinyshakespeare

@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_line_and_the_work_is_kept(tmp_path, monkeypatch, mak
 
     with monkeypatch.context() as patch:
         patch.setattr(place, name, full)
-        with pytest.raises(UserError, match="out: No space left on device; what is done is kept, and the same command"):
+        with pytest.raises(UserError, match="out: No space left on device; finished work is kept, repeat the command"):
             prepare(make_job(tmp_path / "out"), units)
     assert os.listdir(tmp_path / "out") == [".partial"]
     prepare(make_job(tmp_path / "out"), units)
@@ -275,7 +275,7 @@ def test_shards_of_someone_else_are_left_alone(tmp_path):
         open_job(tmp_path, {})
     for other in ("[]", "not JSON", '{"recipe": {}, "tokenizer": "gpt2"}'):
         (tmp_path / "manifest.json").write_text(other)
-        with pytest.raises(UserError, match="not a manifest of this rawgpt"):
+        with pytest.raises(UserError, match="not a manifest that rawgpt wrote"):
             open_job(tmp_path, {})
 
 
@@ -306,7 +306,7 @@ def test_shards_that_are_no_longer_there_are_missed(tmp_path, make_job, units, d
     prepare(make_job(tmp_path / "out", shard_size=100), units)
     path = sorted((tmp_path / "out").glob("*_train_*"))[0]
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(UserError, match=f"{path} is missing or cut short"):
+    with pytest.raises(UserError, match=f"{path} is missing or truncated"):
         prepare(make_job(tmp_path / "out", shard_size=100), units)
 
 
@@ -323,6 +323,6 @@ def test_a_journal_of_other_units_is_not_gone_on_with(tmp_path, monkeypatch, mak
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(preparing, "_append", stop)
         prepare(make_job(tmp_path / "out"), units)
-    with pytest.raises(UserError, match="begun by another version"):
+    with pytest.raises(UserError, match="written by another version"):
         prepare(make_job(tmp_path / "out"), units[:1] + units[2:])
     assert prepare(make_job(tmp_path / "out"), units)

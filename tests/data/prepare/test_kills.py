@@ -130,7 +130,7 @@ def test_killed_again_and_again(source, made, tmp_path, content):
         assert all_gone(process.pid)
     assert kills == 6 and journal_of(tmp_path) > 3
     out, err = finish(start(source, tmp_path, FINE_COMMAND))
-    assert "going on after " in out and not err
+    assert "resuming after " in out and not err
     assert content(tmp_path) == made
     out, err = finish(start(source, tmp_path))
     assert out == f"{tmp_path}: already there\n" and not err

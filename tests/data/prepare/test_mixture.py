@@ -156,7 +156,7 @@ def test_weights_are_shares_of_one(tmp_path):
 
 def test_a_source_without_text_or_file_is_named(tmp_path, make_job, write_input):
     paths = write_sources(tmp_path, write_input, a=["one"], hollow=[""])
-    with pytest.raises(UserError, match="hollow: this source of the mixture holds no text"):
+    with pytest.raises(UserError, match="hollow: this source of the mixture contains no text"):
         mix(make_job(tmp_path / "out"), mixture_of(paths, 50, a=1, hollow=1))
     with pytest.raises(UserError, match="nowhere.txt: no such file"):
         mix(make_job(tmp_path / "out2"), mixture_of({"a": "nowhere.txt"}, 50, a=1))

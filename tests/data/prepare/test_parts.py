@@ -82,10 +82,10 @@ def test_what_is_no_part(text):
 
 def test_what_is_missing_or_does_not_belong_is_named(tmp_path, make_job, units):
     job = make_job(tmp_path / "out")
-    with pytest.raises(UserError, match="holds no part; they are made with --part=1/N"):
+    with pytest.raises(UserError, match="does not contain parts; prepare them with --part=1/N"):
         join_parts(job)
     make_parts(job, units, 3, [1, 3])
-    with pytest.raises(UserError, match="part 2/3 is not finished; give its command with --part=2/3"):
+    with pytest.raises(UserError, match="part 2/3 is not finished; run its command with --part=2/3"):
         join_parts(job)
     make_parts(replace(job, recipe={"of": "other"}), units, 3, [2])
     with pytest.raises(UserError, match="part_2_of_3 was made from other input or options"):
@@ -113,7 +113,7 @@ def test_a_damaged_part_is_not_joined(tmp_path, make_job, units, damage):
 def test_parts_without_text(tmp_path, make_job, write_input):
     job = make_job(tmp_path / "out")
     make_parts(job, plan([str(write_input(tmp_path, ".jsonl", ["", ""]))], "text"), 2)
-    with pytest.raises(UserError, match="the parts hold no text"):
+    with pytest.raises(UserError, match="the parts contain no text"):
         join_parts(job)
 
 
