@@ -14,7 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from util.errors import CommandParser, UserError, one_line_errors, run_command
+from util.command import parse_first
+from util.errors import CommandParser, UserError, run_command
 
 NAMES = {"hf": "a folder", "llmc": "a file", "consolidated": "a folder"}
 
@@ -31,9 +32,7 @@ def parser() -> CommandParser:
     return parser
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        args = parser().parse_args()  # before torch is imported, so that --help and mistakes are answered at once
+args = parse_first(__name__, lambda: parser().parse_args())
 
 import json
 import os

@@ -384,7 +384,7 @@ SCALARS += [
 SCALARS += ["!!python/object:os.system x", "!!python/object/apply:os.system [touch hacked]", '"' + "x" * 20_000 + '"']
 TAMED = st.sampled_from(SCALARS) | st.text(st.characters(codec="utf-8"), max_size=8) | st.integers().map(str)
 UNREADABLE = [
-    "[" * 400, "{" * 400, "- " * 400 + "x", "n_layer: " + "[" * 400 + "]" * 400, "a: " * 50, "? " * 100,
+    "[" * 400, "{" * 400, "- " * 400 + "x", "a: " * 50, "? " * 100,
     "'x", "---\na: 1\n---\nb: 2\n", "%YAML 9.9\n---\nx: 1", "!!set {a}", "\0",
 ]  # fmt: skip
 

@@ -17,7 +17,7 @@ from data.tokenizers.export import tokenizer_files
 from data.tokenizers.load import load_tokenizer
 from eval import generate as generating
 from eval.generate import Sampling, generate
-from model.formats.pretrained import PretrainedModel, initial_values, load_model, model_config, open_weights
+from model.formats.pretrained import PretrainedModel, initial_values, load_model, model_config, open_pretrained, open_weights
 from model.gpt import GPT, init_weights
 from scripts import export as command
 from util.errors import UserError
@@ -219,7 +219,7 @@ def test_a_begin_of_text_token_is_put_there_on_both_sides(trainer, with_begin_of
 
 def test_the_import_of_an_export_is_the_checkpoint_bit_for_bit(text_run, parameters_of):
     run, folder = text_run
-    config = load_config([f"--init_from=hf:{folder}"], 1)
+    config = load_config([f"--init_from=hf:{folder}"], 1, open_pretrained)
     assert config.tokenizer == str(folder)
     model = GPT(config)
     init_weights(

@@ -1,0 +1,37 @@
+"""The start of a command: the import path, and flags that are parsed before torch is imported.
+
+`python eval/perplexity.py` puts eval/ on sys.path[0], not the repository root, so `import util` fails until the path is
+set, and no helper can be imported to set it. Every command in eval/, data/ and scripts/ therefore begins with
+
+    if __name__ == "__main__":
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+(parents[2] in scripts/bench/). The root replaces the folder of the command, because files in these folders have the
+names of other modules: eval/lm_eval.py, scripts/bench/tokenize.py. In scripts/bench/ the line comes before all imports
+but sys and pathlib, since parts of the standard library import tokenize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from util.errors import one_line_errors
+
+T = TypeVar("T")
+
+
+def parse_first(name: str, parse: Callable[[], T]) -> T:
+    """Returns `parse()` if `name` is "__main__", with errors in one line; does nothing in a module that is imported.
+
+    A command calls it between the definition of its flags and the import of torch, which takes seconds, so that --help
+    and wrong flags are answered at once:
+
+        args = parse_first(__name__, parse)
+
+        import torch
+    """
+    if name != "__main__":
+        return cast(T, None)
+    with one_line_errors():
+        return parse()
