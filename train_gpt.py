@@ -124,7 +124,7 @@ def train(config: Config) -> int:
                 watchdog.set_default_minutes(config.step_timeout_minutes)
                 model.set_timeout(config.step_timeout_minutes)
 
-            # 3. Do all ranks go on? One may have been asked to stop, or failed to write in the background.
+            # 3. Do all ranks continue? One may have been asked to stop, or failed to write in the background.
             stopping, failed = ranks.any(stop.requested(), checkpointer.failed or metrics.problem is not None)
             if failed:
                 watchdog.progress("the end", config.start_timeout_minutes)

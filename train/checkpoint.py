@@ -117,7 +117,7 @@ class Checkpointer:
     def roll_back(self, record: dict[str, Any], problem: str) -> int:
         """Restores the last good checkpoint and returns its step. The data since then is skipped.
 
-        `record` is that of the step with the problem. Raises DivergedError if there is no checkpoint, or after
+        `record` is that of the step with the problem. Raises DivergedError without a checkpoint, or after
         --max_rollbacks roll-backs to the same one.
         """
         config, step = self.config, record["step"]

@@ -50,7 +50,7 @@ def describe(optimizer: Optimizer, config: Config) -> str:
 def learning_rate(step: int, config: Config) -> float:
     """Returns the learning rate of update number `step`, counted from 1 to --num_iterations.
 
-    It is a pure function of the step, so there is no scheduler state to save. Linear warm-up over `warmup_iters`
+    It is a pure function of the step, so no scheduler state has to be saved. Linear warm-up over `warmup_iters`
     updates, then `schedule` from the peak down to the floor `learning_rate_decay_frac * learning_rate`, which the last
     update reaches: cosine (Loshchilov and Hutter 2017), linear, constant (no floor), or wsd (Hu et al. 2024: constant,
     then linear over the last `cooldown_frac` of the run).
@@ -107,7 +107,7 @@ def make_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
 
 
 def forget_states(optimizer: Optimizer) -> None:
-    """Drops all optimizer state, as before the first step."""
+    """Drops all optimizer state."""
     _own(optimizer).state.clear()
 
 

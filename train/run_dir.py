@@ -20,7 +20,7 @@ _held_lock: IO[str] | None = None
 def lock_output_dir(output_dir: Path) -> None:
     """Creates the run's directory, locks it while this process lives, and sets its status to running.
 
-    The kernel drops the lock when the process ends, so there are no stale locks.
+    The kernel drops the lock when the process ends, so a lock never becomes stale.
     """
     global _held_lock
     for name in ("config.yaml", "metrics.jsonl"):

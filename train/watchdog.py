@@ -1,7 +1,7 @@
-"""Watchdog: ends a run in which a rank makes no progress for too long, and names the rank that blocks the others.
+"""Watchdog: ends a run whose ranks wait for too long, and names the rank that blocks the others.
 
-A process group's timeout ends the waiting ranks without saying whom they waited for, and NCCL's does not even reach
-Python. So a thread of each rank sends a heartbeat to torchrun's store every second: a counter, the current task, and
+A process group's timeout ends the waiting ranks without naming the rank that they waited for, and NCCL's does not
+even reach Python. So a thread of each rank sends a heartbeat to torchrun's store every second: a counter, the current task, and
 the line of code where the main thread is.
 """
 
