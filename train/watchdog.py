@@ -1,8 +1,8 @@
 """Watchdog: ends a run whose ranks wait for too long, and names the rank that blocks the others.
 
-A process group's timeout ends the waiting ranks without naming the rank that they waited for, and NCCL's does not
-even reach Python. So a thread of each rank sends a heartbeat to torchrun's store every second: a counter, the current task, and
-the line of code where the main thread is.
+A process group's timeout ends the waiting ranks without naming the rank that they waited for, and NCCL's does not even
+reach Python. So a thread of each rank sends a heartbeat to torchrun's store every second: a counter, the current task,
+and the line of code where the main thread is.
 """
 
 from __future__ import annotations
