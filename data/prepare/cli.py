@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from util.errors import UserError
-from data.prepare.parts import checked_files, join_parts, parse_part, part_of
-from data.prepare.job import Job, prepare, read_manifest, summary
-from data.shards import find_shards, open_shard
-from data.prepare.sources import identify, plan
 from data.fingerprint import same_tokenizer
-from data.tokenizers.load import load_tokenizer
+from data.prepare.job import Job, prepare, read_manifest, summary
+from data.prepare.parts import checked_files, join_parts, parse_part, part_of
+from data.prepare.sources import identify, plan
 from data.prepare.workers import EncodeOptions
+from data.shards import find_shards, open_shard
+from data.tokenizers.load import load_tokenizer
+from util.errors import UserError
 
 
 def cores() -> int:
@@ -29,26 +29,32 @@ def folder(text: str) -> Path:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("output")
-    what.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")
-    what.add_argument("--max_tokens", type=int, default=0, help="stop after this many tokens; 0: no limit")
-    what.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
-    what.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
-    what.add_argument("--skip_bad", action="store_true", help="skip damaged text, and count it")
-    what.add_argument("--fim_rate", type=float, default=0.0, help="share of documents rearranged for fill-in-the-middle")
-    what.add_argument("--fim_spm_rate", type=float, default=0.0, help="share of these in suffix-prefix-middle order")
-    how = parser.add_argument_group("work")
-    how.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
-    how.add_argument("--encoder", default="auto", choices=["auto", "tiktoken"], help="auto: splintr if it agrees with tiktoken")
-    how.add_argument("--part", default="", metavar="K/N", help="prepare only part K of N, K from 1 to N")
-    how.add_argument("--join", action="store_true", help="join all parts into one data set")
-    how.add_argument("--check", action="store_true", help="verify the shards in --output_dir")
+    output = parser.add_argument_group("output")
+    output.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")
+    output.add_argument("--max_tokens", type=int, default=0, help="stop after this many tokens; 0: no limit")
+    output.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
+    output.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
+    output.add_argument("--skip_bad", action="store_true", help="skip damaged text, and count it")
+    output.add_argument(
+        "--fim_rate", type=float, default=0.0, help="share of documents rearranged for fill-in-the-middle"
+    )
+    output.add_argument("--fim_spm_rate", type=float, default=0.0, help="share of these in suffix-prefix-middle order")
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
+    work.add_argument(
+        "--encoder", default="auto", choices=["auto", "tiktoken"], help="auto: splintr if it agrees with tiktoken"
+    )
+    work.add_argument("--part", default="", metavar="K/N", help="prepare only part K of N, K from 1 to N")
+    work.add_argument("--join", action="store_true", help="join all parts into one data set")
+    work.add_argument("--check", action="store_true", help="verify the shards in --output_dir")
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Checks ranges of flags and combinations of flags."""
     if not 1 <= args.shard_size < 2**31:
-        raise UserError(f"--shard_size={args.shard_size} must be from 1 to 2,147,483,647, the limit of a shard's header")
+        raise UserError(
+            f"--shard_size={args.shard_size} must be from 1 to 2,147,483,647, the limit of a shard's header"
+        )
     for flag, least in (("max_tokens", 0), ("workers", 1)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag}={getattr(args, flag)} must be at least {least}")
@@ -91,7 +97,8 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
     )
     if mixture and (args.part or args.join or args.max_tokens):
         raise UserError(
-            "--mixture is prepared by one command, and its file gives the number of tokens; remove --part, --join, --max_tokens"
+            "--mixture is prepared by one command, and its file gives the number of tokens;"
+            " remove --part, --join, --max_tokens"
         )
     if mixture:
         made = mix(whole, mixture)

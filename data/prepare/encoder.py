@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from util.errors import UserError
-from data.tokenizers.tokenizer import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, Tokenizer
 from data.tokenizers.hf_json import GPT4_PATTERN
+from data.tokenizers.tokenizer import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, Tokenizer
+from util.errors import UserError
 
 Encode = Callable[[str], np.ndarray]
 

@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
+from data.prepare.sources import WorkUnit
+from data.prepare.workers import Encoded, EncodeOptions, encoded_units, text_bytes
+from data.shards import ShardWriter, open_shard
+from data.tokenizers.fim import sentinels
+from data.tokenizers.tokenizer import Tokenizer
 from util.errors import MACHINE_REFUSES, UserError, user_errors
 from util.files import read_json as value_in
 from util.files import take_lock, write_atomically
-from data.tokenizers.fim import sentinels
-from data.shards import ShardWriter, open_shard
-from data.prepare.sources import WorkUnit
-from data.tokenizers.tokenizer import Tokenizer
-from data.prepare.workers import Encoded, EncodeOptions, encoded_units, text_bytes
 
 PARTIAL, RECUT, MANIFEST, RECIPE, JOURNAL = ".partial", "recut", "manifest.json", "recipe.json", "journal.json"
 JOURNAL_SECONDS = 2.0
@@ -177,7 +177,7 @@ def _write_journal(partial: Path, job: Job, progress: Progress, writer: ShardWri
 
 
 def _finish(job: Job, partial: Path, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
-    """Publishes complete shards, after cutting them again if the input is too small for the planned validation shard."""
+    """Publishes complete shards. Cuts them again if the input is too small for the planned validation shard."""
     if not progress.tokens and not job.pieces:
         shutil.rmtree(partial)
         raise UserError(f"the input contains no text{_skip_counts(progress.skipped)}")

@@ -24,11 +24,22 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from util.errors import UserError, quote
 from cfg.yaml_text import read_yaml
-from data.prepare.job import JOURNAL, Job, Progress, open_job, locked, prepare, publish, read_manifest, disk_errors, tokens_in
-from data.shards import ShardWriter
+from data.prepare.job import (
+    JOURNAL,
+    Job,
+    Progress,
+    disk_errors,
+    locked,
+    open_job,
+    prepare,
+    publish,
+    read_manifest,
+    tokens_in,
+)
 from data.prepare.sources import identify, input_files, plan
+from data.shards import ShardWriter
+from util.errors import UserError
 
 SLACK = 2**20  # tokens prepared beyond a source's share, so that its last document is complete
 
@@ -63,7 +74,7 @@ def read_mixture(path: Path) -> Mixture:
     for name, source in mixture.sources.items():
         if not name or Path(name).name != name:
             raise UserError(f"--mixture={path}: {name!r} must be a name, not a path")
-        if mixture.sources[name].fim_spm_rate and not mixture.sources[name].fim_rate:
+        if source.fim_spm_rate and not source.fim_rate:
             raise UserError(f"--mixture={path}: {name}: fim_spm_rate is a share of fim_rate, which is 0")
     total = sum(source.weight for source in mixture.sources.values())
     for source in mixture.sources.values():

@@ -1,4 +1,4 @@
-"""Parts: a data set prepared by many commands, for example one per node, and joined into the shards of a single run."""
+"""Parts: a data set prepared by many commands, for example one per node, then joined into one set of shards."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from util.errors import UserError
-from util.files import file_sha256
-from data.prepare.job import JOURNAL, Job, Progress, open_job, locked, publish, read_manifest, disk_errors, tokens_in
-from data.shards import ShardWriter
+from data.prepare.job import JOURNAL, Job, Progress, disk_errors, locked, open_job, publish, read_manifest, tokens_in
 from data.prepare.sources import WorkUnit
 from data.prepare.workers import text_bytes
+from data.shards import ShardWriter
+from util.errors import UserError
+from util.files import file_sha256
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -59,7 +59,9 @@ def find_parts(job: Job) -> list[tuple[Path, dict[str, Any]]]:
         if manifest is None:
             raise UserError(f"--join: part {k}/{n} is not finished; run its command with --part={k}/{n}")
         if manifest["recipe"] != {**job.recipe, "part": f"{k}/{n}"}:
-            raise UserError(f"--join: {folder} was made from other input or options; prepare it again with the options of --join")
+            raise UserError(
+                f"--join: {folder} was made from other input or options; prepare it again with the options of --join"
+            )
         parts.append((folder, manifest))
     return parts
 

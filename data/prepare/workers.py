@@ -1,4 +1,4 @@
-"""Worker processes that encode work units. A worker reads text and writes tokens itself, so that pipes carry neither."""
+"""Worker processes that encode work units. A worker reads text and writes tokens itself; pipes carry only counts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from util.errors import UserError
-from data.tokenizers import fim
 from data.prepare.encoder import Encode, make_encoder, split_safely
-from data.shards import token_dtype
 from data.prepare.sources import Document, WorkUnit, documents, retry
+from data.shards import token_dtype
+from data.tokenizers import fim
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import Tokenizer
+from util.errors import UserError
 
 HELD_TOKENS = 2**22  # tokens in memory before they are written
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 2**16

@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 from data.tokenizers.bpe import merges
-from data.tokenizers.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from data.tokenizers.hf_json import SAME_CUTS, TOKENIZER, TOKENIZER_CONFIG, _byte_letters, byte_level_steps
+from data.tokenizers.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
 
 def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str, bytes]:

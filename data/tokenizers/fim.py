@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 
-from util.errors import UserError
 from data.tokenizers.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
+from util.errors import UserError
 
 Parts = list["str | int"]  # text to encode, and ids of sentinels
 

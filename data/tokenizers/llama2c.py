@@ -7,7 +7,8 @@ into characters, or bytes for characters without a piece. As long as two neighbo
 with the highest score, the leftmost if there are several. As with ranks, each piece is merged from a single pair
 (data/tokenizers/bpe.py). These pairs, ordered by score, are the list of merges of the tokenizer.json.
 
-llama2.c's data starts each story with <s> and has no </s>, and its samples stop at <s>. So <s> is the end-of-text token.
+llama2.c's data starts each story with <s> and has no </s>, and its samples stop at <s>. So <s> is the end-of-text
+token.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from util.errors import UserError, user_errors
 from data.tokenizers.bpe import merges
-from data.tokenizers.tokenizer import Tokenizer
 from data.tokenizers.hf_json import read_tokenizer_json
+from data.tokenizers.tokenizer import Tokenizer
+from util.errors import UserError, user_errors
 
 MAX_BYTES = 2**24  # of a file; Llama's file with 32,000 pieces has 434 kB
 MAX_PIECE = 2**8  # bytes; Llama's longest piece has 27

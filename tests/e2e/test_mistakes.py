@@ -108,8 +108,8 @@ def test_under_torchrun_rank_0_alone_speaks(trainer, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
-        "error: --input_train_bin=nowhere/*.bin matches no file: there is no folder nowhere;"
-        " docs/data.md says how shards are made"
+        "error: --input_train_bin=nowhere/*.bin matches no file: folder nowhere does not exist;"
+        " docs/data.md explains how to make shards"
     ]
     assert "exitcode  : 2" in err
 
