@@ -108,9 +108,9 @@ def encode_example(example: Example, encode: Callable[[str], list[int]]) -> Toke
 
 def write_eval_file(path: Path, examples: list[TokenExample]) -> None:
     """Writes llm.c's evaluation file atomically. Numbers that do not fit into uint16 are an error."""
+    if not 0 < len(examples) < 2**16:
+        raise UserError(f"{path}: {len(examples)} examples; the format allows 1 to {2**16 - 1}")
     streams = [_stream(path, index, example) for index, example in enumerate(examples)]
-    if not 0 < len(streams) < 2**16:
-        raise UserError(f"{path}: {len(streams)} examples; the format allows 1 to {2**16 - 1}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:4] = MAGIC, VERSION, len(streams), 2 * max(map(len, streams))
     write_atomically(path, header.tobytes() + np.array(list(chain(*streams)), "<u2").tobytes())

@@ -245,10 +245,8 @@ def _no_match_hint(pattern: Path) -> str:
             if near:
                 return f"{missing}; did you mean {parent / near}?"
             if closest(part, ["tinyshakespeare"]):
-                return (
-                    f"folder {parent / part} does not exist; python data/tiny_shakespeare.py makes data/tinyshakespeare"
-                )
-            return f"folder {parent / part} does not exist; docs/data.md explains how to make shards"
+                return f"{missing}; python data/tiny_shakespeare.py makes data/tinyshakespeare"
+            return f"{missing}; docs/data.md explains how to make shards"
         parent = parent / part
     there = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if os.path.isdir(parent) else []
     return f"{parent} contains {', '.join(there[:4]) + (', …' if len(there) > 4 else '') if there else 'nothing'}"

@@ -29,24 +29,24 @@ def folder(text: str) -> Path:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("output")
-    what.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")
-    what.add_argument("--max_tokens", type=int, default=0, help="stop after this many tokens; 0: no limit")
-    what.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
-    what.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
-    what.add_argument("--skip_bad", action="store_true", help="skip damaged text, and count it")
-    what.add_argument(
+    output = parser.add_argument_group("output")
+    output.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")
+    output.add_argument("--max_tokens", type=int, default=0, help="stop after this many tokens; 0: no limit")
+    output.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
+    output.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
+    output.add_argument("--skip_bad", action="store_true", help="skip damaged text, and count it")
+    output.add_argument(
         "--fim_rate", type=float, default=0.0, help="share of documents rearranged for fill-in-the-middle"
     )
-    what.add_argument("--fim_spm_rate", type=float, default=0.0, help="share of these in suffix-prefix-middle order")
-    how = parser.add_argument_group("work")
-    how.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
-    how.add_argument(
+    output.add_argument("--fim_spm_rate", type=float, default=0.0, help="share of these in suffix-prefix-middle order")
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
+    work.add_argument(
         "--encoder", default="auto", choices=["auto", "tiktoken"], help="auto: splintr if it agrees with tiktoken"
     )
-    how.add_argument("--part", default="", metavar="K/N", help="prepare only part K of N, K from 1 to N")
-    how.add_argument("--join", action="store_true", help="join all parts into one data set")
-    how.add_argument("--check", action="store_true", help="verify the shards in --output_dir")
+    work.add_argument("--part", default="", metavar="K/N", help="prepare only part K of N, K from 1 to N")
+    work.add_argument("--join", action="store_true", help="join all parts into one data set")
+    work.add_argument("--check", action="store_true", help="verify the shards in --output_dir")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -97,7 +97,8 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
     )
     if mixture and (args.part or args.join or args.max_tokens):
         raise UserError(
-            "--mixture is prepared by one command, and its file gives the number of tokens; remove --part, --join, --max_tokens"
+            "--mixture is prepared by one command, and its file gives the number of tokens;"
+            " remove --part, --join, --max_tokens"
         )
     if mixture:
         made = mix(whole, mixture)

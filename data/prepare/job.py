@@ -177,7 +177,7 @@ def _write_journal(partial: Path, job: Job, progress: Progress, writer: ShardWri
 
 
 def _finish(job: Job, partial: Path, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
-    """Publishes complete shards, after cutting them again if the input is too small for the planned validation shard."""
+    """Publishes complete shards. Cuts them again if the input is too small for the planned validation shard."""
     if not progress.tokens and not job.pieces:
         shutil.rmtree(partial)
         raise UserError(f"the input contains no text{_skip_counts(progress.skipped)}")

@@ -74,7 +74,7 @@ def read_mixture(path: Path) -> Mixture:
     for name, source in mixture.sources.items():
         if not name or Path(name).name != name:
             raise UserError(f"--mixture={path}: {name!r} must be a name, not a path")
-        if mixture.sources[name].fim_spm_rate and not mixture.sources[name].fim_rate:
+        if source.fim_spm_rate and not source.fim_rate:
             raise UserError(f"--mixture={path}: {name}: fim_spm_rate is a share of fim_rate, which is 0")
     total = sum(source.weight for source in mixture.sources.values())
     for source in mixture.sources.values():

@@ -1,4 +1,4 @@
-"""Parts: a data set prepared by many commands, for example one per node, and joined into the shards of a single run."""
+"""Parts: a data set prepared by many commands, for example one per node, then joined into one set of shards."""
 
 from __future__ import annotations
 

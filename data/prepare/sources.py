@@ -58,7 +58,7 @@ def is_remote(path: str) -> bool:
 
 
 def input_files(patterns: list[str]) -> list[str]:
-    """Expands paths, globs and folders to files, in the order given, each file once. Remote addresses stay as they are."""
+    """Expands paths, globs and folders to files, in the order given, each file once. Keeps remote addresses."""
     paths: dict[str, None] = {}
     for pattern in patterns:
         if is_remote(pattern):
@@ -326,7 +326,7 @@ def _remote_file(path: str) -> Any:
 
 @lru_cache(maxsize=8)
 def _remote_metadata(path: str) -> Any:
-    """Reads the metadata at the end of a remote file. It can be megabytes, so it is cached for the file's other units."""
+    """Reads the metadata at the end of a remote file. It can be megabytes, so it is cached for later units."""
     import pyarrow.parquet as pq
 
     return pq.read_metadata(_remote_file(path))

@@ -1,4 +1,4 @@
-"""Worker processes that encode work units. A worker reads text and writes tokens itself, so that pipes carry neither."""
+"""Worker processes that encode work units. A worker reads text and writes tokens itself; pipes carry only counts."""
 
 from __future__ import annotations
 

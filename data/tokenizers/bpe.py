@@ -26,8 +26,8 @@ def merge(token: T, ranks: dict[T, int], until: int = 1) -> list[T]:
 def merges(ranks: dict[T, int]) -> list[tuple[T, T]]:
     """Returns the pair that each token is merged from, in the order of ranks.
 
-    Point 1 in data/tokenizers/hf_json.py shows that each token has only one pair, and that merging the token alone finds
-    it. Tokens that merging cannot make have no pair: three or more parts are left, or a letter is not a token.
+    Point 1 in data/tokenizers/hf_json.py shows that each token has only one pair, and that merging the token alone
+    finds it. Tokens that merging cannot make have no pair: three or more parts are left, or a letter is not a token.
     """
     pairs: list[tuple[T, T]] = []
     for token in sorted(ranks, key=ranks.__getitem__):

@@ -13,8 +13,8 @@ of tokens that the list of merges makes of the bytes of token z alone.
    span alone, because the order of merges depends only on positions and pairs. So if adjacent x, y with x + y = z are
    reached in any text, z alone reaches x, y too. Merging z alone is deterministic, so x, y is the only pair that z can
    be merged from.
-2. If n = 1, the pair is in the list. If n >= 3, z alone is never two tokens, so no pair for z is ever reached. If n = 2,
-   the pair is reached but not in the list: tiktoken merges it, `tokenizers` does not.
+2. If n = 1, the pair is in the list. If n >= 3, z alone is never two tokens, so no pair for z is ever reached. If
+   n = 2, the pair is reached but not in the list: tiktoken merges it, `tokenizers` does not.
 3. So if no token has n = 2, both cores choose among the same pairs at every step, one pair per token. If the list also
    makes its tokens in the order of their ids, they choose the same pair.
 4. tiktoken looks up a whole piece before it merges. The result is equal if n = 1 for all tokens. With

@@ -7,7 +7,8 @@ into characters, or bytes for characters without a piece. As long as two neighbo
 with the highest score, the leftmost if there are several. As with ranks, each piece is merged from a single pair
 (data/tokenizers/bpe.py). These pairs, ordered by score, are the list of merges of the tokenizer.json.
 
-llama2.c's data starts each story with <s> and has no </s>, and its samples stop at <s>. So <s> is the end-of-text token.
+llama2.c's data starts each story with <s> and has no </s>, and its samples stop at <s>. So <s> is the end-of-text
+token.
 """
 
 from __future__ import annotations

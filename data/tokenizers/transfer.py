@@ -21,8 +21,8 @@ def token_rows(old: Tokenizer, new: Tokenizer, old_size: int, new_size: int) -> 
     """Returns old ids, (n,) int64, and offsets, (new_size + 1,) int64.
 
     Row i of the new embeddings is the mean of the old rows ids[offsets[i]:offsets[i + 1]]. If this is empty, it is the
-    mean of all old rows that belong to a token. `old_size` and `new_size` are the numbers of rows, at least the sizes of
-    the vocabularies.
+    mean of all old rows that belong to a token. `old_size` and `new_size` are the numbers of rows, at least the sizes
+    of the vocabularies.
 
     A token gets the old token with its bytes, otherwise the old tokens that spell it. A special token gets the old
     special token with its name, and the end-of-text token the old end-of-text token. New special tokens and unused ids

@@ -128,9 +128,9 @@ SECOND = 1024 + 2 * 17  # ONE takes 17 words
         (patched(8, 1, "<i"), "too long: 34 bytes after the last of 1"),
         (patched(8, 0, "<i"), "too long"),
         (patched(8, -1, "<i"), "too long"),
-        (patched(12, 33, "<i"), "up to 33 bytes, says the header; found 34"),
-        (lambda content: b"", "0 bytes is less than a header"),
-        (lambda content: content[:1000], "less than a header"),
+        (patched(12, 33, "<i"), "up to 33 bytes, but the largest has 34"),
+        (lambda content: b"", "0 bytes are less than the header's"),
+        (lambda content: content[:1000], "less than the header's"),
         (lambda content: content[:1024], "truncated: ends within example 0"),
         (lambda content: content[:-1], "odd number of bytes"),
         (lambda content: content[:-2], "truncated: ends within example 1"),
@@ -202,7 +202,7 @@ def test_what_is_not_an_example_is_refused_with_its_line(tmp_path, row, message)
 def test_an_empty_file_is_refused(tmp_path, content):
     path = tmp_path / "x.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match="x.jsonl: holds no examples"):
+    with pytest.raises(UserError, match="x.jsonl: contains no examples"):
         list(read_hellaswag(path))
 
 
@@ -219,13 +219,27 @@ def one_line(done):
     return done.stderr
 
 
-def test_the_command(tmp_path):
+@pytest.fixture
+def run(tmp_path, tokenizer, call, monkeypatch, capsys):
+    """Runs the command in this process on mine.jsonl and returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, "load_tokenizer", lambda: tokenizer)
+
+    def run(*args):
+        call(hellaswag, *(args or ["--input=mine.jsonl", "--output_dir=out"]))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_command(tmp_path, run):
+    """The first call and a mistake run the real command; the rest runs in this process."""
     source, out = tmp_path / "mine.jsonl", tmp_path / "out"
     source.write_text("".join(json.dumps(ROW | {"label": label}) + "\n" for label in range(4)))
     arguments = ("--input=mine.jsonl", "--output_dir=out")
     done = command(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
-    assert "mine.jsonl: taken as it is" in done.stdout and "out: 4 examples in mine.jsonl and mine.bin" in done.stdout
+    assert "mine.jsonl: not verified" in done.stdout and "out: 4 examples in mine.jsonl and mine.bin" in done.stdout
     assert sorted(p.name for p in out.iterdir()) == ["mine.bin", "mine.jsonl"]
     assert (out / "mine.jsonl").read_bytes() == source.read_bytes()
     encode = load_tokenizer().encode
@@ -233,39 +247,43 @@ def test_the_command(tmp_path):
         TokenExample(encode(ROW["ctx"]), [encode(" " + e) for e in ROW["endings"]], label) for label in range(4)
     ]
     before = (out / "mine.bin").stat().st_mtime_ns
-    assert "out: already there" in command(tmp_path, *arguments).stdout
+    assert "out: already there" in run()
     assert (out / "mine.bin").stat().st_mtime_ns == before
 
-    (out / "mine.bin").unlink()  # as if stopped in between
-    assert "4 examples" in command(tmp_path, *arguments).stdout
+    (out / "mine.bin").unlink()  # as if it had been interrupted in between
+    assert "4 examples" in run()
     (out / "mine.bin").write_bytes(b"short")
-    assert "mine.bin: 5 bytes is less than a header" in one_line(command(tmp_path, *arguments))
+    with pytest.raises(UserError, match="mine.bin: 5 bytes are less than the header's"):
+        run()
     write_eval_file(out / "mine.bin", [ONE])
-    assert "mine.bin is not made from out/mine.jsonl" in one_line(command(tmp_path, *arguments))
+    with pytest.raises(UserError, match="mine.bin was not made from out/mine.jsonl"):
+        run()
     source.write_text(json.dumps(ROW))
-    assert "out/mine.jsonl is another file than mine.jsonl" in one_line(command(tmp_path, *arguments))
+    assert "out/mine.jsonl exists and differs from mine.jsonl" in one_line(command(tmp_path, *arguments))
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
         ("mine.jsonl", json.dumps(ROW) + "\n{}\n", "mine.jsonl, line 2: no field 'ctx'"),
-        ("hellaswag_val.jsonl", json.dumps(ROW), "not hellaswag_val.jsonl (12,246,618 bytes"),
+        ("hellaswag_val.jsonl", json.dumps(ROW), "not hellaswag_val.jsonl .12,246,618 bytes"),
         ("mine.jsonl", json.dumps(ROW | {"ctx": "all " * 40_000}), "mine.bin: example 0 takes"),
         (None, "", "--input=mine.jsonl: no such file"),
     ],
 )
-def test_mistakes_leave_nothing(tmp_path, name, content, message):
+def test_mistakes_write_nothing(tmp_path, run, name, content, message):
     if name:
         (tmp_path / name).write_text(content)
-    assert message in one_line(command(tmp_path, f"--input={name or 'mine.jsonl'}", "--output_dir=out"))
+    with pytest.raises(UserError, match=message):
+        run(f"--input={name or 'mine.jsonl'}", "--output_dir=out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written(tmp_path):
+def test_an_output_that_cannot_be_written_is_an_error(tmp_path, run):
     (tmp_path / "mine.jsonl").write_text(json.dumps(ROW))
     (tmp_path / "out").write_text("a file")
-    assert "--output_dir=out: " in one_line(command(tmp_path, "--input=mine.jsonl", "--output_dir=out"))
+    with pytest.raises(UserError, match="^--output_dir=out: "):
+        run()
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):

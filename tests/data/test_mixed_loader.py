@@ -200,12 +200,12 @@ def test_a_weight_is_a_positive_number(number):
 
 
 def test_names_are_used_once():
-    with pytest.raises(UserError, match="two sources called a"):
+    with pytest.raises(UserError, match="two sources are named a"):
         parse_sources("a=0.7:x,a=0.3:y", "input_train_bin")
 
 
 def test_a_source_has_a_window_and_a_sample(folder):
-    with pytest.raises(UserError, match=r"^--input_train_bin: source c holds 9 tokens, too few for one window of 10;"):
+    with pytest.raises(UserError, match=r"^--input_train_bin: source c has 9 tokens, too few for one window of 10;"):
         make(folder, length=9)
     with pytest.raises(UserError, match="the weight of b is less than one sample in 10,000"):
         make(folder, "a=1:,b=1e-6:")

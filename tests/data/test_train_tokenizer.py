@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data import train_tokenizer
 from data.tokenizers.load import load_tokenizer
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = [
@@ -56,17 +58,16 @@ def test_transformers_opens_it_with_equal_ids(made):
     assert theirs.convert_tokens_to_ids(names) == [ours.special[name] for name in names] == [0, 1, 2, 3]
 
 
-def test_the_same_text_gives_the_same_file(made, corpus, tmp_path):
+def test_the_same_text_gives_the_same_file(made, corpus, tmp_path, call):
     folder, _, flags = made
-    assert command(corpus / "*.jsonl", "--output", tmp_path / "mine.json", *flags).returncode == 0
+    call(train_tokenizer, corpus / "*.jsonl", "--output", tmp_path / "mine.json", *flags)
     assert (tmp_path / "mine.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert load_tokenizer(str(tmp_path / "mine.json")).sha256 == load_tokenizer(str(folder)).sha256
 
 
-def test_less_text_on_request(made, corpus, tmp_path):
-    done = command(corpus / "*.jsonl", "--output", tmp_path, *made[2], "--max_bytes=20000", "--pattern=gpt2")
-    assert done.returncode == 0, done.stderr
-    used = int(done.stdout.splitlines()[0].split(" from ")[1].split()[0].replace(",", ""))
+def test_max_bytes_limits_the_text(made, corpus, tmp_path, call, capsys):
+    call(train_tokenizer, corpus / "*.jsonl", "--output", tmp_path, *made[2], "--max_bytes=20000", "--pattern=gpt2")
+    used = int(capsys.readouterr().out.splitlines()[0].split(" from ")[1].split()[0].replace(",", ""))
     assert 10000 < used < 20000
 
 
@@ -74,23 +75,34 @@ def test_less_text_on_request(made, corpus, tmp_path):
     "flags, message",
     [
         (["--vocab_size=256"], "--vocab_size=256 must be at least 257"),
-        (["--vocab_size=30000"], "not --vocab_size=30000; give more text or lower it"),
-        (["--special_tokens=the"], "'the' must have the form <|name|>"),
+        (["--vocab_size=30000"], "not --vocab_size=30000; give more text or lower --vocab_size"),
+        (["--special_tokens=the"], r"'the' must have the form <\|name\|>"),
         (["--max_bytes=0"], "--max_bytes=0"),
-        (["--max_bytes=1"], "holds no text within --max_bytes=1"),
+        (["--max_bytes=1"], "contains no text within --max_bytes=1"),
         (["--pattern=llama"], "invalid choice"),
-        (["--text_key=text"], "no"),
+        (["--text_key=text"], "line 1 is not a JSON object with a field 'text'"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(corpus, tmp_path, flags, message):
-    done = command(corpus / "docs.jsonl", "--text_key=body", "--vocab_size=300", "--output", tmp_path / "out", *flags)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+def test_mistakes_write_nothing(corpus, tmp_path, call, flags, message):
+    with pytest.raises(UserError, match=message):
+        call(
+            train_tokenizer,
+            *(corpus / "docs.jsonl", "--text_key=body", "--vocab_size=300", "--output", tmp_path / "out"),
+            *flags,
+        )
     assert not (tmp_path / "out").exists()
 
 
-def test_no_text_and_files_that_are_there(made, corpus, tmp_path):
-    assert "no text" in command(corpus / "empty.txt", "--output", tmp_path / "out").stderr
-    assert "no such file" in command(corpus / "none.txt", "--output", tmp_path / "out").stderr
+def test_input_without_text_is_one_line(corpus, tmp_path):
+    done = command(corpus / "empty.txt", "--output", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no text" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_input_and_existing_output_are_errors(made, corpus, tmp_path, call):
+    with pytest.raises(UserError, match="no such file"):
+        call(train_tokenizer, corpus / "none.txt", "--output", tmp_path / "out")
     before = (made[0] / "tokenizer.json").read_bytes()
-    assert "is there already" in command(corpus / "*.jsonl", "--output", made[0], *made[2]).stderr
+    with pytest.raises(UserError, match="exists already"):
+        call(train_tokenizer, corpus / "*.jsonl", "--output", made[0], *made[2])
     assert (made[0] / "tokenizer.json").read_bytes() == before

@@ -103,8 +103,8 @@ def test_an_output_dir_that_cannot_be_written(trainer, tmp_path):
 def test_under_torchrun_rank_0_alone_speaks(trainer, tmp_path):
     err = trainer.run(tmp_path / "run", "--input_train_bin=nowhere/*.bin", ranks=2, code=1).stderr
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
-        "error: --input_train_bin=nowhere/*.bin matches no file: there is no folder nowhere;"
-        " docs/data.md says how shards are made"
+        "error: --input_train_bin=nowhere/*.bin matches no file: folder nowhere does not exist;"
+        " docs/data.md explains how to make shards"
     ]
     assert "exitcode  : 2" in err
 

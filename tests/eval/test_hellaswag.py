@@ -166,9 +166,9 @@ def test_user_errors(text_checkpoint, evaluate, tmp_path):
     model = f"--checkpoint={text_checkpoint}"
     without = [{k: v for k, v in ROW.items() if k != "ctx_a"}]
     assert "line 2: no field 'ctx_a'" in error(model, f"--input={write(tmp_path / 'a.jsonl', [ROW, *without])}")
-    assert "ctx_b is no text" in error(model, f"--input={write(tmp_path / 'b.jsonl', [{**ROW, 'ctx_b': 3}])}")
+    assert "ctx_b is not text" in error(model, f"--input={write(tmp_path / 'b.jsonl', [{**ROW, 'ctx_b': 3}])}")
     (tmp_path / "empty.jsonl").touch()
-    assert "holds no examples" in error(model, f"--input={tmp_path / 'empty.jsonl'}")
+    assert "contains no examples" in error(model, f"--input={tmp_path / 'empty.jsonl'}")
     assert "no such file" in error(model, f"--input={tmp_path / 'none.jsonl'}")
     assert "no such checkpoint" in error(f"--checkpoint={tmp_path / 'nowhere'}", f"--input={good}")
     assert "holds no checkpoint" in error(f"--checkpoint={tmp_path}", f"--input={good}")

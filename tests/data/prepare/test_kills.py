@@ -1,4 +1,4 @@
-"""The real command, killed: whenever and whichever process it hits, the same command ends with the same bytes."""
+"""The real command, killed at any time in any process: when it is repeated, it ends with the same bytes."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = [sys.executable, str(ROOT / "data" / "text.py")]
-# The same with small units, taken slowly, and a journal after nearly each: many places for a kill in a small input.
+# The command with small and slow units and a journal after nearly every unit, so that a small input has many places
+# for a kill.
 FINE = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 from util.errors import run_command
@@ -53,7 +54,7 @@ def start(source, out, command=COMMAND):
 
 
 def listen_to_interrupts():
-    """What runs in the background of a shell begins with SIGINT ignored, and its children too."""
+    """Restores SIGINT: it is ignored in background processes of a shell and in their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -65,7 +66,7 @@ def finish(process, code=0):
 
 @pytest.fixture(scope="module")
 def made(source, tmp_path_factory, content):
-    """What an undisturbed command makes."""
+    """The output of an undisturbed command."""
     out = tmp_path_factory.mktemp("made")
     stdout, stderr = finish(start(source, out))
     assert stdout.startswith(f"{out}: 4,300 documents, ") and not stderr
@@ -81,7 +82,7 @@ def workers_of(process):
 
 
 def in_session(pid):
-    """Processes of the session that `pid` began, those that have ended but for their parent's notice left out."""
+    """Returns the processes of the session that `pid` started, without zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -114,7 +115,7 @@ def journal_of(out):
 
 
 def test_killed_again_and_again(source, made, tmp_path, content):
-    """Six times at random moments, half of them once more is on record than the time before."""
+    """Six kills at random moments. Every second one waits until the journal has advanced."""
     random.seed(7)
     kills = 0
     for k in range(6):
@@ -136,30 +137,36 @@ def test_killed_again_and_again(source, made, tmp_path, content):
     assert out == f"{tmp_path}: already there\n" and not err
 
 
-def test_a_worker_that_is_killed_is_one_line(source, made, tmp_path, content):
+def interrupt(process, out):
+    """Sends Ctrl-C and checks that the command stops at once, in one line."""
+    time.sleep(0.15)
+    os.killpg(process.pid, signal.SIGINT)
+    before = time.monotonic()
+    _, err = finish(process, code=130)
+    assert err == "interrupted\n" and time.monotonic() - before < 5
+    assert not list(out.glob("*.bin")) and all_gone(process.pid)
+
+
+def test_a_killed_worker_and_ctrl_c_are_one_line_and_can_be_resumed(source, made, tmp_path, content):
     process = start(source, tmp_path, FINE_COMMAND)
     wait_until(lambda: journal_of(tmp_path) > 2, process)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     out, err = finish(process, code=2)
     assert err.startswith("error: a worker process was killed") and err.count("\n") == 1
     assert all_gone(process.pid)
+
+    process, done = start(source, tmp_path, FINE_COMMAND), journal_of(tmp_path)
+    wait_until(lambda: journal_of(tmp_path) > done, process)
+    interrupt(process, tmp_path)
+
     finish(start(source, tmp_path, FINE_COMMAND))
     assert content(tmp_path) == made
 
 
-@pytest.mark.parametrize("moment", ["starting", "working"])
-def test_ctrl_c_stops_at_once_and_without_a_traceback(source, made, tmp_path, content, moment):
+def test_ctrl_c_stops_while_workers_start(source, tmp_path):
     process = start(source, tmp_path, FINE_COMMAND)
-    wait_until(lambda: len(workers_of(process)) > 1 if moment == "starting" else journal_of(tmp_path), process)
-    time.sleep(0.15)  # while they import, as a rule
-    os.killpg(process.pid, signal.SIGINT)
-    before = time.monotonic()
-    out, err = finish(process, code=130)
-    assert err == "interrupted\n" and time.monotonic() - before < 5
-    assert not list(tmp_path.glob("*.bin")) and all_gone(process.pid)
-    if moment == "working":
-        finish(start(source, tmp_path, FINE_COMMAND))
-        assert content(tmp_path) == made
+    wait_until(lambda: len(workers_of(process)) > 1, process)
+    interrupt(process, tmp_path)
 
 
 def test_a_mistake_met_by_a_worker_is_one_line(source, tmp_path):
