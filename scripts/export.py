@@ -1,9 +1,11 @@
-"""A checkpoint in another form: `python scripts/export.py --checkpoint RUN --to hf --output FOLDER`.
+"""Export of a checkpoint to another format: `python scripts/export.py --checkpoint RUN --to hf --output FOLDER`.
 
-hf: a Hugging Face folder, for transformers and all that reads its models: config.json, model.safetensors, the
-tokenizer, a model card. llmc: llm.c's model file. consolidated: what many ranks wrote in one file, which evaluation
-takes as it takes a checkpoint. --checkpoint may also name somebody else's model (hf:, nanogpt:, llmc:, llama2c:FILE),
-which is then converted. Needs memory for a file of the output at a time, none for the optimizer.
+hf            a Hugging Face folder: config.json, model.safetensors, the tokenizer, a model card
+llmc          llm.c's model file
+consolidated  a rawgpt checkpoint without the optimizer, its weights in one file; evaluation can load it
+
+--checkpoint may also name a model in another format (hf:, nanogpt:, llmc:, llama2c:FILE), which is converted. The
+export needs memory for one file of the output at a time.
 """
 
 from __future__ import annotations
@@ -26,9 +28,14 @@ def parser() -> CommandParser:
     add("--checkpoint", required=True, help="an output_dir, one checkpoint in it, or a model as --init_from names it")
     add("--to", choices=list(NAMES), default="consolidated", help="default: %(default)s")
     add("--output", type=Path, required=True, help="the folder or file to write; must not exist")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of hf and llmc (float32)")
-    add("--tokenizer", default="", help="name, or path of a tokenizer.json, for hf (default: the run's)")
-    add("--max_file_gb", type=float, default=5.0, help="for hf: 10^9 bytes in a file, above which there are several")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="for hf and llmc (default: float32)",
+    )
+    add("--tokenizer", default="", help="name, or path of a tokenizer.json, for hf (default: the model's own)")
+    add("--max_file_gb", type=float, default=5.0, help="for hf: the largest size of a file in 10^9 bytes")
     return parser
 
 
@@ -70,15 +77,16 @@ from util.files import file_sha256, flush_to_disk
 
 @dataclass(frozen=True)
 class Source:
-    """The model to be written."""
+    """The model to export."""
 
     pretrained: PretrainedModel
-    path: Path  # the checkpoint, folder or file it is read from
+    path: Path  # the checkpoint, folder or file
     config: ModelConfig
-    read: Callable[[str], Tensor]  # a parameter by its name, the vocabulary without padding
+    read: Callable[[str], Tensor]  # returns a parameter by name, without vocabulary padding
 
 
 def open_source(name: str) -> Source:
+    """Opens the model that --checkpoint names."""
     pretrained = open_pretrained(name, "checkpoint")
     config = model_config(pretrained.flags, name)
     if pretrained.kind:
@@ -88,11 +96,11 @@ def open_source(name: str) -> Source:
 
 
 def consolidate(source: Source, folder: Path) -> None:
-    """Writes the model, whole, into the empty `folder`, as a checkpoint without an optimizer."""
+    """Writes a checkpoint without optimizer, its weights in one file, to the empty `folder`."""
     checkpoint = source.path
     manifest = read_manifest(checkpoint)
     for name in manifest["files"]:
-        if "/" not in name:  # state, tokenizer
+        if "/" not in name:  # not weights: the state and the tokenizer
             shutil.copy(checkpoint / name, folder / name)
     tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint, "model").items()}
     load_tensors(checkpoint, "model", tensors)
@@ -106,13 +114,14 @@ def consolidate(source: Source, folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, tokenizer_name: str) -> None:
-    """Writes a Hugging Face folder of the model into the empty `folder`.
+    """Writes a Hugging Face folder of the model to the empty `folder`.
 
-    Raises UserError if transformers has no class for it.
+    A model for which transformers has no class is a user error.
     """
     model = write_config(source.config.model_dump())
     tokenizer = open_tokenizer(source, tokenizer_name)
@@ -120,7 +129,7 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     if tokenizer:
         for name, content in tokenizer_files(tokenizer, source.config.n_positions).items():
             (folder / name).write_bytes(content)
-        # What documents begin with; here it is mostly the token that also ends them.
+        # BOS is the token that starts documents. In most tokenizers it is the end-of-text token.
         ids = {"bos_token_id": (tokenizer.prefix or [tokenizer.end_of_text])[0], "eos_token_id": tokenizer.end_of_text}
     kind = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**model, **ids, "torch_dtype": kind})
@@ -132,14 +141,14 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
 
 
 def open_tokenizer(source: Source, name: str) -> Tokenizer | None:
-    """The one that is named, else the model's own, if that is known and can be had."""
+    """Returns the tokenizer `name`, or the model's own. Without a name a missing tokenizer is not an error."""
     flags = source.pretrained.flags | {"tokenizer": source.pretrained.tokenizer, "vocab_size": source.config.vocab_size}
     try:
         return load_model_tokenizer(name, source.path, flags)
     except UserError as error:
         if name:
             raise
-        print(f"no tokenizer is written: {error}")
+        print(f"exporting without a tokenizer: {error}")
         return None
 
 
@@ -147,7 +156,7 @@ def write_weights(source: Source, folder: Path, learned: bool, dtype: torch.dtyp
     """Writes model.safetensors, or several files with an index if they hold more than `limit` bytes."""
     from tqdm import tqdm
 
-    # GPT-2's class has all biases: where the model has none, they are zero.
+    # transformers' GPT-2 class always has biases. A model without biases gets zeros.
     shapes = parameter_shapes(source.config.model_copy(update={"bias": True}) if learned else source.config)
     groups = list(grouped(shapes, limit / dtype.itemsize))
     own = parameter_shapes(source.config)
@@ -170,7 +179,7 @@ def write_weights(source: Source, folder: Path, learned: bool, dtype: torch.dtyp
 
 
 def grouped(shapes: dict[str, torch.Size], limit: float) -> Iterator[list[str]]:
-    """Names of parameters in groups of at most `limit` values, but for one that is larger by itself."""
+    """Yields names of parameters in groups of at most `limit` values. A larger parameter is a group alone."""
     group: list[str] = []
     held = 0
     for name, shape in shapes.items():
@@ -183,14 +192,14 @@ def grouped(shapes: dict[str, torch.Size], limit: float) -> Iterator[list[str]]:
 
 
 def write_folder(output: Path, write: Callable[[Path], None]) -> None:
-    """A folder that appears whole or not at all."""
+    """Creates a folder with `write`, so that it is complete or absent."""
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / "whole"
         folder.mkdir()
         write(folder)
         for path in folder.rglob("*"):
             if path.is_file():
-                path.chmod(folder.stat().st_mode & 0o666)  # safetensors keeps what it writes to its owner
+                path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
                 flush_to_disk(path)
         os.rename(folder, output)
 
@@ -198,18 +207,20 @@ def write_folder(output: Path, write: Callable[[Path], None]) -> None:
 def main(args: Namespace) -> None:
     output, dtype = args.output, getattr(torch, args.dtype)
     if os.path.lexists(output):
-        raise UserError(f"--output={output} is already there; choose another name")
+        raise UserError(f"--output={output} exists; choose another name")
     if not args.max_file_gb > 0:
         raise UserError(f"--max_file_gb={args.max_file_gb} must be above 0")
     source = open_source(args.checkpoint)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"--output={output}: no such folder can be made ({e.strerror}); choose another place") from e
+        raise UserError(
+            f"--output={output}: cannot create the folder above it ({e.strerror}); choose another place"
+        ) from e
     if args.to == "consolidated":
         if source.pretrained.kind:
             raise UserError(
-                f"--to=consolidated is for checkpoints of ours, which --checkpoint={args.checkpoint} is not"
+                f"--to=consolidated needs a rawgpt checkpoint; --checkpoint={args.checkpoint} is not one; use --to=hf"
             )
         write_folder(output, lambda folder: consolidate(source, folder))
     elif args.to == "hf":
@@ -218,7 +229,7 @@ def main(args: Namespace) -> None:
     else:
         write_file(output, source.config, source.read, dtype)
     files = [p for p in output.rglob("*") if p.is_file()] if output.is_dir() else [output]
-    print(f"{output}: {source.path} in {sum(p.stat().st_size for p in files) / 2**30:.2f} GiB")
+    print(f"{output}: exported {source.path}, {sum(p.stat().st_size for p in files) / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from cfg.flags import GROUPS, Config, shown_default, type_name
 
 
 def flags_markdown() -> str:
-    """The table of flags as it stands in docs/flags.md."""
+    """Returns the content of docs/flags.md."""
     lines = ["# Flags of train_gpt.py", "", "Generated from `cfg/config.py` by `python scripts/flags_table.py`.", ""]
     lines += [f"`--cfg NAME`: {Config.model_fields['cfg'].description}.", ""]
     for group in GROUPS:

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was trained on and how, and how to open it."""
+"""The README.md of an exported model: its size, training, results, and how to load it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from model.formats.checkpoint import read_manifest, read_state, step_of
 from model.formats.pretrained import PretrainedModel
 from train.metrics import read_records
 
-# Flags that tell how a model was trained, in the order in which one asks.
+# The flags to show, in this order.
 TRAINING = """init_from input_train_bin tokenizer sequence_length total_batch_size num_iterations optimizer
     learning_rate schedule warmup_iters learning_rate_decay_frac weight_decay beta1 beta2 grad_clip dropout dtype
     zero_stage doc_mask seed""".split()
 MEASURED = {
-    "loss": "training loss (nats a token)",
-    "val_loss": "validation loss (nats a token)",
+    "loss": "training loss (nats per token)",
+    "val_loss": "validation loss (nats per token)",
     "val_bpb": "validation bits per byte",
     "hellaswag_acc_norm": "HellaSwag acc_norm, completion style",
     "hellaswag_lm_eval_acc_norm": "HellaSwag acc_norm, as lm-evaluation-harness",
@@ -25,7 +25,10 @@ MEASURED = {
 
 
 def model_card(path: Path, pretrained: PretrainedModel, config: ModelConfig, dtype: str, parameters: int) -> str:
-    """Markdown. Facts come from the checkpoint's own files; of another's model we know but its shape."""
+    """Returns the model card in Markdown.
+
+    A rawgpt checkpoint describes its training. Of a model in another format only the architecture is known.
+    """
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- rawgpt", "---", ""]
     lines += [f"# {path.resolve().name if pretrained.kind else run_name(path)}", ""]
     if pretrained.kind:
@@ -34,7 +37,7 @@ def model_card(path: Path, pretrained: PretrainedModel, config: ModelConfig, dty
             "",
         ]
     else:
-        lines += trained(path, parameters, dtype)
+        lines += training_section(path, parameters, dtype)
     lines += ["## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
     lines += ['model = AutoModelForCausalLM.from_pretrained("FOLDER")', "```", ""]
@@ -44,17 +47,18 @@ def model_card(path: Path, pretrained: PretrainedModel, config: ModelConfig, dty
 
 
 def run_name(checkpoint: Path) -> str:
+    """Returns the name of the run's folder, or of the checkpoint's if it is not in a run."""
     folder = checkpoint.resolve()
     return folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
 
 
-def trained(path: Path, parameters: int, dtype: str) -> list[str]:
-    """What the checkpoint says of its training."""
+def training_section(path: Path, parameters: int, dtype: str) -> list[str]:
+    """Returns the lines about training and results, from the checkpoint and the log of its run."""
     flags = read_manifest(path)["config"]
     record = read_state(path)["record"]
     metrics = path.resolve().parent.parent / "metrics.jsonl"
     if step_of(path) >= 0:
-        # The log has what was measured after the save.
+        # Evaluations of this step come after the save, so they are only in the log.
         record |= next((r for r in read_records(metrics) if r["step"] == record["step"]), {})
     found = {what: f"{record[key]:.4f}" for key, what in MEASURED.items() if record.get(key) is not None}
     if limit := flags.get("hellaswag_limit"):
@@ -72,16 +76,17 @@ def trained(path: Path, parameters: int, dtype: str) -> list[str]:
         "",
         "## Training",
         "",
-        *table({name: without_folder(flags[name]) for name in TRAINING if name in flags}),
+        *table({name: without_directory(flags[name]) for name in TRAINING if name in flags}),
         "",
     ]
 
 
-def without_folder(value: Any) -> Any:
-    """A flag's value; of a path on this machine only the end, which is all that is of use elsewhere."""
+def without_directory(value: Any) -> Any:
+    """Shortens a flag's value that is an absolute path to its last part, because the rest is private."""
     kind, colon, path = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     return f"{kind}{colon}{Path(path).name}" if path.startswith(("/", "~")) else value
 
 
 def table(rows: dict[str, Any]) -> list[str]:
+    """Formats names and values as a Markdown table."""
     return ["| | |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in rows.items())]

@@ -1,7 +1,7 @@
-"""How many bytes a training step takes on one rank, from the flags alone: docs/memory.md explains the parts.
+"""Planning of the memory of a training step on one rank, from the flags alone. docs/memory.md explains the parts.
 
-The formulas follow the code's own tensors through a step. They are held against a simulation of the real code
-(scripts/bench/simulate_memory.py) by tests. CUDA's kernels are meant: flash attention, fused RMSNorm and AdamW.
+The formulas follow the tensors of the code through a step, with the CUDA kernels: flash attention, fused RMSNorm and
+AdamW. Tests compare them with a simulation of the real code (scripts/bench/simulate_memory.py).
 """
 
 from __future__ import annotations
@@ -17,55 +17,52 @@ from model.gpt import GPT
 from model.loss import chunk_rows_for
 from util.ranks import Ranks
 
-# Not for tensors: the CUDA context with its libraries and NCCL's buffers, and gaps between blocks of memory.
+# Memory that tensors cannot use: the CUDA context with its libraries and NCCL's buffers, and fragmentation.
 CONTEXT_BYTES, FRAGMENTATION = 1.5e9, 0.05
-LATER_BYTES = 0.5e9  # of the context, what comes after a process has begun to use its GPU
-MOST_ROWS, MOST_ROWS_ON_CPU = 64, 4  # of --batch_size=0
+LATER_BYTES = 0.5e9  # the part of the context that is allocated after the process starts to use its GPU
+MOST_ROWS, MOST_ROWS_ON_CPU = 64, 4  # the largest choices of --batch_size=0
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
-Parts = dict[str, int]  # bytes of each of PARTS that there is
+Parts = dict[str, int]  # part → bytes; a part that is missing has none
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank. Parts do not all peak at once, so `peak` is at most their sum.
+    """Bytes on the rank that needs most. Parts peak at different times, so `peak` is at most their sum."""
 
-    parts: each where it is largest within a step. peak: the largest sum at one time, `moment` says when. host: what
-    --cpu_offload keeps in host memory instead.
-    """
-
-    parts: Parts
-    peak: int
-    moment: str
-    host: int
+    parts: Parts  # the largest value of each part within a step
+    peak: int  # the largest sum at one time
+    moment: str  # the time of the peak
+    host: int  # in CPU memory, with --cpu_offload
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters. `own` is this rank's part of everything and `own_blocks` of the blocks, where sharded."""
+    """Numbers of parameters. `own` and `own_blocks` are this rank's shards of all parameters and of the blocks."""
 
     total: int
     block: int  # of one block
-    products: int  # of one block, what autocast casts: all but its norms
+    products: int  # of one block, the weights that autocast casts: all except norms
     widest: int  # the largest matrix of a block
-    root: int  # embeddings, last norm, head: what is gathered around the blocks
-    head: int  # rows with padding × width
+    root: int  # embeddings, last norm and head: one FSDP group
+    head: int  # of the head, including vocabulary padding
     own: int
     own_blocks: int
 
 
 @lru_cache(maxsize=8)
 def shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter's name and shape, from the model itself."""
+    """Returns the name and shape of every parameter, from a model on the meta device."""
     with torch.device("meta"):
         return {name: p.shape for name, p in GPT(model).named_parameters()}
 
 
 def model_config(config: Config) -> ModelConfig:
+    """Returns the model's part of the config."""
     return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
 
 
 def count(config: Config, shards: int) -> Counts:
-    """FSDP cuts every parameter along its rows; the first rank's part is the largest, ⌈rows / shards⌉."""
+    """Counts parameters. FSDP splits each one along its rows; the first rank has the most, ⌈rows / shards⌉."""
     everything = shapes(model_config(config))
     blocks = {n: s for n, s in everything.items() if n.startswith("h.")}
     first = {n: prod(s) for n, s in blocks.items() if n.startswith("h.0.")}
@@ -84,10 +81,10 @@ def count(config: Config, shards: int) -> Counts:
 
 
 def largest_partition(config: Config, world_size: int) -> int:
-    """Parameters on the rank that gets most of them in stage 1.
+    """Returns the number of parameters on the rank that has most of them in stage 1.
 
-    ZeroRedundancyOptimizer deals out whole parameters, the largest first, to the rank that has least so far; matrices
-    and vectors are groups of their own, in this order.
+    ZeroRedundancyOptimizer assigns whole parameters, the largest first, to the rank with the fewest so far. Matrices
+    come first, then vectors.
     """
     loads = [0] * world_size
     everything = shapes(model_config(config)).values()
@@ -98,21 +95,23 @@ def largest_partition(config: Config, world_size: int) -> int:
 
 
 def element_size(config: Config) -> int:
+    """Returns the bytes of an element in the compute dtype."""
     return 4 if config.dtype == "float32" else 2
 
 
 def stream_size(config: Config) -> int:
-    """Bytes of an element of the residual stream."""
+    """Returns the bytes of an element of the residual stream."""
     return 2 if config.residual_dtype == "bfloat16" else 4
 
 
 def block_activations(config: Config, recompute: str) -> int:
-    """Bytes that one block keeps of one token until its backward pass; `recompute` as --activation_checkpointing.
+    """Returns the bytes per token that one block saves for its backward pass.
 
-    The residual stream (4 bytes, or 2 with --residual_dtype=bfloat16) that enters a block and its middle are kept by
-    the norms; the rest is in the compute dtype: each matrix product keeps its input, attention keeps q, k, v, its
-    output, and fp32 log-sums. torch.compile keeps the output of attention's projection in place of the middle of the
-    stream, and of SwiGLU not the silu. What it keeps was read off its partitioner.
+    `recompute` is a value of --activation_checkpointing. The norms save the residual stream (4 bytes, or 2 with
+    --residual_dtype=bfloat16) at the start and in the middle of the block. The rest is in the compute dtype: each
+    matrix product saves its input, attention saves q, k, v, its output, and fp32 log-sums. torch.compile saves the
+    output of attention's projection instead of the middle of the stream, and does not save the silu of SwiGLU, as the
+    output of its partitioner shows.
     """
     c, e, stream = config, element_size(config), stream_size(config)
     C, q, kv = c.n_embd, c.n_head * c.head_size, c.n_kv_head * c.head_size
@@ -120,14 +119,14 @@ def block_activations(config: Config, recompute: str) -> int:
     fc = 2 * wide if c.mlp == "swiglu" else wide
     if recompute == "block":
         return stream * C
-    if recompute == "selective":  # the outputs of qkv, attention, its projection, both halves of the MLP
+    if recompute == "selective":  # saves the outputs of qkv, attention, its projection and both products of the MLP
         last = 0 if c.compile else e * C
         return stream * C + e * (qkv + q + C + fc) + 4 * c.n_head + last
     attention = e * (C + q + qkv) + 4 * c.n_head
     if c.positions == "rotary" or c.qk_norm:
-        attention += e * (q + kv)  # q and k anew; v stays a view of qkv
+        attention += e * (q + kv)  # copies of q and k; v is a view of qkv
     if c.positions == "rotary":
-        attention += e * q  # the output once more, heads side by side
+        attention += e * q  # a copy of the output, heads side by side
     if c.qk_norm and not c.compile and e < 4:
         attention += 4 * (q + kv)
     middle = e * C if c.compile else stream * C
@@ -138,57 +137,58 @@ def block_activations(config: Config, recompute: str) -> int:
 
 
 def loss_bytes(config: Config, capacity: float) -> int:
-    """Bytes of the chunked loss beside hidden states: the two gradients and the logits of a chunk (model/loss.py)."""
+    """Returns the bytes of the chunked loss: two gradients and the logits of a chunk (model/loss.py)."""
     e, head = element_size(config), prod(shapes(model_config(config))["wte.weight"])
     vocabulary, tokens = head // config.n_embd, config.batch_size * config.sequence_length
     rows = min(tokens, chunk_rows_for(vocabulary, "cuda", capacity))
-    # Logits, their fp32 copy, log-softmax, its gradient cast back; capped, five in fp32.
+    # Logits, their fp32 copy, log-softmax, and its gradient in the compute dtype. With a softcap, five fp32 tensors.
     eager = e + 20 if config.logit_softcap else 8 if e == 4 else 2 * e + 8
-    per_logit = 2 * e if config.compile else eager  # compiled, logits and their gradient
+    per_logit = 2 * e if config.compile else eager  # compiled: logits and their gradient
     return e * tokens * config.n_embd + 4 * head + rows * vocabulary * per_logit
 
 
 def micro_steps(config: Config, world_size: int) -> int:
+    """Returns the number of micro-steps per step."""
     return config.total_batch_size // (config.batch_size * config.sequence_length * world_size)
 
 
 def backward_bytes(config: Config) -> int:
-    """What a block's backward pass holds beside what was kept: gradients of the stream and within the MLP."""
+    """Returns the bytes that the backward pass of a block allocates: gradients of the stream and within the MLP."""
     e, tokens = element_size(config), config.batch_size * config.sequence_length
     within = (2 if config.mlp == "swiglu" else 1) * e * config.mlp_hidden
     return tokens * (stream_size(config) * config.n_embd + within)
 
 
 def loss_activations(config: Config) -> int:
-    """All blocks' activations, and about the loss the last norm's input, its output, and that in the compute dtype."""
+    """Returns the bytes of all activations: of the blocks, and the input, output and cast output of the last norm."""
     e, tokens = element_size(config), config.batch_size * config.sequence_length
     kept = config.n_layer * block_activations(config, config.activation_checkpointing)
     return tokens * (kept + config.n_embd * (stream_size(config) + 4 + (e if e < 4 else 0)))
 
 
 def backward_activations(config: Config, blocks: int) -> int:
-    """Those of the first `blocks` blocks, while the last of them runs backward, computed again where need be."""
+    """Returns the bytes of the activations of the first `blocks` blocks while the last of them runs backward."""
     tokens, kind = config.batch_size * config.sequence_length, config.activation_checkpointing
     kept, whole = block_activations(config, kind), block_activations(config, "none")
     return tokens * (blocks * kept + max(0, whole - kept)) + backward_bytes(config)
 
 
 def sharded_moments(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
-    """Stages 2 and 3: what is alive in the last micro-step at the times when most can be.
+    """Returns the bytes that are alive at possible peaks of the last micro-step, for stages 2 and 3.
 
-    FSDP2 gathers a block into a flat buffer and copies it out; the buffer lives until the next block is gathered.
-    Gradients are copied into a flat fp32 buffer, which lives until the next block's are. Embeddings, last norm and
-    head are one group, gathered through the whole step and reduced at its end. From earlier micro-steps gradients
-    wait in fp32, unsharded, or with --sync_every_microbatch reduced and sharded.
+    FSDP2 gathers a block into a flat buffer and copies it out. The buffer lives until the next block is gathered.
+    Gradients are copied into a flat fp32 buffer, which lives until the gradients of the next block are copied.
+    Embeddings, last norm and head are one group. It is gathered during the whole step and reduced at its end. The
+    gradients of earlier micro-steps are fp32 and unsharded, or with --sync_every_microbatch reduced and sharded.
     """
     c, e, n = config, element_size(config), count(config, world_size // config.replicas)
     L, several, on_device = c.n_layer, micro_steps(c, world_size) > 1, 0 if c.cpu_offload else 4
     wait = several and not c.sync_every_microbatch and not c.cpu_offload
     states = {"parameters": on_device * n.own, "optimizer": 2 * on_device * n.own}
     before = 4 * n.total if wait else on_device * n.own if several else 0
-    at_work = e * (n.head + n.widest)  # the head's, reduced with the embeddings', and those of the block at work
+    at_work = e * (n.head + n.widest)  # of the head, which is reduced with the embeddings, and of the current block
     at_end = max(on_device * n.own_blocks, 0 if wait else before)
-    keeps = c.zero_stage == 2  # all blocks gathered
+    keeps = c.zero_stage == 2  # all blocks stay gathered
     gathered = e * (n.total if keeps else n.root + n.block)
     moments = {
         "loss": {
@@ -205,7 +205,7 @@ def sharded_moments(config: Config, world_size: int, capacity: float) -> dict[st
         "backward of the block before the last": {
             "gradients": before + at_work,
             "activations": backward_activations(c, max(1, L - 1)),
-            # Where gradients wait, the buffer has taken the place of the last block's.
+            # With unsharded gradients, the buffer replaces the gradients of the last block.
             "buffers": gathered + (-e if keeps else e) * n.block + (0 if wait else 4 * n.block),
         },
         "backward of the first block": {
@@ -223,10 +223,10 @@ def sharded_moments(config: Config, world_size: int, capacity: float) -> dict[st
 
 
 def replicated_moments(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
-    """Stages 0 and 1, and one process: as `sharded_moments`.
+    """Returns the bytes that are alive at possible peaks of the last micro-step, for stages 0 and 1 and one process.
 
-    DDP's gradients are its buckets, which live as long as the run. Autocast keeps the cast weights of each block
-    until the end of the forward pass, and products keep theirs until their backward pass.
+    The gradients of DDP are its buckets, which live as long as the run. Autocast keeps the cast weights of each block
+    until the end of the forward pass, and matrix products keep theirs until their backward pass.
     """
     c, e, n = config, element_size(config), count(config, 1)
     L, ddp = c.n_layer, world_size > 1
@@ -235,7 +235,7 @@ def replicated_moments(config: Config, world_size: int, capacity: float) -> dict
     before = 4 * n.total if ddp or micro_steps(c, world_size) > 1 else 0
     cast = e if e < 4 else 0
     recomputes = c.activation_checkpointing != "none"
-    tied = 4 * n.head if c.tie_embeddings else 0  # the head's, added to the embeddings' at the end
+    tied = 4 * n.head if c.tie_embeddings else 0  # of the head, added to the embeddings' at the end
     at_work = tied + (cast + 4) * n.widest
     moments = {
         "loss": {
@@ -261,15 +261,15 @@ def replicated_moments(config: Config, world_size: int, capacity: float) -> dict
 
 
 def moments(config: Config, world_size: int, capacity: float = inf) -> dict[str, Parts]:
-    """What is alive on the fullest rank at the times of a step when most can be; bytes by part."""
+    """Returns the bytes by part at each possible peak of a step, on the rank that needs most."""
     return (sharded_moments if config.zero_stage >= 2 else replicated_moments)(config, world_size, capacity)
 
 
 def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Memory:
-    """The memory of a training step on the fullest of `world_size` ranks: what torch.cuda.max_memory_allocated counts.
+    """Returns the memory of a training step on the rank that needs most, as torch.cuda.max_memory_allocated counts it.
 
-    The CUDA context and the gaps between blocks of memory come on top. `config` must be resolved for this world size.
-    `capacity` is the total memory of a GPU in bytes, on which the size of the loss's chunks depends.
+    The CUDA context and fragmentation are not included. `config` must be resolved for this world size. `capacity` is
+    the total memory of a GPU in bytes; the size of the loss chunks depends on it.
     """
     at = moments(config, world_size, capacity)
     moment = max(at, key=lambda name: sum(at[name].values()))
@@ -279,16 +279,16 @@ def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Mem
 
 
 def usable_bytes(capacity: float) -> float:
-    """Returns the bytes of a GPU's memory that are left for tensors."""
+    """Returns the bytes of a GPU that tensors can use."""
     return (1 - FRAGMENTATION) * capacity - CONTEXT_BYTES
 
 
 def fitting_batch_size(config: Config, world_size: int, capacity: float | None, usable: float = 0) -> int:
-    """Returns the sequences of a micro-step that --batch_size=0 stands for.
+    """Returns the micro-batch size that --batch_size=0 chooses, in sequences.
 
-    This is the largest power of two, at most 64, that divides the rank's sequences in a step and by the plan fits
-    into `usable` bytes of a GPU with `capacity` bytes, on which the size of the loss's chunks depends. By default all
-    is free that can be. Without a capacity, as on a CPU, it is at most 4. Returns 1 if nothing fits.
+    It is the largest power of two, at most 64, that divides the rank's sequences per step and whose plan fits into
+    `usable` bytes (default: all that tensors can use) of a GPU with `capacity` bytes. Without a capacity, as on a CPU,
+    it is at most 4. Returns 1 if nothing fits.
     """
     rows = config.total_batch_size // (config.sequence_length * world_size)
     size = MOST_ROWS if capacity else MOST_ROWS_ON_CPU
@@ -302,7 +302,7 @@ def fitting_batch_size(config: Config, world_size: int, capacity: float | None, 
 
 
 def choose_batch_size(config: Config, ranks: Ranks) -> Config:
-    """Replaces --batch_size=0 by what fits the GPU with the least free memory, the same size on all ranks."""
+    """Replaces --batch_size=0 with the size that fits the GPU with the least free memory, for all ranks."""
     memory = torch.cuda.mem_get_info(ranks.device) if ranks.device.type == "cuda" else None  # free, total
     least = min((m for m in ranks.gather(memory) if m is not None), default=None)
     if least is None:
@@ -316,15 +316,15 @@ def choose_batch_size(config: Config, ranks: Ranks) -> Config:
         if capacity:
             peak = planned_bytes(config, ranks.world_size, capacity).peak
             line += f", {peak / 1e9:.1f} GB planned of {usable / 1e9:.1f} GB free"
-            line += "" if peak <= usable else ", which does not fit; scripts/plan.py says what would"
+            line += "" if peak <= usable else ", which does not fit; scripts/plan.py suggests what fits"
         print(line)
     return config
 
 
 def deviation(config: Config, world_size: int, measured: int) -> float:
-    """How far the plan lies from a measured peak, in parts of that: 0.1 is a plan of 10% too much.
+    """Returns the relative error of the plan against a measured peak: 0.1 means that the plan is 10% too high.
 
-    `measured` is the largest torch.cuda.max_memory_allocated of all ranks after some steps, `memory_bytes` in
-    metrics.jsonl on one rank.
+    `measured` is the largest torch.cuda.max_memory_allocated of all ranks after a few steps. With one rank it is
+    `memory_bytes` in metrics.jsonl.
     """
     return planned_bytes(config, world_size).peak / measured - 1

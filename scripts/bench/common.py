@@ -55,7 +55,7 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        # A system cuDNN on this path takes the place of the one that torch brings.
+        # A system cuDNN on this path replaces the one that is installed with torch.
         "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
         "python": platform.python_version(),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or None,
@@ -72,7 +72,7 @@ def _output(program: str, *arguments: str) -> str:
 
 
 def save(path: Path, report: dict[str, Any]) -> None:
-    """Writes the report as JSON. Raises UserError if --output cannot be written."""
+    """Writes the report as JSON."""
     try:
         write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
     except OSError as error:

@@ -1,12 +1,12 @@
-"""Measures training speed on one GPU, part by part: `bash scripts/bench/gpu_speed.sh --output FILE`
+"""Training speed on one GPU, measured part by part: `bash scripts/bench/gpu_speed.sh --output FILE`
 
-Everything runs in one process with one CUDA context. It writes no checkpoint and works without data and network. Parts
-run in the order of --only, by default the most informative first. Each figure is printed and saved at once, so a run
-that is cut short keeps what it had. A part starts only if at least 60 % of its estimated time is left of --seconds. A
-part that fails is recorded and the next one starts. Exit code 1 if any part failed.
+Everything runs in one process with one CUDA context. It needs no data and no network, and writes no checkpoints. Parts
+run in the order of --only, by default the most informative first. Each result is printed and saved immediately, so an
+interrupted run keeps its results. A part starts only if at least 60 % of its estimated time is left of --seconds. If a
+part fails, the failure is recorded and the next part starts. The exit code is 1 if any part failed.
 
-`--nanogpt DIR` measures nanoGPT's own model.py, compiled, in the same run. `--device=cpu --tiny` rehearses every part
-without a GPU and without compiling. `python scripts/bench/gpu_table.py FILE` puts the figures into docs/benchmarks.md.
+`--nanogpt DIR` also measures nanoGPT's model.py, compiled. `--device=cpu --tiny` rehearses every part without a GPU and
+without compiling. `python scripts/bench/gpu_table.py FILE` writes the results into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # before all else: this 
 
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,81 +34,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cfg.config import Config, load_config
 from model import loss as chunked_loss
-from scripts.bench.common import Run, describe, save
-from scripts.bench.gpu_table import number
+from scripts.bench.common import Run
+from scripts.bench.gpu_bench import Bench, LeftOut
 from scripts.bench.nanogpt import load_nanogpt
 from train.memory import planned_bytes
 from util.device import device_name, peak_memory
 from util.errors import CommandParser, UserError, run_command
 from util.gpus import peak_flops
-from util.ranks import Ranks, close_ranks, init_ranks
+from util.ranks import close_ranks
 
 TINY = "--n_layer=2 --n_embd=64 --n_head=4 --vocab_size=500 --sequence_length=32 --batch_size=2 --compile=0"
 
 
-class Bench:
-    """The device, the time that is left, and the report, which is saved after each figure."""
-
-    def __init__(self, output: Path, seconds: float, device: str, tiny: bool, nanogpt: Path | None):
-        self.output, self.seconds, self.device, self.tiny, self.nanogpt = output, seconds, device, tiny, nanogpt
-        self.start, self.part = time.perf_counter(), ""
-        self.report: dict[str, Any] = {**describe(device), "tiny": tiny, "figures": {}, "profiles": {}}
-        self.report |= {"failed": {}, "left_out": {}}
-        self.ranks: Ranks | None = None
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.start
-
-    def save(self) -> None:
-        self.report["seconds"] = round(self.elapsed(), 1)
-        save(self.output, self.report)
-
-    def note(self, name: str, value: float | str) -> None:
-        """Prints and saves one figure of the part at hand."""
-        self.report["figures"].setdefault(self.part, {})[name] = value
-        self.save()
-        print(f"{self.elapsed():6.1f} s  {self.part}: {name}: {number(value)}", flush=True)
-
-    def wait(self) -> None:
-        """Waits until the device has done all its work."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def rank(self) -> Ranks:
-        """Returns the one rank of this process; starts the process group that stage 3 needs."""
-        self.ranks = self.ranks or init_ranks(self.device, sharded=True)
-        return self.ranks
-
-    def time_of(self, work: Callable[[], Any], repeats: int = 20) -> float:
-        """Returns the median seconds of a call, after three to warm up; between events of the device on CUDA."""
-        repeats = 2 if self.tiny else repeats
-        for _ in range(3):
-            work()
-        self.wait()
-        if self.device != "cuda":
-            marks = [time.perf_counter()]
-            for _ in range(repeats):
-                work()
-                marks.append(time.perf_counter())
-            return statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False))
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        events[0].record()
-        for event in events[1:]:
-            work()
-            event.record()
-        self.wait()
-        return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
-
-
-class LeftOut(Exception):
-    """A part that is not run, with the reason."""
-
-
-# --- what the hardware can do ---
+# --- hardware ---
 
 
 def measure_ceilings(bench: Bench) -> None:
-    """Measures copy bandwidth, and matrix products of GPT-2 124M's shapes with 65,536 tokens in bfloat16."""
+    """Measures copy bandwidth, and matrix products with the shapes of GPT-2 124M and 65,536 tokens in bfloat16."""
     tokens = 64 if bench.tiny else 65536
     x = torch.ones(2**10 if bench.tiny else 2**30, dtype=torch.bfloat16, device=bench.device)
     y = torch.empty_like(x)
@@ -135,14 +76,14 @@ def measure_ceilings(bench: Bench) -> None:
 
 
 def measure_attention(bench: Bench) -> None:
-    """Notes which backend scaled_dot_product_attention chooses for 64 × 1,024 tokens, and the speed of the fast ones.
+    """Measures the fast backends of scaled_dot_product_attention for 64 × 1,024 tokens, and records the default one.
 
-    FLOPs are those of a causal mask, half of all; the backward pass has 2.5 times as many as the forward pass.
+    A causal mask halves the FLOPs. The backward pass has 2.5 times the FLOPs of the forward pass.
     """
     batch, length = (2, 32) if bench.tiny else (64, 1024)
     backends = [SDPBackend.FLASH_ATTENTION] + [SDPBackend.CUDNN_ATTENTION] * (bench.device == "cuda")
     for heads, size in ((12, 64), (6, 128)):
-        # (batch, heads, length, size), laid out in memory as a model has them: all heads of a token side by side.
+        # (batch, heads, length, size), in the memory layout of the model: all heads of a token side by side.
         q, k, v = (
             torch.randn(batch, length, heads, size, device=bench.device, dtype=torch.bfloat16)
             .transpose(1, 2)
@@ -168,18 +109,18 @@ def measure_attention(bench: Bench) -> None:
 
 @contextmanager
 def loss_variant(bench: Bench, scatter: bool, elements: int) -> Iterator[chunked_loss.ChunkLoss]:
-    """Sets the largest chunk of logits and returns the compiled loss of a chunk, with or without scatter."""
+    """Sets the size of a chunk of logits and yields the compiled loss of a chunk, with or without scatter."""
     chunk: Any = chunked_loss.chunk_loss_and_grad if scatter else chunked_loss.fused_chunk_loss_and_grad
     with ExitStack() as stack:
         sizes = {bench.device: 2**13 if bench.tiny else elements}
         stack.enter_context(mock.patch.dict(chunked_loss.CHUNK_ELEMENTS, sizes))
-        if scatter:  # the earlier form also rounded each chunk's share of the weight's gradient
+        if scatter:  # the earlier version also rounded the weight gradient of each chunk
             stack.enter_context(mock.patch.object(chunked_loss, "accumulates_in_fp32", lambda *_: False))
         yield chunk if bench.tiny else torch.compile(chunk, dynamic=False)
 
 
 def measure_loss(bench: Bench) -> None:
-    """Measures head and loss of 16,384 tokens, forward and backward, in every form, and compares the gradients."""
+    """Measures head and loss of 16,384 tokens, forward and backward, in all versions, and compares their gradients."""
     tokens, width, vocabulary = (64, 32, 512) if bench.tiny else (16384, 768, 50304)
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
@@ -215,7 +156,7 @@ def measure_loss(bench: Bench) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """One training run: flags, micro-steps per step, and the form of the loss. `profile` saves its kernels too."""
+    """One training run: flags, micro-steps per step, and the version of the loss. `profile` also saves its kernels."""
 
     flags: str
     micro_steps: int
@@ -225,6 +166,7 @@ class Setting:
 
 
 def training_config(bench: Bench, setting: Setting) -> Config:
+    """Returns the config of a setting."""
     flags = [*setting.flags.split(), f"--device={bench.device}", "--tokenizer=none", "--input_val_bin="]
     if bench.tiny:
         flags += TINY.split() + (["--n_kv_head=2", "--mlp_hidden=96"] if "llama" in setting.flags else [])
@@ -234,12 +176,13 @@ def training_config(bench: Bench, setting: Setting) -> Config:
 
 
 def time_steps(bench: Bench, step: Callable[[int], Any], micro_steps: int, tokens: int, flops: int = 0) -> None:
-    """Notes the first step's seconds, then tokens per second of three steps, peak memory, and given `flops` the MFU.
+    """Measures the seconds of the first step, then tokens per second of three steps, peak memory and MFU.
 
-    `step(n)` is an optimizer step of n micro-steps of `tokens` tokens each; `flops` are those of one token.
+    `step(n)` makes an optimizer step of n micro-steps of `tokens` tokens each. `flops` are the FLOPs per token; without
+    them the MFU is left out.
     """
     begin, device = time.perf_counter(), torch.device(bench.device)
-    step(2)  # two micro-steps: the second adds to gradients
+    step(2)  # two micro-steps, because the second one accumulates gradients
     bench.wait()
     bench.note("first step with compiling, s", time.perf_counter() - begin)
     step(micro_steps)
@@ -256,12 +199,13 @@ def time_steps(bench: Bench, step: Callable[[int], Any], micro_steps: int, token
 
 
 def measure_training(bench: Bench, setting: Setting) -> None:
-    """Measures `train_gpt.train_step`, its optimizer and its one wait for the device included."""
+    """Measures `train_gpt.train_step`, including the optimizer and the wait for the device."""
     config = training_config(bench, setting)
     if config.tensorcores:
         torch.set_float32_matmul_precision("high")
 
-    def value(name: str, shape: torch.Size) -> Tensor:  # drawn on the device: on the host 2 billion take a minute
+    # Drawn on the device, because the CPU needs a minute for 2 billion values.
+    def value(name: str, shape: torch.Size) -> Tensor:
         if len(shape) > 1:
             return torch.randn(shape, device=bench.device) * 0.02
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
@@ -279,17 +223,17 @@ def measure_training(bench: Bench, setting: Setting) -> None:
             run.step(next(numbers), batch[: n * config.batch_size])
 
         time_steps(bench, step, micro_steps, tokens, run.model.gpt.flops_per_token(config.sequence_length))
-        if not setting.scatter:  # whose memory is not planned
+        if not setting.scatter:  # train/memory.py does not know the earlier loss
             planned = planned_bytes(config, 1, chunked_loss.memory_of(bench.rank().device)).peak
             bench.note("planned GiB", planned / 2**30)
         if run.guard.skipped:
-            raise RuntimeError(f"{run.guard.skipped} steps were skipped, so their optimizer was not timed")
+            raise RuntimeError(f"{run.guard.skipped} steps were skipped, so the optimizer was not measured")
         if setting.profile:
             profile(bench, lambda: step(2))
 
 
 def profile(bench: Bench, step: Callable[[], Any]) -> None:
-    """Saves the kernels of two micro-steps and an optimizer step: name, calls, share of the device's time."""
+    """Saves the kernels of two micro-steps and an optimizer step: name, calls, share of the device time."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if bench.device == "cuda":
         kinds = [torch.profiler.ProfilerActivity.CUDA, *kinds]
@@ -308,7 +252,7 @@ def profile(bench: Bench, step: Callable[[], Any]) -> None:
 
 
 def measure_nanogpt(bench: Bench, batch_size: int, bias: bool, micro_steps: int) -> None:
-    """Measures nanoGPT's model.py under torch.compile, with optimizer, clipping and accumulation as in its train.py."""
+    """Measures nanoGPT's compiled model.py, with optimizer, clipping and accumulation as in its train.py."""
     if bench.nanogpt is None:
         raise LeftOut("--nanogpt was not given")
     nanogpt = load_nanogpt(bench.nanogpt)
@@ -340,7 +284,7 @@ def measure_nanogpt(bench: Bench, batch_size: int, bias: bool, micro_steps: int)
 # --- parts ---
 
 
-scatter_loss = partial(Setting, scatter=True, chunk=2**27)  # the earlier form of the loss
+scatter_loss = partial(Setting, scatter=True, chunk=2**27)  # the earlier version of the loss
 GPT2 = "--cfg=gpt2-124m --batch_size=64"
 GPT2_16 = "--cfg=gpt2-124m --batch_size=16"
 ALL = "--compile=model --residual_dtype=bfloat16"
@@ -374,7 +318,7 @@ PARTS: dict[str, tuple[float, Callable[[Bench], None]]] = {
 
 
 def run_part(bench: Bench, name: str) -> None:
-    """Runs one part and records how it ended. Whatever it raises is its result."""
+    """Runs one part and records its outcome. An exception is an outcome too."""
     seconds, work = PARTS[name]
     bench.part, begin = name, time.perf_counter()
     left = bench.seconds - bench.elapsed()
@@ -391,22 +335,22 @@ def run_part(bench: Bench, name: str) -> None:
         print(f"{bench.elapsed():6.1f} s  {name} FAILED: {bench.report['failed'][name]}", flush=True)
     bench.save()
     gc.collect()
-    torch._dynamo.reset()  # the compiler stops recompiling a function after a few variants; this resets the count
+    torch._dynamo.reset()  # resets the limit on recompilations of a function
     if bench.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def chosen_parts(only: str) -> list[str]:
-    """Returns the parts to run, in the order of --only; each item of `a;b` is a name or the beginning of several.
+    """Returns the parts to run, in the order of --only, or all parts if it is empty.
 
-    Returns all parts if it is empty.
+    Each item of `a;b` is a name or a prefix of several names.
     """
     names: list[str] = []
     for text in filter(None, (word.strip() for word in only.split(";"))):
         found = [text] if text in PARTS else [name for name in PARTS if name.startswith(text)]
         if not found:
-            raise UserError(f"--only={text}: no such part; they are {'; '.join(PARTS)}")
+            raise UserError(f"--only={text}: no such part; the parts are {'; '.join(PARTS)}")
         names += [name for name in found if name not in names]
     if only and not names:
         raise UserError(f"--only={only}: empty; name one or more of these parts: {'; '.join(PARTS)}")
@@ -417,10 +361,10 @@ def main() -> int:
     parser = CommandParser(prog="gpu_speed.sh", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outdir/gpu_speed.json"), help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=280, help="time limit for all parts (default: %(default)s)")
-    parser.add_argument("--only", default="", metavar="A;B", help="parts to run, by name or beginning of the name")
+    parser.add_argument("--only", default="", metavar="A;B", help="parts to run, by name or prefix")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a copy of nanoGPT, to measure its model.py")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes and no compiler: a rehearsal")
+    parser.add_argument("--tiny", action="store_true", help="rehearse with tiny shapes and without the compiler")
     args = parser.parse_args()
     if not 0 < args.seconds < math.inf:
         raise UserError(f"--seconds={args.seconds}: must be a number above 0")
@@ -430,7 +374,7 @@ def main() -> int:
         raise UserError("--device=cpu: the full shapes need a GPU; add --tiny")
     names = chosen_parts(args.only)
     if args.nanogpt:
-        load_nanogpt(args.nanogpt)  # a mistake in the path is found now
+        load_nanogpt(args.nanogpt)  # check the path now
     bench = Bench(args.output, args.seconds, args.device, args.tiny, args.nanogpt)
     bench.save()
     print(f"{bench.report['hardware']}, torch {bench.report['torch']}, CUDA {bench.report['cuda']}", flush=True)

@@ -1,6 +1,6 @@
-"""Puts the figures of gpu_speed.py into docs/benchmarks.md: `python scripts/bench/gpu_table.py FILE.json ...`
+"""Writes the results of gpu_speed.py into docs/benchmarks.md: `python scripts/bench/gpu_table.py FILE.json ...`
 
-Writes one section per file between two marks in the page and replaces what was there. `--output -` prints it.
+Replaces the text between two marks in the page with one section per file. `--output -` prints the sections instead.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from util.errors import CommandParser, UserError, run_command
 from util.files import read_json, write_atomically
 
 BEGIN, END = "<!-- gpu_table.py: begin -->", "<!-- gpu_table.py: end -->"
-# Tokens/s aimed at, by part and GPU.
+# The goals in tokens/s, by part and GPU.
 GOALS = {
     "gpt2-124m, all changes": {"H200": 540_000, "H100": 500_000},
     "modern-124m, all changes": {"H200": 560_000},
     "gpt2-1558m": {"H200": 50_000},
 }
-SAME_MODEL = ("gpt2-124m", "nanoGPT")  # parts whose speeds can be compared
+SAME_MODEL = ("gpt2-124m", "nanoGPT")  # prefixes of the parts whose speeds are comparable
 MFU_GOALS = {"llama3-8b, 8 layers, stage 3": 0.60}
 
 
@@ -40,7 +40,7 @@ def section(report: dict[str, Any]) -> str:
         f" {report['seconds']:.0f} s.",
     ]
     if report["tiny"]:
-        lines += ["", "**A rehearsal with tiny shapes: these figures say nothing about speed.**"]
+        lines += ["", "**A rehearsal with tiny shapes: these numbers say nothing about speed.**"]
     trained = {name: part for name, part in figures.items() if "tok/s" in part}
     if trained:
         lines += ["", *training_table(report["hardware"], trained)]
@@ -54,7 +54,7 @@ def section(report: dict[str, Any]) -> str:
 
 
 def training_table(hardware: str, parts: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns a row per training run, its speed beside nanoGPT's in the same report and beside the goal."""
+    """Returns a table with a row per training run: its speed, relative to nanoGPT in the same report, and the goal."""
     reference = parts.get("nanoGPT", {}).get("tok/s")
     rows = [
         "| training | tok/s | beside nanoGPT | MFU | goal | peak GiB | planned GiB |",
@@ -77,6 +77,7 @@ def training_table(hardware: str, parts: dict[str, dict[str, Any]]) -> list[str]
 
 
 def number(value: float | str) -> str:
+    """Formats a number with about four digits."""
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
@@ -84,8 +85,10 @@ def number(value: float | str) -> str:
 
 def main() -> None:
     parser = CommandParser(prog="gpu_table.py", description=__doc__)
-    parser.add_argument("reports", nargs="+", type=Path, metavar="FILE.json", help="what gpu_speed.py wrote")
-    parser.add_argument("--output", default=str(ROOT / "docs" / "benchmarks.md"), help="the page; -: print the section")
+    parser.add_argument("reports", nargs="+", type=Path, metavar="FILE.json", help="a report of gpu_speed.py")
+    parser.add_argument(
+        "--output", default=str(ROOT / "docs" / "benchmarks.md"), help="the page; -: print the sections"
+    )
     args = parser.parse_args()
     sections = []
     for path in args.reports:
@@ -106,7 +109,7 @@ def main() -> None:
         raise UserError(f"--output={page}: cannot be read: {error}") from error
     _, closed, after = rest.partition(END)
     if not found or not closed:
-        raise UserError(f"--output={page}: has no lines {BEGIN!r} and {END!r}, between which the section belongs")
+        raise UserError(f"--output={page}: has no lines {BEGIN!r} and {END!r}, around the generated section")
     write_atomically(page, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
 
 

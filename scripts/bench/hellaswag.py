@@ -1,10 +1,10 @@
-"""HellaSwag beside the usual loop: `python scripts/bench/hellaswag.py`, on GPT-2 124M with its initial weights.
+"""HellaSwag compared with the usual loop: `python scripts/bench/hellaswag.py`, on GPT-2 124M with initial weights.
 
-The usual loop, written here for the comparison, takes one example at a time: four rows of context and ending, padded
-to the longest, the logits of all positions, their cross-entropy. Ours is `eval/scoring.py`. Both score the same
-examples, completion style, with the same model in the same precision, and take turns on parts of them, so that a
-noisy machine disturbs both alike; encoding the text is part of neither. Fails unless both choose the same endings (in
-bfloat16 near ties may differ, and are counted). Prints one JSON line.
+The usual loop scores one example at a time: four rows of context and ending, padded to the longest, the logits of all
+positions, their cross-entropy. It is written here for the comparison with eval/scoring.py. Both score the same examples
+in the completion style with the same model and precision. They alternate after parts of the examples, so that a noisy
+machine slows both equally. The time to encode the texts is not measured. Fails unless both choose the same endings;
+in bfloat16 different choices are possible for near ties, and only counted. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ Losses = list[list[float]]  # of each example's endings, mean per token, in nats
 
 @torch.inference_mode()
 def usual_loop(model: GPT, requests: list[Request], device: torch.device, dtype: torch.dtype) -> Losses:
+    """Scores one example at a time, with padding and the logits of all positions."""
     found = []
     for request in requests:
         rows = [request.context + ending for ending in request.continuations]
@@ -59,6 +61,7 @@ def usual_loop(model: GPT, requests: list[Request], device: torch.device, dtype:
 
 
 def ours(model: GPT, requests: list[Request], device: torch.device, dtype: torch.dtype, tokens: int) -> Losses:
+    """Scores with eval/scoring.py."""
     forward = in_dtype(gpt_forward(model), device, dtype)
     scored = score_requests(ScoringModel(forward, Ranks(0, 0, 1, device), model.config.n_positions, tokens), requests)
     return [
@@ -68,7 +71,7 @@ def ours(model: GPT, requests: list[Request], device: torch.device, dtype: torch
 
 
 def random_requests(count: int, vocab_size: int) -> list[Request]:
-    """Ids at random, in about the lengths of the official file's: contexts of 51 ± 25 tokens, endings of 31 ± 15."""
+    """Returns random ids with lengths like in the official file: contexts of 51 ± 25 tokens, endings of 31 ± 15."""
     numbers = np.random.default_rng(0)
 
     def ids(mean: float, deviation: float) -> list[int]:
@@ -79,17 +82,20 @@ def random_requests(count: int, vocab_size: int) -> list[Request]:
 
 
 def official_requests(path: str, count: int) -> list[Request]:
+    """Returns the first examples of the official file."""
     encode = load_tokenizer().encode
     examples = read_examples(find_source(path, DEFAULT_OUTPUT), count)
     return [completion_question(example, encode, continuation_encoder(encode)).request for example in examples]
 
 
 def timed(work: Callable[[], Losses]) -> tuple[Losses, float]:
+    """Returns the result of `work` and its seconds."""
     start = time.perf_counter()
     return work(), time.perf_counter() - start
 
 
 def choices(losses: Losses) -> list[int]:
+    """Returns the ending with the lowest loss of each example."""
     return [row.index(min(row)) for row in losses]
 
 
@@ -100,27 +106,32 @@ def main(args: Namespace) -> None:
     model = GPT(load_config([], world_size=1)).eval()
     init_weights(model, 0)
     model.to(device)
-    count = WHOLE if args.whole else args.examples * args.rounds
+    total = args.examples * args.rounds
+    count = WHOLE if args.whole else total
     requests = random_requests(count, model.config.vocab_size) if args.random else official_requests(args.input, count)
     tokens = args.batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS)
-    ours(model, requests[:8], device, dtype, tokens), usual_loop(model, requests[:8], device, dtype)  # both warm
+    score_ours = partial(ours, model, device=device, dtype=dtype, tokens=tokens)
+    score_usual = partial(usual_loop, model, device=device, dtype=dtype)
+    score_ours(requests[:8]), score_usual(requests[:8])  # warm-up
+
     rates: dict[str, list[float]] = {"ours": [], "usual": []}
     differing, largest = 0, 0.0
-    for start in range(0, args.examples * args.rounds, args.examples):
+    for start in range(0, total, args.examples):
         part = requests[start : start + args.examples]
-        a, seconds = timed(lambda part=part: ours(model, part, device, dtype, tokens))  # type: ignore[misc]
-        b, usual_seconds = timed(lambda part=part: usual_loop(model, part, device, dtype))  # type: ignore[misc]
+        a, seconds = timed(partial(score_ours, part))
+        b, usual_seconds = timed(partial(score_usual, part))
         rates["ours"].append(len(part) / seconds)
         rates["usual"].append(len(part) / usual_seconds)
         differing += sum(x != y for x, y in zip(choices(a), choices(b), strict=True))
         largest = max(largest, *(abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)))
         print({side: round(values[-1], 2) for side, values in rates.items()}, file=sys.stderr)
+
     result = {
         "torch": torch.__version__,
         "device": str(device),
         "dtype": args.dtype,
         "threads": torch.get_num_threads(),
-        "examples": args.examples * args.rounds,
+        "examples": total,
         "batch_tokens": tokens,
         **{f"{side}_per_s": statistics.median(values) for side, values in rates.items()},
         "ratio": statistics.median(o / u for o, u in zip(*rates.values(), strict=True)),
@@ -128,7 +139,7 @@ def main(args: Namespace) -> None:
         "largest_difference_nats": largest,
     }
     if args.whole:
-        result["whole_set_s"] = timed(lambda: ours(model, requests, device, dtype, tokens))[1]
+        result["whole_set_s"] = timed(partial(score_ours, requests))[1]
     print(json.dumps(result))
     if differing and dtype == torch.float32:
         raise UserError(f"{differing} choices differ")
@@ -137,11 +148,13 @@ def main(args: Namespace) -> None:
 if __name__ == "__main__":
     parser = CommandParser(description=__doc__)
     parser.add_argument("--input", default="", help="a copy of hellaswag_val.jsonl")
-    parser.add_argument("--random", action="store_true", help="random ids instead, which need no file and no network")
-    parser.add_argument("--examples", type=int, default=100, help="in a round")
+    parser.add_argument("--random", action="store_true", help="use random ids, which need no file and no network")
+    parser.add_argument("--examples", type=int, default=100, help="examples per round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--whole", action="store_true", help="at last time ours on all 10,042 examples")
-    parser.add_argument("--batch_tokens", type=int, default=0, help="ours: tokens in one forward pass; 0: as in eval/")
+    parser.add_argument("--whole", action="store_true", help="finally measure eval/scoring.py on all 10,042 examples")
+    parser.add_argument(
+        "--batch_tokens", type=int, default=0, help="tokens in one forward pass of eval/scoring.py; 0: its default"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     run_command(lambda: main(parser.parse_args()))

@@ -1,8 +1,8 @@
-"""How fast batches are read: `taskset -c 0 python scripts/bench/loader.py`.
+"""Speed of the data loader: `taskset -c 0 python scripts/bench/loader.py`.
 
-Writes shards of random tokens to a temporary folder, reads them once so that they are in the page
-cache, and times `Loader.batch` over shuffled windows, ids checked. GB/s counts the tokens' bytes as
-they stand in the file (uint16). Prints one JSON line a sequence length: the median of the rounds.
+Writes shards of random tokens to a temporary folder, reads them once so that they are in the page cache, and measures
+`Loader.batch` over shuffled windows, including the check of the ids. GB/s counts the bytes of the tokens in the file
+(uint16). Prints one JSON line per sequence length: the median of the rounds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
         paths = [Path(folder) / f"bench_train_{i:06d}.bin" for i in range(4)]
         for path in paths:
             write_shard(path, rng.integers(0, VOCAB_SIZE, 25_000_000, dtype=np.uint16), VOCAB_SIZE)
-        shards = [open_shard(path, VOCAB_SIZE, check_all=True) for path in paths]  # reads all of it
+        shards = [open_shard(path, VOCAB_SIZE, check_all=True) for path in paths]  # reads the whole file
         for length in args.sequence_length:
             loader = Loader(shards, length, args.tokens_per_batch // length, 1337, True, "input_train_bin")
             tok_per_s = []

@@ -1,15 +1,15 @@
-"""What does a training step hold on one of many ranks? Found out without a GPU, to hold train/memory.py against.
+"""Simulation of the memory of a training step on one of many ranks, without a GPU, to check train/memory.py.
 
     python scripts/bench/simulate_memory.py --ranks 8,64 --cfg=llama3-8b --activation_checkpointing=block
 
-runs the real model, loss, sharding and optimizer for two steps on fake tensors, which have shapes but no bytes, and
-a fake process group in which this is rank 0 of as many ranks as asked. PyTorch's memory trackers count what is alive.
-Prints for each number of ranks the simulated and the planned bytes. Other flags are those of train_gpt.py; a step
-has --micro_steps micro-steps, whatever --total_batch_size says.
+runs the real model, loss, sharding and optimizer for two steps on fake tensors, which have shapes but no data. The
+process group is fake too: this process is rank 0 of the given number of ranks. PyTorch's memory trackers count the
+bytes that are alive. Prints the simulated and the planned bytes for each number of ranks. All other flags are those of
+train_gpt.py, but a step has --micro_steps micro-steps, regardless of --total_batch_size.
 
-Blocks run eagerly, for the compiler does not work here; two things are as on CUDA and not as on the CPU: the loss's
-chunks, and RMSNorm, which is one kernel there. Stages 0 and 1 run without DDP, whose buckets are stood for by
-gradients that are kept. --cpu_offload is not simulated.
+The compiler does not work with fake tensors, so blocks run eagerly. The chunks of the loss and RMSNorm, which is one
+kernel on CUDA, are simulated as on CUDA. Stages 0 and 1 run without DDP: gradients that are kept between steps stand
+for its buckets. --cpu_offload is not simulated.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from util.errors import CommandParser, UserError, one_line_errors, run_command
 
 
 def parse(argv: list[str] | None = None) -> tuple[list[int], int, list[str]]:
-    """Numbers of ranks, micro-steps, and the flags that are train_gpt.py's."""
+    """Parses the command line. Returns the numbers of ranks, the micro-steps, and the flags for train_gpt.py."""
     parser = CommandParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--ranks", default="8", help="numbers of ranks, separated by commas (default 8)")
-    parser.add_argument("--micro_steps", type=int, default=1, help="micro-steps in a step (default 1)")
+    parser.add_argument("--ranks", default="8", help="comma-separated numbers of ranks (default 8)")
+    parser.add_argument("--micro_steps", type=int, default=1, help="micro-steps per step (default 1)")
     args, flags = parser.parse_known_args(argv)
     words = args.ranks.split(",")
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"--ranks={args.ranks} must be numbers of ranks separated by commas, as in --ranks=8,64")
+        raise UserError(f"--ranks={args.ranks} must be comma-separated numbers, as in --ranks=8,64")
     if args.micro_steps < 1:
         raise UserError(f"--micro_steps={args.micro_steps} must be at least 1")
     return [int(word) for word in words], args.micro_steps, flags
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[int], int, list[str]]:
 
 if __name__ == "__main__":
     with one_line_errors():
-        RANKS, STEPS, FLAGS = parse()  # before torch is imported, so that --help and mistakes are answered at once
+        RANKS, STEPS, FLAGS = parse()  # before torch is imported, so that --help and typos are answered at once
 
 import contextlib
 import time
@@ -60,7 +60,7 @@ from train.parallel import ParallelModel, shard
 from util.ranks import Ranks
 
 CPU = torch.device("cpu")
-NAMES = {  # the trackers' names of what is counted
+NAMES = {  # part → its categories in the memory trackers
     "parameters": ("Sharded Param", "Parameter"),
     "gradients": ("Sharded Grad", "Unsharded Grad", "Gradient"),
     "optimizer": ("OptState", "Optstate"),
@@ -68,7 +68,7 @@ NAMES = {  # the trackers' names of what is counted
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Keeps what CUDA's kernel keeps, the input and a number a row; computes nothing."""
+    """An RMSNorm that saves the tensors that the CUDA kernel saves (the input and a number per row), without math."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
@@ -82,14 +82,16 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def private_torch() -> Any:
-    """The parts of torch that the simulation is made of, none of which it promises to keep. Raises UserError."""
+    """Imports the private parts of torch that the simulation uses, which may change in any version."""
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
         from torch.distributed._tools.mem_tracker import MemTracker
         from torch.testing._internal.distributed.fake_pg import FakeStore
     except ImportError as error:
-        raise UserError(f"torch {torch.__version__} has not what simulates ({error}); 2.13 has") from error
+        raise UserError(
+            f"torch {torch.__version__} lacks the tools for the simulation ({error}); use torch 2.13"
+        ) from error
     return SimpleNamespace(
         FakeTensorMode=FakeTensorMode, FSDPMemTracker=FSDPMemTracker, MemTracker=MemTracker, FakeStore=FakeStore
     )
@@ -97,7 +99,7 @@ def private_torch() -> Any:
 
 @contextlib.contextmanager
 def as_on_cuda(world_size: int) -> Iterator[None]:
-    """Rank 0 of `world_size` that are not there, with what differs on CUDA."""
+    """Makes this process rank 0 of a fake group, with the loss chunks and the RMSNorm of CUDA."""
     dist.init_process_group("fake", rank=0, world_size=world_size, store=private_torch().FakeStore())
     try:
         with (
@@ -110,17 +112,17 @@ def as_on_cuda(world_size: int) -> Iterator[None]:
 
 
 def simulate(config: Config, world_size: int) -> dict[str, int]:
-    """Bytes on rank 0: what parameters, gradients and optimizer hold after a backward pass, and the peak of a step."""
+    """Returns bytes on rank 0: of parameters, gradients and optimizer after a step, and the peak during a step."""
     for flag, plain in (("compile", False), ("cpu_offload", False), ("dropout", 0.0), ("flash", True)):
         if getattr(config, flag) != plain:
-            raise UserError(f"--{flag}={getattr(config, flag)} is not simulated; give --{flag}={int(plain)}")
+            raise UserError(f"--{flag}={getattr(config, flag)} is not simulated; use --{flag}={int(plain)}")
     with as_on_cuda(world_size):
         with torch.device("meta"):
             model = GPT(config)
         for block in model.h:
             block.activation_checkpointing = config.activation_checkpointing
         model.residual_dtype = getattr(torch, config.residual_dtype)
-        # Sharded outside the fake mode, in which a mesh cannot be made; sharded parameters remember meta tensors.
+        # A device mesh cannot be created in fake mode, so the model is sharded before, on the meta device.
         mesh = shard(model, config, Ranks(0, 0, world_size, CPU)) if config.zero_stage >= 2 else None
         with private_torch().FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device=CPU)
@@ -129,7 +131,7 @@ def simulate(config: Config, world_size: int) -> dict[str, int]:
 
 
 def two_steps(parallel: ParallelModel, config: Config, world_size: int) -> dict[str, int]:
-    """The second step's peak: by then the optimizer has its states."""
+    """Runs two steps and returns the bytes of the second, when the optimizer has its states."""
     model = parallel.gpt
     optimizer = make_optimizer(model, config, world_size)
     tools = private_torch()
@@ -140,7 +142,7 @@ def two_steps(parallel: ParallelModel, config: Config, world_size: int) -> dict[
     n = micro_steps(config, world_size)
     bf16 = config.dtype != "float32"
     for _ in range(2):
-        with tracker:  # which forgets its peak on entering
+        with tracker:  # entering resets its peak
             for i in range(n):
                 tracker.reset_mod_stats()
                 parallel.set_gradient_sync(last=i == n - 1)
@@ -148,7 +150,7 @@ def two_steps(parallel: ParallelModel, config: Config, world_size: int) -> dict[
                     loss, _ = model(idx, idx)
                 loss.backward()
             peak = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
-            # After the peak is read, for DTensor works out its shapes on whole tensors, which would count.
+            # Read the peak before the optimizer runs: DTensor computes shapes on full tensors, which would be counted.
             optimizer.step()
             resident = {str(getattr(k, "value", k)): v for k, v in tracker.get_tracker_snapshot()[CPU].items()}
         optimizer.zero_grad(set_to_none=bool(parallel.mesh) or world_size == 1)
@@ -156,14 +158,14 @@ def two_steps(parallel: ParallelModel, config: Config, world_size: int) -> dict[
 
 
 def compare(flags: list[str], world_size: int, steps: int) -> list[tuple[str, int, int]]:
-    """(what, simulated, planned) bytes on the fullest of `world_size` ranks; a step is `steps` micro-steps."""
+    """Returns (part, simulated, planned) bytes on the rank that needs most; a step has `steps` micro-steps."""
     flags = [*flags, "--compile=0", "--total_batch_size=0"]
     try:
         config = load_config(flags, world_size)
     except UserError as error:
         if not str(error).startswith("--batch_size=0"):
             raise
-        config = load_config([*flags, f"--batch_size={MOST_ROWS_ON_CPU}"], world_size)  # there is no GPU to fill
+        config = load_config([*flags, f"--batch_size={MOST_ROWS_ON_CPU}"], world_size)  # the choice needs a GPU
     config = config.model_copy(update={"total_batch_size": config.total_batch_size * steps})
     found, plan = simulate(config, world_size), planned_bytes(config, world_size)
     resident = moments(config, world_size)["optimizer"]

@@ -1,10 +1,10 @@
-"""Tokens per second of data/prepare/job.py beside the usual way, in one run on the same parquet and the same cores.
+"""Speed of tokenization by data/prepare/job.py compared with the usual way, on the same files and cores.
 
     python scripts/bench/tokenize.py --input 'FOLDER/*.parquet'
 
-The usual way is a `multiprocessing.Pool` with a process for each core: documents through `imap` with chunksize 16, one
-`encode_ordinary` of tiktoken each, results copied into a uint16 buffer and written when a shard is full. Both start
-from nothing (processes and tokenizers included) and write shards; the tokens are compared.
+The usual way is a `multiprocessing.Pool` with one process per core. `imap` with chunksize 16 passes documents to it,
+tiktoken's `encode_ordinary` encodes each, and the results are copied into a uint16 buffer that is written when a shard
+is full. Both include the start of processes and tokenizers and write shards. The tokens are compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # also away from this file's own name, which is a standard module's
+    sys.path[0] = str(ROOT)  # also because this file has the name of a standard module
 
 import argparse
 import json
@@ -61,7 +61,7 @@ def _texts(paths: list[str], text_key: str) -> Iterator[str]:
 
 
 def usual_way(paths: list[str], text_key: str, folder: Path, processes: int) -> int:
-    """Returns the number of tokens."""
+    """Tokenizes with a pool of processes. Returns the number of tokens."""
     buffer, held, total = np.empty(SHARD, np.uint16), 0, 0
     with multiprocessing.get_context("fork").Pool(processes, _start) as pool:
         for tokens in pool.imap(_encode, _texts(paths, text_key), chunksize=16):
@@ -78,7 +78,7 @@ def usual_way(paths: list[str], text_key: str, folder: Path, processes: int) -> 
 
 
 def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
-    """The whole command, as a user gives it. Returns the number of tokens and the peak memory of its processes."""
+    """Runs the command. Returns the number of tokens and the peak memory of its processes in GiB."""
     command = [sys.executable, str(ROOT / "data" / "fineweb_edu.py"), "--input", *args.input]
     command += [f"--text_key={args.text_key}", f"--workers={args.processes}"]
     command += [f"--output_dir={folder}", f"--shard_size={SHARD}"]
@@ -94,7 +94,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
 
 
 def memory_of_session(session: int) -> float:
-    """GiB resident in all processes of a session, as Linux tells; what they share counts in each."""
+    """Returns the resident GiB of all processes of a session, from /proc. Shared memory counts in each."""
     pages = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -104,7 +104,7 @@ def memory_of_session(session: int) -> float:
 
 
 def same_tokens(usual: Path, our: Path) -> bool:
-    """Whether both wrote the same stream."""
+    """Returns whether both wrote the same tokens."""
     streams: list[np.ndarray] = []
     for folder, order in ((usual, ["usual_*"]), (our, ["*_val_*", "*_train_*"])):
         paths = [path for pattern in order for path in sorted(folder.glob(pattern))]
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--text_key", default="text")
     parser.add_argument("--processes", type=int, default=cores())
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each; the median counts")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each; the median is reported")
     args = parser.parse_args()
     paths = input_files(args.input)
     for path in paths:
@@ -134,7 +134,7 @@ def main() -> None:
                 else:
                     usual_way(paths, args.text_key, usual, args.processes)
                 rates[name].append(total / (time.perf_counter() - before))
-            assert same_tokens(usual, our), "the two ways give different tokens"
+            assert same_tokens(usual, our), "the tokens differ"
     try:
         splintr = f"splintr-rs {version('splintr-rs')}"
     except PackageNotFoundError:
@@ -143,7 +143,7 @@ def main() -> None:
     print(
         f"{total:,} tokens, {args.processes} processes, median of {args.repeat}\n"
         f"usual way  {usual_rate / 1e6:6.2f}M tok/s\nours       {ours_rate / 1e6:6.2f}M tok/s"
-        f"  {ours_rate / usual_rate:.2f}x, the same tokens; {memory:.2f} GiB in all its processes\n"
+        f"  {ours_rate / usual_rate:.2f}x, same tokens; {memory:.2f} GiB in all processes\n"
         f"Python {platform.python_version()}, tiktoken {version('tiktoken')}, {splintr}"
     )
 

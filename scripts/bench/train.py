@@ -1,10 +1,10 @@
-"""Training speed and memory beside a plain loop: `python scripts/bench/train.py [--nanogpt DIR]`.
+"""Training speed and memory compared with a plain loop: `python scripts/bench/train.py [--nanogpt DIR]`.
 
-The reference is the usual small trainer, written here for the comparison: the same GPT-2 shape with
-scaled_dot_product_attention, full logits, F.cross_entropy, and torch's AdamW. With a copy of nanoGPT in
-DIR its model.py and its optimizer are measured too. All sides run eager, in the same precision and on
-the same batch, in processes of their own that take turns, so that a noisy machine disturbs all alike.
-Prints one JSON line: the median of the rounds, and our ratios to the others.
+The reference is a minimal trainer, written here for the comparison: a GPT-2 of the same shape with
+scaled_dot_product_attention, full logits, F.cross_entropy, and torch's AdamW. With a copy of nanoGPT in DIR its
+model.py and its optimizer are measured too. All run eagerly, in the same precision and on the same batch. Each run is a
+separate process, and they alternate, so that a noisy machine slows all equally. Prints one JSON line: the median of the
+rounds, and our results relative to the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import json
 import statistics
 import subprocess
 import time
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ from util.errors import CommandParser, run_command
 
 
 class ReferenceBlock(nn.Module):
+    """A transformer block of the reference."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -50,6 +53,8 @@ class ReferenceBlock(nn.Module):
 
 
 class Reference(nn.Module):
+    """A minimal GPT-2."""
+
     def __init__(self, vocab: int, length: int, layers: int, heads: int, width: int):
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocab, width), nn.Embedding(length, width)
@@ -67,41 +72,47 @@ class Reference(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
 
-def one_side(side: str, config: Config, steps: int, nanogpt: Path | None) -> dict[str, Any]:
-    """Trains `steps` steps on random tokens; tokens per second (median step) and peak memory of this process."""
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    torch.manual_seed(0)
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def build(
+    side: str, config: Config, device: torch.device, nanogpt: Path | None
+) -> tuple[nn.Module, torch.optim.Optimizer, Loss]:
+    """Returns a model, its optimizer, and the function that computes the loss of a batch."""
     padded = -(-config.vocab_size // config.vocab_pad) * config.vocab_pad
-    batch = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
-    x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
     if side == "ours":
-        model = GPT(config)
-        init_weights(model, 0)
-        model.to(device)
-        optimizer = make_optimizer(model, config, world_size=1)
-    elif side == "nanogpt":
+        ours = GPT(config)
+        init_weights(ours, 0)
+        ours.to(device)
+
+        def mean_loss(x: Tensor, y: Tensor) -> Tensor:
+            loss_sum, count = ours(x, y)
+            return loss_sum / count
+
+        return ours, make_optimizer(ours, config, world_size=1), mean_loss
+    if side == "nanogpt":
         assert nanogpt is not None
-        theirs = load_nanogpt(nanogpt)
+        module = load_nanogpt(nanogpt)
         shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
         shape |= {"vocab_size": padded, "block_size": config.sequence_length}
-        model = theirs.GPT(theirs.GPTConfig(dropout=0.0, bias=True, **shape)).to(device)
-        optimizer = cast(Any, model).configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    else:
-        model = Reference(padded, config.sequence_length, config.n_layer, config.n_head, config.n_embd).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
+        theirs = module.GPT(module.GPTConfig(dropout=0.0, bias=True, **shape)).to(device)
+        return theirs, theirs.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type), lambda x, y: theirs(x, y)[1]
+    reference = Reference(padded, config.sequence_length, config.n_layer, config.n_head, config.n_embd).to(device)
+    return reference, torch.optim.AdamW(reference.parameters(), lr=6e-4, weight_decay=0.1), reference
+
+
+def measure(side: str, config: Config, steps: int, nanogpt: Path | None) -> dict[str, Any]:
+    """Trains on random tokens. Returns tokens per second (median step) and the peak memory of this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    torch.manual_seed(0)
+    batch = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
+    x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    model, optimizer, loss_of = build(side, config, device, nanogpt)
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            if side == "ours":
-                loss_sum, count = model(x, y)
-                loss = loss_sum / count
-            elif side == "nanogpt":
-                loss = model(x, y)[1]
-            else:
-                loss = model(x, y)
+            loss = loss_of(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -113,7 +124,9 @@ def one_side(side: str, config: Config, steps: int, nanogpt: Path | None) -> dic
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--side", choices=["ours", "reference", "nanogpt"], help="run one side only, in this process")
+    parser.add_argument(
+        "--side", choices=["ours", "reference", "nanogpt"], help="measure only this one, in this process"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a copy of nanoGPT, to measure its model.py too")
@@ -121,12 +134,12 @@ def main() -> None:
     defaults = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--batch_size=8", "--sequence_length=512"]
     config = load_config(defaults + flags, world_size=1)
     if args.side:
-        print(json.dumps(one_side(args.side, config, args.steps, args.nanogpt)))
+        print(json.dumps(measure(args.side, config, args.steps, args.nanogpt)))
         return
     results: dict[str, list[dict[str, float]]] = {"ours": [], "reference": []}
     more: list[str] = []
     if args.nanogpt:
-        load_nanogpt(args.nanogpt)  # a mistake in the path is found now
+        load_nanogpt(args.nanogpt)  # check the path now
         results["nanogpt"], more = [], [f"--nanogpt={args.nanogpt}"]
     for _ in range(args.rounds):
         for side, rows in results.items():

@@ -359,7 +359,7 @@ def test_a_model_that_has_diverged(run, saved, monkeypatch):
         (["--dtype=int8"], "--dtype"),
         (["--infill", "--prompt=<FILL_ME> <FILL_ME>"], "has 2"),
         (["--infill", "--prompt=<FILL_ME>", "--ignore_eot"], "leave out --ignore_eot"),
-        (["--infill", "--prompt=<FILL_ME>", "--max_new_tokens=61"], "exceed the model.s context of 64"),
+        (["--infill", "--prompt=<FILL_ME>", "--max_new_tokens=61"], "exceed the model's context of 64"),
     ],
 )
 def test_mistakes(run, tmp_path, flags, message):

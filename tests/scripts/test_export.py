@@ -17,7 +17,14 @@ from data.tokenizers.export import tokenizer_files
 from data.tokenizers.load import load_tokenizer
 from eval import generate as generating
 from eval.generate import Sampling, generate
-from model.formats.pretrained import PretrainedModel, initial_values, load_model, model_config, open_pretrained, open_weights
+from model.formats.pretrained import (
+    PretrainedModel,
+    initial_values,
+    load_model,
+    model_config,
+    open_pretrained,
+    open_weights,
+)
 from model.gpt import GPT, init_weights
 from scripts import export as command
 from util.errors import UserError
@@ -61,7 +68,7 @@ def test_one_file_holds_what_the_ranks_wrote(sharded, parameters_of, trainer, tm
 
 
 def test_mistakes(sharded, tmp_path):
-    assert "is already there" in run_command("--checkpoint", sharded, "--output", tmp_path, code=2)
+    assert "exists; choose another name" in run_command("--checkpoint", sharded, "--output", tmp_path, code=2)
     assert "no such run or checkpoint" in export(
         "--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "x", code=2
     )
@@ -70,8 +77,8 @@ def test_mistakes(sharded, tmp_path):
     file, link = tmp_path / "file", tmp_path / "link"
     file.touch()
     link.symlink_to("nowhere")
-    assert "no such folder can be made" in export("--checkpoint", sharded, "--output", file / "x", code=2)
-    assert "is already there" in export("--checkpoint", sharded, "--output", link, code=2)
+    assert "cannot create the folder above it" in export("--checkpoint", sharded, "--output", file / "x", code=2)
+    assert "exists; choose another name" in export("--checkpoint", sharded, "--output", link, code=2)
 
 
 FAMILIES = {
@@ -257,7 +264,7 @@ def test_lm_eval_opens_it(text_run, tmp_path):
 
 def test_without_a_tokenizer_it_says_so(sharded, tmp_path, capsys):
     export("--checkpoint", sharded, "--to=hf", "--output", tmp_path / "out")
-    assert "no tokenizer is written: --tokenizer=gpt2 has 50,257 tokens" in capsys.readouterr().out
+    assert "exporting without a tokenizer: --tokenizer=gpt2 has 50,257 tokens" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("tokenizer*"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id is None
 
@@ -272,7 +279,7 @@ def test_bfloat16_in_many_files_and_refusals(text_run, sharded, tmp_path):
     assert "--tokenizer=cl100k_base" in said
     assert "--max_file_gb=0.0" in export("--checkpoint", run, "--max_file_gb=0", "--output", tmp_path / "x", code=2)
     said = export("--checkpoint", f"hf:{tmp_path / 'small'}", "--output", tmp_path / "x", code=2)
-    assert "--to=consolidated is for checkpoints of ours" in said and not (tmp_path / "x").exists()
+    assert "--to=consolidated needs a rawgpt checkpoint" in said and not (tmp_path / "x").exists()
     export("--checkpoint", run, "--to=llmc", "--output", tmp_path / "model.bin")
     ours, back = (
         load_model(run, torch.device("cpu"))[0],

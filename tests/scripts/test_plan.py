@@ -1,4 +1,4 @@
-"""scripts/plan.py: what it says, what it recommends, and how it answers mistakes."""
+"""scripts/plan.py: estimates, recommendations and user errors."""
 
 import re
 import shlex
@@ -19,26 +19,30 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def answer(capsys):
-    def ask(command_line):
+    """Runs the command in this process and returns its output."""
+
+    def run(command_line):
         plan.main(*plan.parse(shlex.split(command_line)))
         return capsys.readouterr().out
 
-    return ask
+    return run
 
 
 @pytest.fixture
 def refusal(capsys):
-    def ask(command_line):
+    """Runs the command in this process and returns its error message."""
+
+    def run(command_line):
         with pytest.raises(UserError) as caught:
             plan.main(*plan.parse(shlex.split(command_line)))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    return ask
+    return run
 
 
 def recommended(out):
-    """The launcher's words and the Config of the command line at the end of an answer."""
+    """Returns the launcher, the Config and the number of ranks of the recommended command."""
     launch, _, flags = out.splitlines()[-1].partition(" train_gpt.py")
     ranks = 1
     for number in re.findall(r"--n(?:nodes|proc_per_node)=(\d+)", launch):
@@ -61,20 +65,20 @@ def recommended(out):
         "--cfg=gpt2-774m --gpus=8 --memory_gb=24 --compile=model",
     ],
 )
-def test_what_it_recommends_is_a_command_that_fits(answer, command_line):
+def test_the_recommended_command_fits(answer, command_line):
     out = answer(command_line)
     args, flags = plan.parse(shlex.split(command_line))
     launch, config, ranks = recommended(out)
     assert ranks == args.gpus and ("torchrun" in launch) == (ranks > 1)
     assert planned_bytes(config, ranks, plan.capacity(args)).peak <= plan.usable_bytes(plan.capacity(args))
-    for name, value in plan.one_by_one(flags).items():  # what was asked for is in it
+    for name, value in plan.parse_flags(flags).items():  # the command has the given flags
         assert str(getattr(config, name)) == value
     if args.tokens:
         assert 0 <= config.num_iterations * config.total_batch_size - args.tokens < config.total_batch_size
     assert (args.gpu == "T4") == (config.dtype == "float16")
 
 
-def test_on_a_gpu_without_bfloat16_the_residual_stream_is_not_bfloat16_either(answer):
+def test_a_gpu_without_bfloat16_gets_a_float32_residual_stream(answer):
     _, config, _ = recommended(answer("--cfg=gpt2-124m --gpu=T4 --gpus=4 --residual_dtype=bfloat16"))
     assert (config.dtype, config.residual_dtype) == ("float16", "float32")
 
@@ -90,13 +94,13 @@ def test_time_and_cost_follow_from_the_flops(answer):
     flops = 6 * (8_030_261_248 - 128256 * 4096) + 12 * 32 * 4096 * 8192
     tokens = -(-(10**11) // 4194304) * 4194304
     hours = tokens * flops / (64 * 989e12 * 0.5) / 3600
-    assert f"{4194304 * flops:.3g} FLOPs a step" in out
+    assert f"{4194304 * flops:.3g} FLOPs per step" in out
     assert f"{hours / 24:.3g} days" in out and f"{hours * 64:,.0f} GPU hours, {hours * 128:,.0f} for 2" in out
     assert "4,194,304 tokens" in out and "8,030,261,248 parameters" in out
     assert "for" not in answer("--cfg=llama3-8b --gpus=64").splitlines()[2]  # no cost without a price
 
 
-def test_every_strategy_has_its_line(answer):
+def test_every_strategy_has_a_line(answer):
     rows = [re.split(r"  +", line) for line in answer("--cfg=llama3-8b --gpus=16").splitlines() if line[:1].isdigit()]
     rows = [row for row in rows if len(row) == len(plan.HEAD)]
     strategies = {tuple(row[:3]) for row in rows}
@@ -104,12 +108,11 @@ def test_every_strategy_has_its_line(answer):
     assert {row[0] for row in rows} == {"0", "1", "2", "2 × 2", "3", "3 × 2"}
     for row in rows:
         parts, peak = [float(cell) for cell in row[4:10]], float(row[10])
-        assert max(parts) <= peak <= sum(parts) + 0.3  # of rounding
+        assert max(parts) <= peak <= sum(parts) + 0.3  # rounding
         assert (row[11] == "yes") == (peak <= 74.5) and (row[12] == "none") <= (row[11] == "no")
 
 
-def test_the_largest_micro_batch_is_the_largest(answer):
-    """The next one that divides the step does not fit."""
+def test_the_largest_micro_batch_fits_and_the_next_larger_one_does_not(answer):
     args, flags = plan.parse(["--cfg=llama2-7b", "--gpus=16", "--zero_stage=3"])
     base = load_config(flags, 16)
     checked = 0
@@ -156,32 +159,32 @@ def test_flags_of_the_strategy_narrow_the_choice(answer):
         ("--cfg=gpt2-124m --gpus=1 --zero_stage=1", ["no strategy"]),
     ],
 )
-def test_a_mistake_names_the_flag_and_the_way_out(refusal, command_line, words):
+def test_a_user_error_names_the_flag_and_a_remedy(refusal, command_line, words):
     message = refusal(command_line)
     assert all(word in message for word in words), message
 
 
-def test_when_nothing_fits_it_says_what_would(refusal, answer, capsys):
+def test_if_nothing_fits_it_suggests_changes_that_fit(refusal, answer, capsys):
     message = refusal("--cfg=llama3-8b --gpu=A100 --gpus=8 --zero_stage=0")
     assert "leaving out --zero_stage" in message
     answer("--cfg=llama3-8b --gpu=A100 --gpus=8")
     message = refusal("--cfg=llama3-8b --gpu='RTX 3080' --gpus=8")
-    ways = message.split("What would: ")[1].split("; ")
+    ways = message.split("Try: ")[1].split("; ")
     assert len(ways) >= 2
     for way in ways:
         given = {"--cfg": "llama3-8b", "--gpu": "'RTX 3080'", "--gpus": "8"} | dict([way.split("=")])
         assert "recommended" in answer(" ".join(f"{k}={v}" for k, v in given.items()))
 
 
-def test_the_tables_in_the_docs_are_what_the_quoted_commands_print(answer):
+def test_the_tables_in_the_docs_equal_the_output_of_their_commands(answer):
     text = (ROOT / "docs" / "memory.md").read_text()
     quoted = re.findall(r"`python scripts/plan\.py ([^`]*--markdown)`[^|]*?\n\n((?:\|.*\n)+)", text)
     assert quoted
     for command_line, table in quoted:
-        assert answer(command_line) == table, "docs/memory.md is not what its command prints: paste it anew"
+        assert answer(command_line) == table, "docs/memory.md differs from the output of its command: update it"
 
 
-def test_help_is_quick_and_a_mistake_is_exit_code_2():
+def test_help_is_fast_and_user_errors_have_exit_code_2():
     command = [sys.executable, str(ROOT / "scripts/plan.py")]
     times = []
     for _ in range(3):
