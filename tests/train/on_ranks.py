@@ -103,7 +103,7 @@ def check_initial_weights(ranks, folder):
 
 
 def check_imported_weights(ranks, folder):
-    """Imported weights equal those in the files in every stage. A rank holds its part and one full parameter at most."""
+    """Imported weights equal those in the files. A rank holds its part and one full parameter at most."""
     origin = open_origin(f"hf:{folder.parent / 'llama'}")
     shape = ["--sequence_length=16", "--batch_size=2", f"--init_from=hf:{origin.path}", "--device=cpu"]
     handed_out = []
