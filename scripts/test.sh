@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and all tests; installs what they need. `--slow` adds the long ones; other arguments go to pytest.
+# Lint, types and tests; installs their requirements. `--slow` adds the long tests; other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh tests/requirements.txt
@@ -9,5 +9,6 @@ if [ "${1:-}" = --slow ]; then slow=(); shift; fi
 ruff check .
 ruff format --check .
 mypy
-# By file, so that what a file sets up is set up once; in their order, as by number of tests the longest would be last.
+# One file runs on one worker, so that its fixtures are set up once. Files keep their order: sorted by the number of
+# tests, the longest would be last.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${slow[@]}" "$@"

@@ -47,7 +47,7 @@ TINY = [
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two training shards and one of validation: counting modulo the vocabulary, so it can be learned."""
+    """A folder of two training shards and one validation shard: tokens count modulo the vocabulary size."""
     folder = tmp_path_factory.mktemp("shards")
     tokens = np.arange(20_000) % VOCAB
     write_shard(folder / "count_val_000000.bin", tokens[:3000], VOCAB)
@@ -171,13 +171,13 @@ def metrics() -> Callable[[Path], list[dict]]:
 
 @pytest.fixture(scope="session")
 def trace() -> Callable[[Path], list[dict]]:
-    """The numbers of a run that must not depend on how it was interrupted, in full precision."""
+    """A function that returns the numbers of a run that must not depend on interruptions."""
     return read_trace
 
 
 @pytest.fixture(scope="session")
 def parameters_of() -> Callable[[Path], dict[str, torch.Tensor]]:
-    """The parameters in a checkpoint, whole, whoever wrote it."""
+    """A function that returns the full parameters of a checkpoint."""
     return lambda path: {n: p.detach() for n, p in load_model(path, torch.device("cpu"))[0].named_parameters()}
 
 
@@ -192,7 +192,7 @@ def wait_for() -> Callable[..., bool]:
             if process.poll() is not None:
                 return False
             time.sleep(0.001)
-        raise TimeoutError("the run neither got there nor ended")
+        raise TimeoutError("the condition did not become true, and the run did not end")
 
     return wait
 
@@ -200,7 +200,7 @@ def wait_for() -> Callable[..., bool]:
 @pytest.fixture(scope="session")
 def kill_all() -> Callable[[subprocess.Popen[str]], None]:
     def kill(process: subprocess.Popen[str]) -> None:
-        """SIGKILLs a run, launcher and workers alike; torchrun puts each worker into a session of its own."""
+        """Kills launcher and workers. torchrun starts each worker in a separate session."""
         listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         children = listed.read_text().split() if listed.exists() else []
         for pid in [process.pid, *map(int, children)]:

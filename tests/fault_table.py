@@ -1,7 +1,7 @@
-"""The table of docs/reliability.md, from the tests that inject the faults: `--fault_table` writes what has just run.
+"""The table of faults in docs/reliability.md. `pytest --fault_table` rewrites the rows of the tests that passed.
 
-A test of a fault bears `@pytest.mark.fault(FAULT, PROMISE)`, and says by the fixture `injected` how often it did what
-was done, and what was lost. Its row appears if it passed, and rows of tests that did not run stay as they are.
+A test of a fault has the mark `@pytest.mark.fault(FAULT, PROMISE)`. It calls the fixture `injected` with the number of
+injected faults and with the loss. Rows of tests that did not run stay unchanged.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ ROWS: dict[str, dict[str, Any]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fault_table", action="store_true", help="write what the fault tests found to reliability.md")
+    parser.addoption(
+        "--fault_table", action="store_true", help="write the results of fault tests to docs/reliability.md"
+    )
 
 
 @pytest.fixture
 def injected(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`injected(times, lost)`: for the row of this test; what its parameters say is added up."""
+    """A function `injected(times, lost)` that fills the row of this test. All its parameters are added up."""
     fault, promise = request.node.get_closest_marker("fault").args
     test = request.node.nodeid.partition("[")[0]
 
@@ -37,7 +39,7 @@ def injected(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Also in the process that collects what the workers of xdist report."""
+    """Collects the rows, with xdist in the main process."""
     if report.when == "call" and report.passed:
         for name, about in report.user_properties:
             if name == "injected":

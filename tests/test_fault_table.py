@@ -1,4 +1,4 @@
-"""docs/reliability.md has a row for each test that injects a fault, and no other."""
+"""docs/reliability.md has one row for each test with the mark `fault`, and no other rows."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,8 @@ from tests.fault_table import PAGE, TABLE, named_in
 TESTS = Path(__file__).resolve().parent
 
 
-def injecting():
-    """The tests marked as such, also by another name for the mark."""
+def fault_tests():
+    """Yields the tests with the mark, also where a variable stands for it."""
     for path in TESTS.rglob("test_*.py"):
         if "mark.fault" not in (source := path.read_text()):
             continue
@@ -25,5 +25,5 @@ def injecting():
                 yield f"{path.relative_to(TESTS.parent)}::{function.name}"
 
 
-def test_every_fault_has_its_row():
-    assert {named_in(row) for row in TABLE.search(PAGE.read_text())[1].splitlines()} == set(injecting())
+def test_every_fault_test_has_a_row():
+    assert {named_in(row) for row in TABLE.search(PAGE.read_text())[1].splitlines()} == set(fault_tests())

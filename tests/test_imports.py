@@ -1,4 +1,4 @@
-"""Who may import whom, and that nothing heavy is imported before it is needed."""
+"""Imports go downwards only, and heavy libraries are imported where they are used."""
 
 import ast
 import subprocess
@@ -16,17 +16,17 @@ MAY_IMPORT = {
     "data": {"util", "cfg", "model", "data"},
     "eval": {"util", "cfg", "model", "data", "eval"},
     "train": {"util", "cfg", "model", "data", "eval", "train"},
-    "scripts": {"util", "cfg", "model", "data", "eval", "train", "scripts", "train_gpt"},  # benchmarks time train_step
+    "scripts": {"util", "cfg", "model", "data", "eval", "train", "scripts", "train_gpt"},  # benchmarks call train_step
     "train_gpt": {"util", "cfg", "model", "data", "eval", "train"},
 }
 HEAVY = {*"datasets wandb transformers matplotlib pyarrow tensorboard tiktoken tokenizers lm_eval".split()}
 
 
-def files(room):
-    return [ROOT / "train_gpt.py"] if room == "train_gpt" else sorted((ROOT / room).rglob("*.py"))
+def files(package):
+    return [ROOT / "train_gpt.py"] if package == "train_gpt" else sorted((ROOT / package).rglob("*.py"))
 
 
-SOURCES = [(room, path) for room in MAY_IMPORT for path in files(room)]
+SOURCES = [(package, path) for package in MAY_IMPORT for path in files(package)]
 
 
 def for_types_only(node):
@@ -34,7 +34,7 @@ def for_types_only(node):
 
 
 def imports(node, at_import_time=False):
-    """Dotted names that a module imports: anywhere in it, or only what runs when it is imported."""
+    """Yields the dotted names that a module imports: all, or only those imported with the module."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
@@ -51,39 +51,39 @@ def parse(path):
     return ast.parse(path.read_text(), str(path))
 
 
-@pytest.mark.parametrize("room, path", SOURCES, ids=[str(path.relative_to(ROOT)) for _, path in SOURCES])
-def test_a_room_imports_only_the_rooms_below_it(room, path):
+@pytest.mark.parametrize("package, path", SOURCES, ids=[str(path.relative_to(ROOT)) for _, path in SOURCES])
+def test_a_package_imports_only_packages_below_it(package, path):
     names = set(imports(parse(path)))
-    assert not [name for name in names if name.startswith(".")]  # absolute, so that they can be searched for
-    assert {name.split(".")[0] for name in names} & OURS <= MAY_IMPORT[room]
+    assert not [name for name in names if name.startswith(".")]  # absolute imports can be searched for
+    assert {name.split(".")[0] for name in names} & OURS <= MAY_IMPORT[package]
 
 
-@pytest.mark.parametrize("room", ["model", "data"])
-def test_model_and_data_know_nothing_of_ranks(room):
-    for path in files(room):
+@pytest.mark.parametrize("package", ["model", "data"])
+def test_model_and_data_do_not_use_ranks(package):
+    for path in files(package):
         distributed = {name for name in imports(parse(path)) if name.startswith("torch.distributed")}
-        assert distributed <= {"torch.distributed.checkpoint"}, path  # which reads files without a process group too
+        assert distributed <= {"torch.distributed.checkpoint"}, path  # it also reads files without a process group
         assert "WORLD_SIZE" not in path.read_text() and "LOCAL_RANK" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("room", ["cfg", "model", "data", "train", "eval", "train_gpt"])
-def test_nothing_heavy_is_imported_at_import_time(room):
-    for path in files(room):
+@pytest.mark.parametrize("package", ["cfg", "model", "data", "train", "eval", "train_gpt"])
+def test_nothing_heavy_is_imported_at_import_time(package):
+    for path in files(package):
         assert not {name.split(".")[0] for name in imports(parse(path), at_import_time=True)} & HEAVY, path
 
 
 def test_importing_everything_loads_nothing_heavy_and_prints_nothing():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for room, path in SOURCES
-        if room != "scripts" and path.name != "__init__.py"
+        for package, path in SOURCES
+        if package != "scripts" and path.name != "__init__.py"
     ]
     code = f"import sys, {', '.join(modules)}; assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_walk_tells_import_time_from_later():
+def test_imports_at_import_time_are_distinguished_from_later_ones():
     tree = ast.parse(
         "import a\nif TYPE_CHECKING:\n    import b\ntry:\n    from c.d import e\nexcept ImportError:\n    pass\n"
         "class X:\n    import f\n    def g(self):\n        import h\nfrom . import i\n"

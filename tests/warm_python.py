@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 MODULES = [
     *("torch", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"),
@@ -62,7 +63,7 @@ def serve(address):
         importlib.import_module(module)
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # monitors leave no zombies
+    signal.signal(signal.SIGCHLD, reap)
     while True:
         ready, _, _ = select.select([listening, 0], [], [])
         if 0 in ready:
@@ -73,6 +74,13 @@ def serve(address):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return monitor(connection)
         connection.close()
+
+
+def reap(*_):
+    """Waits for ended monitors, so that their CPU time counts as the server's."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def monitor(connection):

@@ -1,28 +1,29 @@
-"""`python failing_evaluation.py --flags`: train_gpt.py where one evaluation after the other fails, each in its way.
+"""`python failing_evaluation.py --flags`: train_gpt.py where each evaluation fails in another way.
 
-First rank 1 alone cannot collate its batch of HellaSwag, then, from step 4 on, every rank fails within the model.
+First only rank 1 cannot collate its batch of HellaSwag. From step 4 on every rank fails inside the model.
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from cfg.config import load_config
-from model.formats.pretrained import open_pretrained
-from util.errors import run_command
-
-config = load_config(describe=open_pretrained)
-
 import torch
 
-import train_gpt
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data.loader import Prefetcher
 from eval import scoring
 from model.gpt import Block
 
-collate, residual = scoring.collate, Block.residual
-collated = forwards = steps = 0
+collated = forwards = step = 0
+
+
+def get_batch(self, index):
+    global step
+    step = index
+    return original_get(self, index)
 
 
 def collate_or_fail(*args):
@@ -30,24 +31,19 @@ def collate_or_fail(*args):
     collated += 1
     if collated == 1 and os.environ["RANK"] == "1":
         raise OSError("the disk is gone")
-    return collate(*args)
+    return original_collate(*args)
 
 
 def compute_or_fail(self, *args):
     global forwards
-    if not torch.is_grad_enabled() and steps >= 4:
+    if not torch.is_grad_enabled() and step >= 4:
         forwards += 1
-        if forwards % 2 == 0:  # in the second block, when a sharded model's first is gathered
+        if forwards % 2 == 0:  # in the second block, when the first block of a sharded model is gathered
             raise RuntimeError("a kernel failed")
-    return residual(self, *args)
+    return original_residual(self, *args)
 
 
-def counted(step, *args):
-    global steps
-    steps = step
-    return train_step(step, *args)
-
-
-train_step, train_gpt.train_step = train_gpt.train_step, counted
-scoring.collate, Block.residual = collate_or_fail, compute_or_fail
-run_command(lambda: train_gpt.main(config), teardown=False)
+original_get, Prefetcher.get = Prefetcher.get, get_batch
+original_collate, scoring.collate = scoring.collate, collate_or_fail
+original_residual, Block.residual = Block.residual, compute_or_fail
+runpy.run_path(str(ROOT / "train_gpt.py"), run_name="__main__")

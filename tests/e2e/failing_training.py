@@ -1,98 +1,88 @@
-"""`FAIL=WHAT@FIRST-LAST python failing_training.py --flags`: train_gpt.py where the last rank's numbers go wrong.
+"""`FAIL=WHAT@FIRST-LAST python failing_training.py --flags`: train_gpt.py with bad numbers on the last rank.
 
-WHAT is "loss" (not a number), "gradient" (infinite), "spike" (a gradient a thousand times as large), "weights" or
-"moments" (a weight, or an Adam moment, becomes NaN after the step), "stuck" (the rank hangs, but lives) or
-"oom" (no memory for the step, and saves take a second longer). It happens in every step that receives the batch of one
-of the steps FIRST to LAST of an undisturbed run; with "!" in front, in the steps FIRST to LAST whatever their batch.
-PASS_OVER=FROM+COUNT: no failure, but from step FROM on each step is given the batch of the step COUNT later.
-BATCHES=FILE: each step of rank 0 appends a JSON line with the batch that it trains on.
+The fault occurs in every step that trains on one of the batches FIRST to LAST. WHAT is one of
+    loss        the loss becomes NaN
+    gradient    the gradient becomes infinite
+    spike       the gradient becomes a thousand times as large
+    weights     a weight becomes NaN after the update
+    moments     an Adam moment becomes NaN after the update
+    stuck       the rank hangs, but lives
+    oom         no memory for the step; writing files takes longer, so that a save is under way
+SKIP_DATA=FROM+COUNT: from batch FROM on, each batch is replaced by the batch COUNT later, without any fault.
+BATCHES=FILE: rank 0 appends each batch that it trains on to FILE, as a JSON line.
+
+The faults are injected into the model, the optimizer and the data, not into train_gpt.py.
 """
 
 import json
 import os
 import re
+import runpy
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from cfg.config import load_config
-from model.formats.pretrained import open_pretrained
-from util.errors import run_command
-
-config = load_config(describe=open_pretrained)
-
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import train_gpt
-from train.checkpoint_writer import CheckpointWriter
-from train.optim import named_states
-from train.parallel import ParallelModel, local
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-always, what, *numbers = re.fullmatch(r"(!?)(\w+)@(\d+)-(\d+)", os.environ.get("FAIL", "nothing@0-0")).groups()
+from data.loader import Prefetcher
+from model.gpt import GPT
+
+what, *numbers = re.fullmatch(r"(\w+)@(\d+)-(\d+)", os.environ.get("FAIL", "nothing@0-0")).groups()
 first, last = map(int, numbers)
-start, ahead = map(int, os.environ.get("PASS_OVER", "0+0").split("+"))
-is_last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-now = False
-bad_batches = []
-train_step, open_train_data = train_gpt.train_step, train_gpt.open_train_data
-squared_grad_norm = ParallelModel.squared_grad_norm
+skip_from, skipped = map(int, os.environ.get("SKIP_DATA", "0+0").split("+"))
+rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+failing = False  # in this step, on this rank
 
 
-def open_and_keep(*args):
-    global train_data
-    train_data = open_train_data(*args)
-    return train_data
-
-
-def wrong_gradients(model):
-    if now and what == "gradient":
-        local(model.gradients()[0]).view(-1)[:1] = torch.inf
-    if now and what == "spike":
-        model.scale_gradients(1000.0)
-    return squared_grad_norm(model)
-
-
-def batch_of(step, ranks):
-    """Returns this rank's part of the batch of a step of an undisturbed run."""
-    return train_data.batch(step, ranks.rank, ranks.world_size).long()
-
-
-def wrong_step(step, batch, model, optimizer, *rest):
-    global now
-    ranks = model.ranks
-    if start and step >= start:
-        batch = batch_of(step + ahead, ranks)
-    if what != "nothing" and not always and not bad_batches:
-        bad_batches.extend(batch_of(bad_step, ranks) for bad_step in range(first, last + 1))
-    now = is_last and (first <= step <= last if always else any(torch.equal(batch, bad) for bad in bad_batches))
-    if ranks.is_main and "BATCHES" in os.environ:
+def get_batch(self, index):
+    global failing
+    failing = rank == world_size - 1 and first <= index <= last
+    if skip_from and index >= skip_from:
+        index += skipped
+    batch = original_get(self, index)
+    if rank == 0 and "BATCHES" in os.environ:
         with open(os.environ["BATCHES"], "a") as f:
-            f.write(json.dumps({"step": step, "batch": batch.tolist()}) + "\n")
-    while now and what == "stuck":
+            f.write(json.dumps({"index": index, "batch": batch.tolist()}) + "\n")
+    return batch
+
+
+def forward_or_fail(self, *args, **kwargs):
+    result = original_forward(self, *args, **kwargs)
+    if not (failing and torch.is_grad_enabled()):
+        return result
+    while what == "stuck":
         time.sleep(0.1)
-    if now and what == "oom":
+    if what == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    hook = model.gpt.register_forward_hook(lambda *call: (call[-1][0] * (torch.nan if now else 1), call[-1][1]))
-    if what != "loss":
-        hook.remove()
-    result = train_step(step, batch, model, optimizer, *rest)
-    hook.remove()
-    if now and what in ("weights", "moments"):
-        moments = (t for name, t in named_states(optimizer, model.gpt).items() if name.endswith("/exp_avg"))
-        with torch.no_grad():
-            local(next(model.gpt.parameters() if what == "weights" else moments)).view(-1)[:1] = torch.nan
-    return result
+    loss, count = result
+    if what == "loss":
+        loss = loss * torch.nan
+    if what in ("gradient", "spike"):
+        factor = torch.inf if what == "gradient" else 1000.0
+        loss.register_hook(lambda gradient: gradient * factor)
+    return loss, count
 
 
-def write_slowly(*args):
-    time.sleep(1)
-    write(*args)
+def poison(optimizer, args, kwargs):
+    if not (failing and what in ("weights", "moments")):
+        return
+    weight = next(p for group in optimizer.param_groups for p in group["params"])
+    tensor = weight.detach() if what == "weights" else optimizer.state[weight]["exp_avg"]
+    getattr(tensor, "_local_tensor", tensor).view(-1)[:1] = torch.nan
 
 
-train_gpt.train_step, train_gpt.open_train_data = wrong_step, open_and_keep
-ParallelModel.squared_grad_norm = wrong_gradients
+def write_slowly(fd):
+    time.sleep(0.3)
+    original_fsync(fd)
+
+
+original_get, Prefetcher.get = Prefetcher.get, get_batch
+original_forward, GPT.forward = GPT.forward, forward_or_fail
+register_optimizer_step_post_hook(poison)
 if what == "oom":
-    write, CheckpointWriter._write = CheckpointWriter._write, write_slowly
-run_command(lambda: train_gpt.main(config), teardown=False)
+    original_fsync, os.fsync = os.fsync, write_slowly
+runpy.run_path(str(ROOT / "train_gpt.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""What a run leaves behind when it fails, and what it does when nobody reads its console any longer."""
+"""The console of a run that goes away, running out of memory, and the log of each rank."""
 
 import signal
 from pathlib import Path
@@ -11,19 +11,21 @@ FAILING = str(Path(__file__).with_name("failing_training.py"))
 LONG = ["--num_iterations=100000", "--save_every_niter=0", "--val_loss_every=0", "--log_every=1"]
 
 
-def as_nohup_does():
+def ignore_sighup():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def as_without():
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started these tests
+def default_sighup():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 
 
-@pytest.mark.fault("nobody reads the console any longer", "ends well, with a checkpoint; under nohup it goes on")
+@pytest.mark.fault("the console goes away", "the run ends with a checkpoint; under nohup it continues")
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_console_that_goes_away(trainer, metrics, wait_for, injected, tmp_path, nohup):
+def test_a_run_without_a_console_ends_with_a_checkpoint_or_continues_under_nohup(
+    trainer, metrics, wait_for, injected, tmp_path, nohup
+):
     run = tmp_path / "run"
-    process = trainer.start(run, *LONG, preexec_fn=as_nohup_does if nohup else as_without)
+    process = trainer.start(run, *LONG, preexec_fn=ignore_sighup if nohup else default_sighup)
     assert wait_for(lambda: len(metrics(run)) >= 5, process)
     process.stdout.close()
     if nohup:
@@ -38,8 +40,8 @@ def test_a_console_that_goes_away(trainer, metrics, wait_for, injected, tmp_path
     injected(1)
 
 
-@pytest.mark.fault("out of memory while a save is under way", "the checkpoint is finished; one line, exit code 2")
-def test_out_of_memory_does_not_cost_the_checkpoint_under_way(trainer, injected, tmp_path):
+@pytest.mark.fault("out of memory during a save in the background", "the checkpoint is finished; one line, exit code 2")
+def test_running_out_of_memory_during_a_save_keeps_the_checkpoint(trainer, injected, tmp_path):
     run = tmp_path / "run"
     flags = ["--async_save=1", "--save_every_niter=7"]
     done = trainer.run(run, *flags, code=2, script=FAILING, env={"FAIL": "oom@8-8"})
@@ -50,7 +52,7 @@ def test_out_of_memory_does_not_cost_the_checkpoint_under_way(trainer, injected,
     injected(1, "the steps since the checkpoint")
 
 
-def test_each_start_and_rank_has_its_lines_in_the_log(trainer, tmp_path):
+def test_the_log_has_the_lines_of_each_start_and_rank(trainer, tmp_path):
     run = tmp_path / "run"
     for steps in (5, 10):
         trainer.run(run, f"--num_iterations={steps}", "--log_every=5", ranks=2)

@@ -1,4 +1,4 @@
-"""--doc_mask=1 in the real command: it trains, changes the numbers, and keeps what holds of every run."""
+"""--doc_mask=1 in the real command: it trains, changes the numbers, and resumes bit-equal."""
 
 import shutil
 
@@ -13,7 +13,7 @@ FLAGS = ["--vocab_size=50257", "--doc_mask=1", "--keep_every=10"]
 
 @pytest.fixture(scope="module")
 def on_documents(trainer, tmp_path_factory):
-    """The training command on short documents, each counting from somewhere on, with GPT-2's end-of-text token."""
+    """The training command on short documents that count from a random number on."""
     folder, random = tmp_path_factory.mktemp("documents"), np.random.default_rng(0)
     documents = []
     for first, length in zip(random.integers(0, 251, 800), random.integers(0, 40, 800), strict=True):
@@ -31,7 +31,7 @@ def one_rank(on_documents, tmp_path_factory):
     return output_dir
 
 
-def test_it_learns_and_is_not_the_run_without(one_rank, on_documents, trace, tmp_path):
+def test_the_loss_falls_and_differs_from_a_run_without_the_mask(one_rank, on_documents, trace, tmp_path):
     with_mask = trace(one_rank)
     assert with_mask[-1]["loss"] < with_mask[0]["loss"] - 0.2
     on_documents.run(tmp_path / "run", *FLAGS, "--doc_mask=0")
@@ -40,13 +40,13 @@ def test_it_learns_and_is_not_the_run_without(one_rank, on_documents, trace, tmp
     assert abs(with_mask[4]["val_loss"] - without[4]["val_loss"]) > 1e-4
 
 
-def test_two_ranks_agree_with_one(one_rank, on_documents, trace, tmp_path):
+def test_two_ranks_give_the_numbers_of_one(one_rank, on_documents, trace, tmp_path):
     on_documents.run(tmp_path / "run", *FLAGS, "--batch_size=4", ranks=2)
     for ours, reference in zip(trace(tmp_path / "run"), trace(one_rank), strict=True):
         assert ours == pytest.approx(reference, abs=1e-5)
 
 
-def test_a_resumed_run_is_the_same_and_a_change_of_the_flag_is_said(one_rank, on_documents, trace, tmp_path):
+def test_a_resumed_run_is_bit_equal_and_a_changed_flag_is_reported(one_rank, on_documents, trace, tmp_path):
     output_dir = shutil.copytree(one_rank, tmp_path / "run")
     for late in ("step_00000015", "step_00000020"):
         shutil.rmtree(output_dir / "checkpoints" / late)

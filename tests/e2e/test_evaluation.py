@@ -1,4 +1,4 @@
-"""HellaSwag and samples while training: no bit of the run depends on them, and a failure in them does not end it."""
+"""HellaSwag and samples during training: they change no bit of the run, and their failure does not end it."""
 
 import json
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 FAILING = str(Path(__file__).with_name("failing_evaluation.py"))
-# GPT-2's vocabulary, to encode the examples with.
+# GPT-2's vocabulary, which encodes the examples.
 SHAPE = ["--vocab_size=50257", "--n_embd=16", "--num_iterations=6", "--val_max_steps=1", "--val_loss_every=2"]
 SHAPE += ["--save_every_niter=4", "--sequence_length=64", "--batch_size=1"]
 ENDINGS = [
@@ -38,9 +38,9 @@ def examples(tmp_path_factory):
     return path
 
 
-def flags_of(examples, limit=40):
-    asked = [f"--hellaswag_data={examples}", "--hellaswag_every=2", f"--hellaswag_limit={limit}"]
-    return [*asked, "--sample_every=3", "--sample_tokens=4"]
+def hellaswag_flags(examples, limit=40):
+    flags = [f"--hellaswag_data={examples}", "--hellaswag_every=2", f"--hellaswag_limit={limit}"]
+    return [*flags, "--sample_every=3", "--sample_tokens=4"]
 
 
 STAGES = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3]
@@ -51,11 +51,11 @@ def test_hellaswag_changes_no_bit_of_the_run(
     stage, trainer, command, examples, metrics, undisturbed, assert_same_run, tmp_path
 ):
     stage_flags = [*SHAPE, f"--zero_stage={stage}"]
-    out = trainer.run(tmp_path, *stage_flags, *flags_of(examples), ranks=2).stdout
+    out = trainer.run(tmp_path, *stage_flags, *hellaswag_flags(examples), ranks=2).stdout
     assert_same_run(tmp_path, undisturbed(2, *stage_flags))
     records = metrics(tmp_path)
     assert [r["step"] for r in records if "hellaswag_acc" in r] == [2, 4, 6]
-    # All ranks together find what the command finds of the same checkpoint.
+    # All ranks together get the result of the command for this checkpoint.
     options = ["--checkpoint", tmp_path, "--input", examples, "--limit=40", "--device=cpu"]
     command("eval/hellaswag.py", *options, "--output", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
@@ -65,18 +65,18 @@ def test_hellaswag_changes_no_bit_of_the_run(
 
 
 @pytest.mark.slow
-def test_compiled_blocks_score_the_same(trainer, examples, metrics, tmp_path):
+def test_compiled_blocks_give_the_scores_of_eager_ones(trainer, examples, metrics, tmp_path):
     for name, compiled in (("eager", 0), ("compiled", 1)):
-        trainer.run(tmp_path / name, *SHAPE, f"--compile={compiled}", *flags_of(examples), ranks=2)
+        trainer.run(tmp_path / name, *SHAPE, f"--compile={compiled}", *hellaswag_flags(examples), ranks=2)
     found = [[{k: r[k] for k in KEYS if k in r} for r in metrics(tmp_path / n)] for n in ("eager", "compiled")]
     assert found[0] == found[1] and any(found[0])
 
 
-def test_an_evaluation_that_fails_is_reported_and_left_out(trainer, examples, metrics, undisturbed, tmp_path):
+def test_a_failed_evaluation_is_reported_and_skipped(trainer, examples, metrics, undisturbed, tmp_path):
     flags = [*SHAPE, "--zero_stage=3"]
     lines, _ = undisturbed(2, *flags)
-    (tmp_path / "samples" / "step_00000003.txt").mkdir(parents=True)  # so that the sample cannot be written
-    err = trainer.run(tmp_path, *flags, *flags_of(examples), ranks=2, script=FAILING).stderr
+    (tmp_path / "samples" / "step_00000003.txt").mkdir(parents=True)  # a folder, so that the sample cannot be written
+    err = trainer.run(tmp_path, *flags, *hellaswag_flags(examples), ranks=2, script=FAILING).stderr
     assert "warning: HellaSwag failed on rank 1, and is left out: OSError: the disk is gone" in err
     assert "warning: sample failed on rank 0, and is left out: IsADirectoryError" in err
     for what in ("validation", "HellaSwag", "sample"):
@@ -88,7 +88,7 @@ def test_an_evaluation_that_fails_is_reported_and_left_out(trainer, examples, me
     assert not any("hellaswag_acc" in r for r in metrics(tmp_path))
 
 
-def test_a_signal_does_not_wait_for_hellaswag(trainer, examples, metrics, wait_for, tmp_path):
+def test_a_signal_interrupts_hellaswag(trainer, examples, metrics, wait_for, tmp_path):
     flags = [*SHAPE, f"--hellaswag_data={examples}", "--hellaswag_every=4"]
     process = trainer.start(tmp_path, *flags, "--batch_size=1", python=trainer.warm_python)
     saved = tmp_path / "checkpoints" / "step_00000004"
@@ -96,13 +96,13 @@ def test_a_signal_does_not_wait_for_hellaswag(trainer, examples, metrics, wait_f
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 4
-    if metrics(tmp_path)[-1]["step"] == 3:  # in the evaluation; else before it began, which is another test's
+    if metrics(tmp_path)[-1]["step"] == 3:  # interrupted in the evaluation, otherwise before it
         assert not (tmp_path / "checkpoints" / "step_00000005").exists()
     trainer.run(tmp_path, *flags, "--hellaswag_limit=3")
     assert [r["step"] for r in metrics(tmp_path) if "hellaswag_acc" in r] == [4, 6]
 
 
-def test_mistakes_are_known_before_anything_is_written(trainer, examples, tmp_path):
+def test_mistakes_are_found_before_anything_is_written(trainer, examples, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text(examples.read_text().splitlines()[0].replace("ctx_b", "ctx_c"))
     out = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Recorded numbers of whole runs, in full precision, to show that a change of the code leaves them as they are.
+"""Recorded numbers of whole runs in full precision. They show whether a change of the code changed the numbers.
 
 Each file in tests/golden/ holds the numbers of one run, and the processor and torch version that it was made with.
 Kernels choose their instructions by processor, which changes the last bits of a sum. So the comparison is exact only
@@ -31,7 +31,7 @@ SETTINGS = {  # ranks, stage, file; stage 1 is bit-equal to stage 0
 }
 KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "skipped")
 VOCAB, BATCH, STEPS = 61, 256, 88
-ODD_STEPS = [74, 75, 76]  # the data of these steps is one token, over and over
+ODD_STEPS = [74, 75, 76]  # the data of these steps is one repeated token
 KILLED_AT, SAVED_EVERY = 46, 10
 FLAGS = [
     *(f"--vocab_size={VOCAB}", "--tokenizer=none", "--shuffle=0", f"--num_iterations={STEPS}", "--log_every=1"),
@@ -131,7 +131,7 @@ def check_events(found, printed):
     skipped = [r for r in [*superseded.values(), *records.values()] if "skipped" in r]
     assert [r["step"] for r in skipped] == ODD_STEPS
     assert all(superseded[f"step {step}"] == records[f"step {step}"] for step in range(back_to[0] + 1, KILLED_AT))
-    # Far from the limit on both sides, so that rounding on another processor does not change what is skipped.
+    # Far from the limit on both sides, so that rounding on another processor does not change which steps are skipped.
     limit = max(float(r["skipped"].split()[-1]) for r in skipped)
     assert min(r["grad_norm"] for r in skipped) > 5 * limit
     assert max(r["grad_norm"] for r in records.values() if r["step"] > 64) < limit / 5

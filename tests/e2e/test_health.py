@@ -1,4 +1,4 @@
-"""A long run stays as it is: memory, open files and threads, looked at from outside while it trains."""
+"""A long run does not grow: memory, open files and threads, measured from outside while it trains."""
 
 import time
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import NamedTuple
 import pytest
 
 STEPS = 2000
-# All that a run does at intervals, every 100 steps, on as small a model as there is.
+# Everything that a run does at intervals, every 100 steps, with the smallest model.
 FLAGS = "--n_layer=1 --n_head=1 --n_embd=8 --sequence_length=8 --batch_size=2 --total_batch_size=32 --tokenizer=none"
 FLAGS += " --val_loss_every=100 --val_max_steps=2 --sample_every=100 --sample_tokens=4 --save_every_niter=100"
 GROWTH = 0.02
-PROMISE = "memory grows by less than 2 % after the first third; open files and threads stay as many"
+PROMISE = "memory grows by less than 2 % after the first third; the numbers of open files and threads stay constant"
 
 
 class Seen(NamedTuple):
-    """A process at a moment."""
+    """A measurement of one process."""
 
     step: int
     memory: int  # resident pages
@@ -30,7 +30,7 @@ def look(pid: int, step: int) -> Seen:
 
 
 def watched(process, output_dir: Path, pids) -> dict[int, list[Seen]]:
-    """What was seen of each process of the run, by its number, until the last step was logged."""
+    """Measures each process until the last step is logged. Returns process id → measurements."""
     seen: dict[int, list[Seen]] = {}
     log, at, step = output_dir / "metrics.jsonl", 0, 0
     while process.poll() is None and step < STEPS:
@@ -48,14 +48,14 @@ def watched(process, output_dir: Path, pids) -> dict[int, list[Seen]]:
 
 
 def assert_steady(seen: list[Seen]) -> float:
-    """By what share memory grew, from the second third to the last."""
+    """Checks the last third against the second. Returns the growth of memory as a fraction."""
     second = [s for s in seen if STEPS / 3 <= s.step < 2 * STEPS / 3]
     last = [s for s in seen if 2 * STEPS / 3 <= s.step < STEPS]
     assert len(second) > 20 and len(last) > 20, len(seen)
     growth = max(s.memory for s in last) / max(s.memory for s in second) - 1
     since_start = max(s.memory for s in last) / min(s.memory for s in second) - 1
     assert growth < GROWTH and since_start < GROWTH, (growth, since_start)
-    # While a checkpoint is written its files are open: of the rest there are always as many.
+    # While a checkpoint is written its files are open; otherwise the number of open files is constant.
     for number in ("files", "threads"):
         least, most = (f(getattr(s, number) for s in second) for f in (min, max))
         assert min(getattr(s, number) for s in last) <= least, number

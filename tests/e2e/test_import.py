@@ -1,4 +1,4 @@
-"""Training goes on from a Hugging Face model through the real command, in every strategy, and back to a folder."""
+"""Training that starts from a Hugging Face model, in every strategy."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-VOCAB = 251  # of the tiny shards, and the shape is that of the tiny runs
+VOCAB = 251  # the vocabulary of the tiny shards; the shape is that of the tiny runs
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
 
@@ -59,12 +59,12 @@ def test_the_first_loss_is_that_of_transformers(trace, one_process, llama):
     ],
     ids=["stage0", "stage1", "stage2", "stage3-offload-recompute"],
 )
-def test_every_strategy_goes_on_alike(trainer, trace, one_process, llama, tmp_path, flags):
+def test_every_strategy_trains_the_model_alike(trainer, trace, one_process, llama, tmp_path, flags):
     trainer.run(tmp_path / "run", f"--init_from=hf:{llama[0]}", "--shuffle=0", "--batch_size=4", *flags, ranks=2)
     near(trace(tmp_path / "run"), trace(one_process))
 
 
-def test_it_resumes_and_may_begin_anew_from_a_run_of_ours(trainer, trace, one_process, llama, tmp_path, parameters_of):
+def test_a_run_resumes_and_another_run_can_start_from_it(trainer, trace, one_process, llama, tmp_path, parameters_of):
     flags = [f"--init_from=hf:{llama[0]}", "--shuffle=0", "--batch_size=8"]
     trainer.run(tmp_path / "run", *flags, "--max_minutes=1e-9")
     done = trainer.run(tmp_path / "run", *flags)
@@ -74,13 +74,13 @@ def test_it_resumes_and_may_begin_anew_from_a_run_of_ours(trainer, trace, one_pr
     (tmp_path / "run/checkpoints/step_00000020/state.json").write_text("{")
     begin = [f"--init_from={tmp_path / 'run'}", "--num_iterations=1", "--learning_rate=1e-30"]
     done = trainer.run(tmp_path / "next", *begin, ranks=2)
-    assert done.stdout.count("step_00000020 is skipped") == 1  # rank 0 chooses, and says so
+    assert done.stdout.count("step_00000020 is skipped") == 1  # rank 0 chooses and reports it
     first = parameters_of(tmp_path / "next")
     assert all((last[name] - first[name]).abs().max() < 1e-12 for name in last)
 
 
 @pytest.mark.parametrize("compile", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_sliding_window_trains_and_is_remembered(trainer, trace, tmp_path, compile):
+def test_a_sliding_window_trains_and_is_saved_in_the_manifest(trainer, trace, tmp_path, compile):
     folder_of(MistralConfig(**SHAPE, sliding_window=5), tmp_path / "hf")
     common = [f"--init_from=hf:{tmp_path / 'hf'}", "--num_iterations=4", "--sample_every=4", "--sample_tokens=9"]
     trainer.run(tmp_path / "one", *common, "--batch_size=4", "--flash=0")

@@ -1,4 +1,4 @@
-"""The launchers with the real torchrun: whoever is killed or warned, the trace is that of an undisturbed run."""
+"""The launch scripts with the real torchrun. After kills and signals the trace equals an undisturbed run's."""
 
 import json
 import os
@@ -26,7 +26,7 @@ EACH = [pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]  # a 
 
 
 class Launcher:
-    """Starts the tiny run by one of the scripts, or by torchrun."""
+    """Starts the tiny run by a launch script or by torchrun."""
 
     def __init__(self, trainer, stand_ins: Path):
         self.trainer = trainer
@@ -47,7 +47,7 @@ class Launcher:
 
 @pytest.fixture(scope="module")
 def launcher(trainer, tmp_path_factory):
-    """With stand-ins for SLURM's commands: srun runs its task here, scontrol notes what it was asked."""
+    """A launcher with stand-ins for SLURM's commands: srun runs its task here, scontrol prints its arguments."""
     folder = tmp_path_factory.mktemp("bin")
     stand_ins = {
         "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
@@ -87,13 +87,13 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     kill(output_dir, 2)
     out = launcher.finish(process)
     assert out.count("resuming from") == 1
-    assert (output_dir / "logs" / "metrics_superseded.jsonl").exists()  # it did go back
+    assert (output_dir / "logs" / "metrics_superseded.jsonl").exists()  # steps were repeated
     assert_same_run(output_dir, undisturbed(4, *FLAGS, *STRATEGIES[strategy]))
     assert status(output_dir)["status"] == "done"
     assert all_gone(output_dir, seconds=1)
 
 
-def test_a_launcher_killed_while_its_workers_start_leaves_none(launcher, wait_for, tmp_path):
+def test_a_launcher_killed_while_its_workers_start_leaves_no_worker(launcher, wait_for, tmp_path):
     process = launcher.start(torchrun(2), tmp_path / "run")
     assert wait_for(lambda: {0, 1} <= set(processes_of(tmp_path / "run").values()), process)
     process.kill()
@@ -105,7 +105,7 @@ def test_a_launcher_killed_while_its_workers_start_leaves_none(launcher, wait_fo
 def test_a_worker_killed_on_one_machine_restarts_all_of_them(
     launcher, assert_same_run, wait_for, undisturbed, tmp_path
 ):
-    """Two launchers that meet at a port: as on two machines, as far as torchrun is concerned."""
+    """Two launchers that meet at a port; for torchrun these are two machines."""
     output_dir = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -123,7 +123,7 @@ def test_a_worker_killed_on_one_machine_restarts_all_of_them(
 def test_a_slurm_job_goes_through_the_queue_until_it_is_done(
     launcher, assert_same_run, wait_for, undisturbed, tmp_path, strategy
 ):
-    """First the time is over; then torchrun is killed, which takes its workers along; the third time it ends."""
+    """The first job runs out of time, in the second torchrun is killed with its workers, the third completes."""
     output_dir = tmp_path / "run"
     job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "NPROC": "2"}
 
@@ -143,7 +143,7 @@ def test_a_slurm_job_goes_through_the_queue_until_it_is_done(
     kill(output_dir, "torchrun")
     assert "requeued 42" in launcher.finish(second, code=128 + signal.SIGKILL)
     assert all_gone(output_dir, seconds=10)
-    assert status(output_dir)["status"] == "running"  # which nobody is
+    assert status(output_dir)["status"] == "running"  # although no process is left
 
     assert "requeued" not in launcher.finish(submit())
     assert status(output_dir)["status"] == "done"

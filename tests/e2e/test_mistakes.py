@@ -40,7 +40,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_shards(trainer, good, tmp_path, name):
+def test_a_broken_shard_is_an_error_that_names_it(trainer, good, tmp_path, name):
     damage, message = BROKEN[name]
     (tmp_path / "x_train.bin").write_bytes(damage(good))
     line = one_line(trainer, tmp_path / "run", f"--input_train_bin={tmp_path}/*_train.bin")
@@ -70,13 +70,13 @@ def test_shards(trainer, good, tmp_path, name):
         (["--cfg=shakespear"], "did you mean shakespeare?"),
     ],
 )
-def test_flags(trainer, tmp_path, flags, message):
+def test_a_bad_flag_is_an_error_that_names_it(trainer, tmp_path, flags, message):
     assert message in one_line(trainer, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_bad_token_id_beyond_the_sample_is_found_when_it_is_read(trainer, tmp_path, shards):
-    """The check at the start looks at a sample of a large file; the loader looks at what it hands out."""
+    """The check at the start reads a sample of a large file. The loader checks each batch."""
     tokens = np.zeros(3_000_000, np.uint16)
     tokens[20_000:40_000] = VOCAB
     write_shard(tmp_path / "x_train.bin", tokens, 2**16)
@@ -87,20 +87,20 @@ def test_a_bad_token_id_beyond_the_sample_is_found_when_it_is_read(trainer, tmp_
     assert "token id 251" in one_line(trainer, tmp_path / "other", *flags, "--check_data=1")
 
 
-def test_a_directory_that_is_not_a_runs_is_left_alone(trainer, tmp_path):
+def test_a_directory_that_is_not_a_run_is_left_alone(trainer, tmp_path):
     (tmp_path / "config.yaml").write_text("mine")
     assert "holds a config.yaml that is no run's" in one_line(trainer, tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
-def test_an_output_dir_that_cannot_be_written(trainer, tmp_path):
+def test_an_output_dir_that_cannot_be_written_is_an_error(trainer, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "cannot be written" in one_line(trainer, tmp_path / "file" / "run")
     assert "cannot be written" in one_line(trainer, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_under_torchrun_rank_0_alone_speaks(trainer, tmp_path):
+def test_under_torchrun_only_rank_0_prints_the_error(trainer, tmp_path):
     err = trainer.run(tmp_path / "run", "--input_train_bin=nowhere/*.bin", ranks=2, code=1).stderr
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
         "error: --input_train_bin=nowhere/*.bin matches no file: folder nowhere does not exist;"
@@ -109,7 +109,7 @@ def test_under_torchrun_rank_0_alone_speaks(trainer, tmp_path):
     assert "exitcode  : 2" in err
 
 
-def test_sampling_without_a_checkpoint(command, tmp_path):
+def test_sampling_without_a_checkpoint_is_an_error(command, tmp_path):
     for flags, message in (
         (["--checkpoint", str(tmp_path / "none")], "no such checkpoint"),
         (["--checkpoint", str(tmp_path)], "holds no checkpoint"),

@@ -1,4 +1,4 @@
-"""Token files as llm.c, modded-nanogpt and nanoGPT leave them in their folders are trained on as they are."""
+"""Token files of llm.c, modded-nanogpt and nanoGPT are read without conversion."""
 
 import math
 
@@ -14,7 +14,7 @@ BATCH = ["--sequence_length=32", "--batch_size=2", "--total_batch_size=256"]
 
 
 def with_header(path, tokens, magic=20240520, version=1, dtype="<u2"):
-    """llm.c's `write_datafile` (dev/data/data_common.py), and modded-nanogpt's (data/fineweb.py)."""
+    """Writes a file like llm.c (dev/data/data_common.py) and modded-nanogpt (data/fineweb.py)."""
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(tokens)
     path.write_bytes(header.tobytes() + tokens.astype(dtype).tobytes())
@@ -30,7 +30,7 @@ def llmc_fineweb(folder):
     with_header(folder / "fineweb_val_000000.bin", TOKENS["val"])
     with_header(folder / "fineweb_train_000001.bin", TOKENS["train"][:4000])
     with_header(folder / "fineweb_train_000002.bin", TOKENS["train"][4000:])
-    return "fineweb_train_*.bin", "fineweb_val_*.bin"  # modded-nanogpt's names and bytes are the same
+    return "fineweb_train_*.bin", "fineweb_val_*.bin"  # names and bytes of modded-nanogpt are equal
 
 
 def llmc_llama3(folder):
@@ -40,7 +40,7 @@ def llmc_llama3(folder):
 
 
 def nanogpt(folder):
-    """data/openwebtext/prepare.py; data/shakespeare's `tofile` leaves the same bytes."""
+    """Writes files like data/openwebtext/prepare.py and data/shakespeare/prepare.py."""
     for split, tokens in TOKENS.items():
         file = np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="w+", shape=(len(tokens),))
         file[:] = tokens
@@ -57,17 +57,17 @@ def flags_for(folder, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loader_sees_the_tokens(tmp_path, layout):
+def test_the_loader_reads_the_tokens(tmp_path, layout):
     flags = [*BATCH, *flags_for(tmp_path, layout), f"--vocab_size={VOCAB}", "--tokenizer=none", "--shuffle=0"]
     config = load_config(flags, world_size=1)
     train, val = open_train_data(config, {}), open_val_data(config, {})
-    for k, row in enumerate(train.batch(1).tolist() + train.batch(22).tolist()):  # the latter across both shards
+    for k, row in enumerate(train.batch(1).tolist() + train.batch(22).tolist()):  # batch 22 spans both shards
         start = 32 * (k if k < 8 else 21 * 8 + k - 8) % (5999 // 32 * 32)
         assert row == TOKENS["train"][start : start + 33].tolist()
     assert val.gather([0, 45]).tolist() == [TOKENS["val"][s : s + 33].tolist() for s in (0, 45 * 32)]
 
 
-def test_the_command_trains_on_them_together(trainer, metrics, tmp_path):
+def test_the_command_trains_on_a_mixture_of_them(trainer, metrics, tmp_path):
     mixed = []
     for layout in LAYOUTS:
         folder = tmp_path / layout.__name__

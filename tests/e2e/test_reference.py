@@ -1,4 +1,4 @@
-"""The real command gives the numbers of an independent trainer, tests/reference.py, for every flag of the update."""
+"""The real command gives the numbers of an independent trainer (tests/reference.py) for every training flag."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ GPT2 |= {"tie_embeddings": True, "rope_base": 10000.0, "norm_eps": 1e-5}
 LLAMA = {"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "mlp_hidden": 96, "bias": False, "n_kv_head": 2}
 LLAMA |= {"tie_embeddings": False, "rope_base": 500.0, "norm_eps": 1e-3}
 SIZE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 251, "sequence_length": 32, "batch_size": 2}
-# Not the defaults, except for dropout. The last test checks that the flags in DEFAULTS matter.
+# Not the default values, except for dropout. The last test checks that each flag in DEFAULTS changes the numbers.
 TRAINING = {
     "num_iterations": 10,
     "total_batch_size": 512,
@@ -43,7 +43,7 @@ LIMIT = 1e-5
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two training shards and one for validation: a noisy count that adds 1 to 3 each time, and sometimes 40 on top."""
+    """Two training shards and one validation shard: each token adds 1 to 3 to the last, and sometimes 40 more."""
     folder = tmp_path_factory.mktemp("reference")
     random = np.random.default_rng(0)
     tokens = (np.cumsum(random.integers(1, 4, 9000)) + 40 * random.integers(0, 2, 9000)) % SIZE["vocab_size"]
@@ -54,7 +54,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(data):
-    """The reference's records and weights for these flags."""
+    """A function that returns records and weights of the reference trainer for some flags."""
     found = {}
 
     def of(ranks=1, **flags):
@@ -69,7 +69,7 @@ def expected(data):
 
 @pytest.fixture(scope="module")
 def run(trainer, data, metrics, parameters_of):
-    """The real command's records and weights for these flags."""
+    """A function that returns records and weights of the real command for some flags."""
 
     def start(output_dir, ranks=1, **flags):
         words = [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in flags.items()]
@@ -95,7 +95,7 @@ def assert_equal(ours, theirs, limit=LIMIT):
 
 
 CASES = [
-    # shape, ranks, stage, what is not as in TRAINING
+    # shape, ranks, stage, flags that differ from TRAINING
     ("gpt2", 1, 0, {"schedule": "cosine", "batch_size": 4}),
     ("gpt2", 2, 0, {"dropout": 0.2, "flash": False}),
     ("gpt2", 2, 1, {"schedule": "linear", "activation_checkpointing": "block"}),
@@ -117,7 +117,7 @@ def test_training_gives_the_numbers_of_the_reference(run, expected, tmp_path, sh
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_float16_gives_the_norms_of_the_reference_within_its_rounding(run, expected, tmp_path, ranks):
-    """Sharded, and offloaded to the host, which one rank alone may be too."""
+    """The parameters are sharded and offloaded to the host."""
     flags = {**SIZE, **GPT2, **TRAINING}
     half = {"dtype": "float16", "zero_stage": 3, "cpu_offload": True}
     records, _ = run(tmp_path / "run", ranks, **flags, **half)
@@ -130,8 +130,8 @@ def test_float16_gives_the_norms_of_the_reference_within_its_rounding(run, expec
 
 
 @pytest.mark.parametrize("flag", DEFAULTS)
-def test_every_flag_of_training_matters_in_this_comparison(expected, flag):
-    """Otherwise a flag that is ignored would pass."""
+def test_every_training_flag_changes_the_numbers_of_the_reference(expected, flag):
+    """Otherwise a flag that the command ignores would pass."""
     flags = {**SIZE, **GPT2, **TRAINING}
     theirs = expected(**{**flags, flag: DEFAULTS[flag]})
     with pytest.raises(AssertionError):

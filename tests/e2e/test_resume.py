@@ -1,4 +1,4 @@
-"""However a run is stopped, what it would have logged is what it logs: bit for bit on the same ranks."""
+"""A stopped and resumed run logs the numbers of an undisturbed run: bit-equal on an equal number of ranks."""
 
 import re
 import shutil
@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-# Dropout, accumulation (256 tokens = 4 micro-steps of 2 × 32) and a stop past warm-up: what resume has to get right.
+# Resume must restore dropout, accumulation (256 tokens = 4 micro-steps of 2 × 32) and the schedule after warm-up.
 FLAGS = ["--dropout=0.1", "--num_iterations=30", "--save_every_niter=5"]
 
 
@@ -24,13 +24,15 @@ def steps_logged(output_dir):
         pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_stopped_by_a_signal(trainer, assert_same_run, wait_for, undisturbed, tmp_path, ranks, number):
+def test_a_run_stopped_by_a_signal_resumes_bit_equal(
+    trainer, assert_same_run, wait_for, undisturbed, tmp_path, ranks, number
+):
     output_dir = tmp_path / "run"
     process = trainer.start(output_dir, *FLAGS, ranks=ranks, python=trainer.warm_python)
     assert wait_for(lambda: steps_logged(output_dir) >= 11, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == (4 if ranks == 1 else 1), err  # torchrun answers 1 whatever its workers say
+    assert process.returncode == (4 if ranks == 1 else 1), err  # torchrun returns 1 for every failure
     stopped_at = int((output_dir / "checkpoints/latest").read_text().strip().removeprefix("step_"))
     assert 11 <= stopped_at < 30
     assert f"after step {stopped_at} of 30" in out
@@ -38,7 +40,7 @@ def test_stopped_by_a_signal(trainer, assert_same_run, wait_for, undisturbed, tm
     assert_same_run(output_dir, undisturbed(ranks, *FLAGS))
 
 
-def test_stopped_by_the_clock(trainer, assert_same_run, undisturbed, tmp_path):
+def test_a_run_out_of_time_resumes_bit_equal(trainer, assert_same_run, undisturbed, tmp_path):
     output_dir = tmp_path / "run"
     done = trainer.run(output_dir, *FLAGS, "--max_minutes=0.001")
     assert "stopped by --max_minutes after step" in done.stdout
@@ -46,8 +48,8 @@ def test_stopped_by_the_clock(trainer, assert_same_run, undisturbed, tmp_path):
     assert_same_run(output_dir, undisturbed(1, *FLAGS))
 
 
-def test_stopped_during_validation(trainer, trace, tmp_path):
-    """The validation is abandoned, its step saved, and made up for by the next start."""
+def test_an_interrupted_validation_is_repeated_after_the_restart(trainer, trace, tmp_path):
+    """The step is saved, the validation is interrupted, and the next start repeats it."""
     flags = ["--val_loss_every=1", "--val_max_steps=90", "--num_iterations=3", "--save_every_niter=0"]
     trainer.run(tmp_path / "whole", *flags)
     trainer.run(tmp_path / "run", *flags, "--max_minutes=1e-9")
@@ -58,14 +60,16 @@ def test_stopped_during_validation(trainer, trace, tmp_path):
 
 
 def test_a_stop_without_validation_data_still_logs_its_step(trainer, metrics, tmp_path):
-    """--val_loss_every alone makes nothing due: there is no evaluation to put off to the next start."""
+    """--val_loss_every without data causes no evaluation, so the step is logged at once."""
     trainer.run(tmp_path / "run", "--input_val_bin=", "--val_loss_every=1", "--max_minutes=1e-9")
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
 
 
 @pytest.mark.slow
-def test_killed_without_torchrun(trainer, assert_same_run, wait_for, kill_all, undisturbed, tmp_path):
-    """SIGKILL twice in the middle of a save, which one process makes by itself, and in training; more: kill_storm."""
+def test_a_run_killed_without_torchrun_resumes_bit_equal(
+    trainer, assert_same_run, wait_for, kill_all, undisturbed, tmp_path
+):
+    """SIGKILL twice in a save and once in training, on one process. With torchrun: test_kill_storm.py."""
     output_dir = tmp_path / "run"
     for where in ("save", "training", "save"):
         process = trainer.start(output_dir, *FLAGS, "--save_every_niter=3")
@@ -77,12 +81,12 @@ def test_killed_without_torchrun(trainer, assert_same_run, wait_for, kill_all, u
         kill_all(process)
     trainer.run(output_dir, *FLAGS, "--save_every_niter=3")
     assert_same_run(output_dir, undisturbed(1, *FLAGS))
-    assert not list((output_dir / "checkpoints").glob(".*"))  # nothing half-written is left
+    assert not list((output_dir / "checkpoints").glob(".*"))  # no partial checkpoint is left
 
 
 @pytest.fixture(scope="module")
 def whole(trainer, tmp_path_factory):
-    """Runs of 20 steps without dropout, with their checkpoint of step 10, by number of ranks."""
+    """Runs of 20 steps without dropout on 1 and 2 ranks, with the checkpoint of step 10."""
     folder = tmp_path_factory.mktemp("whole")
     for ranks in (1, 2):
         trainer.run(folder / str(ranks), "--keep_every=10", ranks=ranks)
@@ -90,7 +94,7 @@ def whole(trainer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("first,then", [(1, 2), (2, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
-def test_on_other_ranks_it_goes_on_with_the_same_samples(trainer, trace, whole, tmp_path, first, then):
+def test_a_run_resumed_on_other_ranks_trains_on_the_same_samples(trainer, trace, whole, tmp_path, first, then):
     shutil.copytree(whole / str(first), tmp_path / "run")
     for late in (tmp_path / "run" / "checkpoints").glob("step_*"):
         if late.name > "step_00000010":
@@ -114,12 +118,12 @@ def finished(ten_steps, tmp_path):
 
 @pytest.mark.fault(
     "the newest checkpoint has a shard cut short, a flipped byte, a lost shard or half a manifest",
-    "it is passed over with a line, kept aside, and the one before is used; bit-equal",
+    "it is reported, renamed, and the one before is used; bit-equal",
 )
 @pytest.mark.parametrize(
     "damage", ["flip", *(pytest.param(d, marks=pytest.mark.slow) for d in ("cut", "lose", "manifest"))]
 )
-def test_a_damaged_checkpoint_is_passed_over(trainer, trace, finished, injected, damage):
+def test_a_damaged_checkpoint_is_skipped(trainer, trace, finished, injected, damage):
     newest = finished / "checkpoints" / "step_00000010"
     reference = trace(finished)
     model = newest / "model" / "shard-00001-model-00001-of-00001.safetensors"
@@ -141,8 +145,10 @@ def test_a_damaged_checkpoint_is_passed_over(trainer, trace, finished, injected,
     injected(1)
 
 
-@pytest.mark.fault("all checkpoints are damaged", "exit code 5 and one line; nothing is overwritten, nor started over")
-def test_when_all_are_damaged_it_does_not_start_over(trainer, finished, injected):
+@pytest.mark.fault(
+    "all checkpoints are damaged", "exit code 5 and one line; nothing is overwritten, and training does not start over"
+)
+def test_a_run_with_damaged_checkpoints_only_does_not_start_over(trainer, finished, injected):
     for model in finished.glob("checkpoints/step_*/model/*"):
         model.write_bytes(b"")
     files = [p for p in finished.rglob("*") if p.is_file() and p.name not in ("status.json", ".lock", "rank_0.log")]
@@ -156,17 +162,17 @@ def test_when_all_are_damaged_it_does_not_start_over(trainer, finished, injected
     injected(1)
 
 
-def test_resume_never_and_by_path(trainer, trace, finished, tmp_path):
+def test_resume_takes_never_and_a_path(trainer, trace, finished, tmp_path):
     assert "--resume=never" in trainer.run(finished, "--resume=never", code=2).stderr
     older = finished / "checkpoints" / "step_00000005"
     assert "holds newer checkpoints" in trainer.run(finished, f"--resume={older}", code=2).stderr
     assert "no such checkpoint" in trainer.run(tmp_path / "new", "--resume=nowhere", code=2).stderr
     branch = tmp_path / "branch"
     trainer.run(branch, f"--resume={older}", "--num_iterations=10")
-    assert trace(branch) == trace(finished)[4:]  # from the step that the branch shares with its origin
+    assert trace(branch) == trace(finished)[4:]  # from step 5 on, which both runs have
 
 
-def test_another_model_or_other_data_is_refused_by_name(trainer, finished, tmp_path):
+def test_a_changed_model_or_changed_data_is_an_error_that_names_the_change(trainer, finished, tmp_path):
     err = trainer.run(finished, "--n_layer=3", "--n_embd=64", code=2).stderr
     assert "--n_layer=3 (checkpoint: 2)" in err and "--n_embd=64 (checkpoint: 32)" in err
     assert "--sequence_length=16" in trainer.run(finished, "--sequence_length=16", code=2).stderr
@@ -176,20 +182,20 @@ def test_another_model_or_other_data_is_refused_by_name(trainer, finished, tmp_p
     assert "count_train_000002.bin" in trainer.run(finished, only_one, code=2).stderr
 
 
-def test_a_longer_run_goes_on(trainer, metrics, finished):
+def test_a_run_can_be_made_longer(trainer, metrics, finished):
     done = trainer.run(finished, "--num_iterations=12", "--learning_rate=5e-4")
     assert "learning_rate: 0.001 → 0.0005" in done.stdout
     assert [r["step"] for r in metrics(finished)] == list(range(1, 13))
     seconds = [r["elapsed_s"] for r in metrics(finished)]
-    assert seconds == sorted(seconds)  # the clock goes on from the checkpoint
+    assert seconds == sorted(seconds)  # the clock continues from the checkpoint
 
 
-def test_a_shorter_run_says_that_it_is_done(trainer, finished):
+def test_a_run_made_shorter_is_done(trainer, finished):
     done = trainer.run(finished, "--num_iterations=5")
     assert "nothing left to do: the checkpoint is at step 10 of --num_iterations=5" in done.stdout
 
 
-def test_shards_that_vanish_do_not_cost_the_checkpoint(trainer, wait_for, shards, tmp_path):
+def test_a_run_whose_shards_were_deleted_still_saves_its_checkpoint(trainer, wait_for, shards, tmp_path):
     moved = shutil.copytree(shards, tmp_path / "shards")
     flags = [f"--input_train_bin={moved}/*_train_*.bin", "--num_iterations=100000", "--save_every_niter=0"]
     process = trainer.start(tmp_path / "run", *flags, python=trainer.warm_python)

@@ -1,7 +1,7 @@
-"""Storage that refuses, loses or damages: the last good checkpoint survives and is found, and one line says why.
+"""Disk errors: the last good checkpoint survives and is found, and one line says what happened.
 
-Most faults are injected with util/files.py into the real command. To save time they form a chain: the same command
-starts again and again in one directory, each start fails at another point, and the last one finishes the run.
+Most faults are injected with util/files.py into the real command. To save time they form a chain: one command is
+started again and again in one directory, each start fails at another point, and the last start finishes the run.
 """
 
 import ctypes
@@ -18,10 +18,10 @@ import pytest
 
 from model.formats.checkpoint import find_checkpoint, step_of
 
-# As tests/e2e/test_resume.py has them, of whose undisturbed runs these are the interrupted ones.
+# The flags of tests/e2e/test_resume.py, so that the undisturbed run is made once.
 FLAGS = ["--dropout=0.1", "--num_iterations=30", "--save_every_niter=5"]
 EVERY_STEP = [*FLAGS, "--save_every_niter=1", "--keep_last=1"]
-# Points of a save, how often one save passes each with one rank, and what becomes of the run if the disk refuses.
+# Points of a save, how often one save passes each with one rank, and what a disk error there does to the run.
 POINTS = {
     "save make room": (1, "fails"),
     "save tensors": (2, "fails"),
@@ -38,15 +38,15 @@ WHAT = ["ENOSPC", "EACCES", "EIO", "EROFS", "KILL"]
 SHARD = "optimizer/shard-00001-model-00001-of-00001.safetensors"
 
 
-def newest(output_dir, said=None):
-    """Step of the checkpoint that the next start would find; 0 if there is none yet."""
-    said = [] if said is None else said
-    found = find_checkpoint(output_dir, said.append) if output_dir.exists() else None
+def newest(output_dir, messages=None):
+    """Returns the step of the checkpoint that the next start would find; 0 without a checkpoint."""
+    messages = [] if messages is None else messages
+    found = find_checkpoint(output_dir, messages.append) if output_dir.exists() else None
     return step_of(found) if found else 0
 
 
 def the_line(err):
-    """What is printed of a failure: one line, no traceback."""
+    """Returns the one error line. A traceback is a failure."""
     assert "Traceback" not in err, err
     (line,) = re.findall("^error: .*$", err, re.MULTILINE)
     return line
@@ -56,8 +56,8 @@ def reason(what):
     return os.strerror(getattr(errno, what))
 
 
-def refused(output_dir, done, what):
-    """The one line, also in status.json, of a run that has ended with exit code 5."""
+def check_error(output_dir, done, what):
+    """Checks the error line and status.json of a run that ended with exit code 5, and returns the line."""
     line, status = the_line(done.stderr), json.loads((output_dir / "status.json").read_text())
     assert f"--output_dir={output_dir}" in line and reason(what) in line
     assert status["status"] == "storage error" and line == f"error: {status['reason']}"
@@ -65,7 +65,7 @@ def refused(output_dir, done, what):
 
 
 def kept(output_dir):
-    """All that a run would go on from, or lose."""
+    """Reads all files that a run needs to resume."""
     paths = [output_dir / "config.yaml", output_dir / "metrics.jsonl", *(output_dir / "checkpoints").rglob("*")]
     return {path: path.read_bytes() for path in paths if path.is_file()}
 
@@ -78,7 +78,7 @@ class Chain:
         self.assert_finished = lambda where: assert_same_run(where, reference)
 
     def start(self, *flags, where=None, resumes=None, **how):
-        """Returns what it said, and the step it went on from, `resumes` or the newest whole checkpoint's."""
+        """Returns the finished process and the step it resumed from: `resumes`, or the newest good checkpoint."""
         before = newest(self.dir) if resumes is None else resumes
         done = self.trainer.run(where or self.dir, *EVERY_STEP, *flags, **how)
         if before:
@@ -86,14 +86,14 @@ class Chain:
         return done, before
 
     def save_fails(self, point, what, *flags):
-        """In the second save of a start; the first one has made progress."""
+        """Makes the second save of a start fail. The first save has made progress."""
         times, outcome = POINTS[point]
         killed = what == "KILL"
         done, before = self.start(*flags, fault=f"{point}#{times + 1}={what}", code=-signal.SIGKILL if killed else 5)
         if not killed:
-            assert f"the checkpoint of step {before + 2} could not be written" in refused(self.dir, done, what)
+            assert f"the checkpoint of step {before + 2} could not be written" in check_error(self.dir, done, what)
         said = []
-        if outcome == "warns":  # the first save may have had two to prune, left by a fault before
+        if outcome == "warns":  # after an earlier fault the first save may prune two checkpoints
             assert newest(self.dir, said) in (before + 1, before + 2) and not said
         else:
             assert newest(self.dir, said) == before + (1 if outcome == "fails" else 2) and not said
@@ -110,17 +110,17 @@ class Chain:
 
 
 def limit_files():
-    """No file grows beyond this many bytes: less than an optimizer's."""
+    """Limits files to a size below that of the optimizer."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
 def obey_permissions():
-    """As root, too: gives up CAP_DAC_OVERRIDE (linux/prctl.h, linux/capability.h)."""
+    """Drops CAP_DAC_OVERRIDE, so that permissions hold for root too (linux/prctl.h, linux/capability.h)."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
 def permissions_hold(folder):
-    """Whether a process of ours can be kept from writing here."""
+    """Returns whether permissions keep this user from writing to the folder."""
     subprocess.run(["touch", folder / "probe"], preexec_fn=obey_permissions, capture_output=True)
     held = not (folder / "probe").exists()
     (folder / "probe").unlink(missing_ok=True)
@@ -133,24 +133,23 @@ def chain(trainer, assert_same_run, undisturbed, tmp_path):
 
 
 def leave_stale_lock(output_dir, n):
-    """As a run that is gone left it, or as a living process that is none of ours would seem to have."""
+    """Writes a .lock file that names an ended process, an unrelated living process, or no number."""
     (output_dir / ".lock").write_text(["4194999", str(os.getpid()), "no number"][n % 3])
 
 
 @pytest.mark.fault(
-    "the disk refuses (full, no permission, I/O error, read-only) or the process is killed, at each step of a save"
-    " and of pruning",
-    "exit code 5 and one line, or a warning where nothing can be lost; the last whole checkpoint is found; bit-equal",
+    "a disk error (full, no permission, I/O error, read-only) or a kill, at each step of a save and of pruning",
+    "exit code 5 and one line, or a warning if nothing can be lost; the last good checkpoint is found; bit-equal",
 )
 @pytest.mark.parametrize("offset", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(WHAT)))])
-def test_a_save_or_its_pruning_fails(chain, injected, offset):
-    """Of the points of a save one error each; the slow ones complete the matrix. Every third is in the background."""
+def test_an_error_in_a_save_or_in_pruning_keeps_the_last_checkpoint(chain, injected, offset):
+    """One error at each point of a save, every third in the background. The slow cases complete the matrix."""
     errors = {point: WHAT[(i + offset) % len(WHAT)] for i, point in enumerate(POINTS)}
     warnings = [point for point, what in errors.items() if POINTS[point][1] == "warns" and what != "KILL"]
     for i, point in enumerate(p for p in errors if p not in warnings):
         chain.save_fails(point, errors[point], f"--async_save={int(i % 3 == 1)}")
         leave_stale_lock(chain.dir, i)
-    for point in warnings:  # with which a run comes to its end
+    for point in warnings:  # a run finishes after these
         where = chain.dir if point == warnings[-1] else shutil.copytree(chain.dir, chain.dir.with_name(point))
         chain.save_warns(point, errors[point], where=where)
     assert not list((chain.dir / "checkpoints").glob(".saving*"))
@@ -158,18 +157,18 @@ def test_a_save_or_its_pruning_fails(chain, injected, offset):
 
 
 @pytest.mark.fault(
-    "metrics.jsonl cannot be written; a file grows too large for the system; the newest checkpoint cannot be read,"
+    "metrics.jsonl cannot be written; a file is too large for the system; the newest checkpoint cannot be read,"
     " when it is chosen or when it is loaded",
     "exit code 5 and one line, nothing changed on disk, or the one before is used; bit-equal",
 )
-def test_the_log_a_large_file_or_a_read_fails(chain, metrics, injected):
+def test_an_error_of_the_log_of_a_large_file_or_of_a_read_keeps_the_last_checkpoint(chain, metrics, injected):
     flags = ["--keep_last=3"]
     done, _ = chain.start(*flags, fault="metrics#4=ENOSPC", code=5)
-    assert "step 4 could not be written to metrics.jsonl" in refused(chain.dir, done, "ENOSPC")
+    assert "step 4 could not be written to metrics.jsonl" in check_error(chain.dir, done, "ENOSPC")
     assert [r["step"] for r in metrics(chain.dir)] == [1, 2, 3] and newest(chain.dir) == 4
 
-    done, _ = chain.start(*flags, preexec_fn=limit_files, code=5)  # a refusal of the system's own
-    assert "the checkpoint of step 5 could not be written" in refused(chain.dir, done, "EFBIG")
+    done, _ = chain.start(*flags, preexec_fn=limit_files, code=5)  # a limit of the system, not an injected fault
+    assert "the checkpoint of step 5 could not be written" in check_error(chain.dir, done, "EFBIG")
     assert [r["step"] for r in metrics(chain.dir)] == [1, 2, 3, 4] and newest(chain.dir) == 4
 
     before, folder = kept(chain.dir), chain.dir / "checkpoints"
@@ -181,22 +180,22 @@ def test_the_log_a_large_file_or_a_read_fails(chain, metrics, injected):
     done, _ = chain.start(*flags, fault="read hash=EIO", resumes=3)
     assert re.search(r"checkpoint .*step_00000004 is skipped: .*: Input/output error\n", done.stdout)
     chain.finished()
-    assert not list(folder.glob("damaged*"))  # it was whole when its step was reached again
+    assert not list(folder.glob("damaged*"))  # it was found good when its step was reached again
     injected(4)
 
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "the folder of checkpoints may not be written to, or not be listed",
+    "the folder of checkpoints cannot be written to, or cannot be listed",
     "exit code 5 and one line, nothing changed on disk; bit-equal",
 )
-def test_the_folder_of_checkpoints_is_closed(chain, injected):
+def test_a_folder_of_checkpoints_without_permission_is_an_error(chain, injected):
     chain.start(fault="save make room#4=ENOSPC", code=5)
     before, folder = kept(chain.dir), chain.dir / "checkpoints"
     folder.chmod(0o500)
     if hold := permissions_hold(folder):
         done, _ = chain.start(preexec_fn=obey_permissions, code=5)
-        assert "the checkpoint of step 4 could not be written" in refused(chain.dir, done, "EACCES")
+        assert "the checkpoint of step 4 could not be written" in check_error(chain.dir, done, "EACCES")
     folder.chmod(0o700)
     done = chain.trainer.run(chain.dir, *EVERY_STEP, fault="read list=EACCES", code=5)
     assert f"{folder}: Permission denied" in the_line(done.stderr)
@@ -206,7 +205,7 @@ def test_the_folder_of_checkpoints_is_closed(chain, injected):
     injected(1 + hold)
 
 
-# Fault, --zero_stage, what the line says, and the newest step afterwards, where a save comes every 5 steps.
+# Fault, --zero_stage, the message, and the newest step afterwards, with a save every 5 steps.
 ON_RANKS = [
     *(
         pytest.param(*case, marks=pytest.mark.slow)
@@ -222,9 +221,9 @@ ON_RANKS = [
 
 
 def one_line_of_all(output_dir, done, ranks=2):
-    """Said by rank 0, in status.json, and perhaps again by others; no rank has left a traceback (torchrun does)."""
-    said = {line for line in re.findall("^error: (?:rank \\d+: )?(.*)$", done.stderr, re.MULTILINE)}
-    (line,) = said
+    """Returns the error of rank 0, which others may repeat. It is in status.json, and no rank logs a traceback."""
+    lines = {line for line in re.findall("^error: (?:rank \\d+: )?(.*)$", done.stderr, re.MULTILINE)}
+    (line,) = lines
     assert json.loads((output_dir / "status.json").read_text())["reason"] == line
     logs = [(output_dir / f"logs/rank_{rank}.log").read_text() for rank in range(ranks)]
     assert not any("Traceback" in log for log in logs)
@@ -232,11 +231,11 @@ def one_line_of_all(output_dir, done, ranks=2):
 
 
 @pytest.mark.fault(
-    "the disk refuses one rank of two in a save, or rank 0 in a step",
-    "all ranks end with one line that names the rank; the last whole checkpoint is found; bit-equal",
+    "a disk error on one rank of two in a save, or on rank 0 in a step",
+    "all ranks end with one line that names the rank; the last good checkpoint is found; bit-equal",
 )
 @pytest.mark.parametrize("fault,stage,message,left", ON_RANKS)
-def test_the_disk_refuses_one_rank(
+def test_a_disk_error_on_one_rank_ends_all_ranks(
     trainer, assert_same_run, undisturbed, injected, tmp_path, fault, stage, message, left
 ):
     flags = [*FLAGS, *([f"--zero_stage={stage}"] if stage else [])]
@@ -252,11 +251,11 @@ def test_the_disk_refuses_one_rank(
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "one rank of two cannot read the checkpoint, or rank 0 cannot write what it writes at the start",
+    "one rank of two cannot read the checkpoint, or rank 0 cannot write its files at the start",
     "all ranks end with one line; nothing is changed; bit-equal",
 )
 @pytest.mark.parametrize("stage", [1, 3])
-def test_the_disk_refuses_one_rank_at_the_start(
+def test_a_disk_error_on_one_rank_at_the_start_ends_all_ranks(
     trainer, assert_same_run, undisturbed, injected, wait_for, kill_all, tmp_path, stage
 ):
     flags = [*FLAGS, f"--zero_stage={stage}"]
@@ -287,7 +286,7 @@ def test_the_disk_refuses_one_rank_at_the_start(
 
 
 @pytest.mark.fault(
-    "a second run is started on an --output_dir in use", "it is refused with exit code 2, and the first is left alone"
+    "a second run is started on an --output_dir in use", "exit code 2 and one line; the first run continues"
 )
 def test_two_runs_do_not_share_an_output_dir(trainer, injected, wait_for, kill_all, tmp_path):
     output_dir = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The real command in every stage: the numbers of one process, and of itself however it is stopped."""
+"""Every stage gives the numbers of one process, and a stopped and resumed run the numbers of an undisturbed one."""
 
 import itertools
 import shutil
@@ -13,14 +13,14 @@ STAGES = {
     "stage3": (2, ["--zero_stage=3"]),
     "hsdp": (4, ["--zero_stage=3", "--replicas=2"]),
 }
-# 256 tokens a step are 8 rows of 32: on 2 ranks 4 rows each, on 4 ranks 2 rows, so 4 micro-steps want more of both.
+# 256 tokens a step are 8 rows of 32: 4 rows on each of 2 ranks, 2 rows on each of 4. 4 micro-steps may need 512 tokens.
 ACCUMULATION = {1: {2: 4, 4: 2}, 4: {2: 1, 4: 1}}  # micro-steps → ranks → batch_size
 RECOMPUTE = ("none", "block", "selective")
 
 
 @pytest.fixture(scope="module")
 def one_process(trainer, trace, tmp_path_factory):
-    """Traces of the same batches on one process, by tokens a step."""
+    """Tokens per step → the trace of one process."""
     found = {}
     for tokens in (256, 512):
         output_dir = tmp_path_factory.mktemp("one_process") / "run"
@@ -40,7 +40,7 @@ def run_case(trainer, trace, one_process, output_dir, stage, accumulation, recom
     tokens = 512 if accumulation * ranks > 8 else 256
     flags = [*flags, f"--batch_size={ACCUMULATION[accumulation][ranks]}", f"--total_batch_size={tokens}"]
     flags += [f"--activation_checkpointing={recompute}", f"--compile={compile}", "--save_every_niter=0"]
-    if compile:  # samples, whose lengths differ, are not to be compiled
+    if compile:  # samples differ in length and must not be compiled
         flags += ["--sample_every=10", "--sample_tokens=4"]
     done = trainer.run(output_dir, *flags, ranks=ranks, env={"TORCH_LOGS": "recompiles"} if compile else None)
     assert_close(trace(output_dir), one_process[tokens])
@@ -53,13 +53,15 @@ def run_case(trainer, trace, one_process, output_dir, stage, accumulation, recom
     "stage, accumulation, recompute, compile",
     [("stage3", 1, "selective", 1), ("hsdp", 4, "selective", 0)],  # the others: test_reference.py
 )
-def test_the_numbers_of_one_process(trainer, trace, one_process, tmp_path, stage, accumulation, recompute, compile):
+def test_a_strategy_gives_the_numbers_of_one_process(
+    trainer, trace, one_process, tmp_path, stage, accumulation, recompute, compile
+):
     run_case(trainer, trace, one_process, tmp_path / "run", stage, accumulation, recompute, compile)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_stage_with_everything_gives_the_numbers_of_one_process(trainer, trace, one_process, tmp_path):
+def test_every_combination_of_strategies_gives_the_numbers_of_one_process(trainer, trace, one_process, tmp_path):
     for accumulation, recompute, compile in itertools.product(ACCUMULATION, RECOMPUTE, (0, 1)):
         case = f"{accumulation}-{recompute}-{compile}"
         traces = {}
@@ -69,8 +71,8 @@ def test_every_stage_with_everything_gives_the_numbers_of_one_process(trainer, t
         assert traces["stage1"] == traces["stage0"]  # ==: all digits
 
 
-def stop_and_go_on(trainer, wait_for, metrics, output_dir, *flags, ranks):
-    """SIGTERM in the middle, then the same command again."""
+def stop_and_resume(trainer, wait_for, metrics, output_dir, *flags, ranks):
+    """Stops a run by SIGTERM in the middle and starts it again."""
     process = trainer.start(output_dir, *flags, ranks=ranks, python=trainer.warm_python)
     assert wait_for(lambda: len(metrics(output_dir)) >= 11, process)
     process.send_signal(signal.SIGTERM)
@@ -88,20 +90,20 @@ SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("stage1", "sta
 
 
 @pytest.mark.parametrize("stage", SLOW)
-def test_stopped_by_a_signal_it_goes_on_bit_for_bit(trainer, trace, metrics, wait_for, tmp_path, stage):
+def test_every_stage_stopped_by_a_signal_resumes_bit_equal(trainer, trace, metrics, wait_for, tmp_path, stage):
     ranks, flags = STAGES[stage]
     flags = [*flags, *LONG, "--async_save=1"]
     trainer.run(tmp_path / "whole", *flags, "--save_every_niter=0", ranks=ranks)
-    stop_and_go_on(trainer, wait_for, metrics, tmp_path / "run", *flags, ranks=ranks)
+    stop_and_resume(trainer, wait_for, metrics, tmp_path / "run", *flags, ranks=ranks)
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")  # ==: all digits
 
 
-def test_a_checkpoint_goes_on_in_another_stage_on_other_ranks(trainer, trace, one_process, tmp_path):
-    """One chain through the matrix: each link takes up where the last one, of another make, stopped."""
+def test_a_checkpoint_can_be_resumed_in_another_stage_on_other_ranks(trainer, trace, one_process, tmp_path):
+    """A chain of starts: each resumes from a checkpoint of another stage and number of ranks."""
     chain = [(2, 3), (1, 0), (4, 1), (2, 2), (1, 3)]
     for i, (ranks, stage) in enumerate(chain, 1):
         flags = [f"--zero_stage={stage}", "--num_iterations=20", "--batch_size=2"]
-        if i < len(chain):  # each but the last takes one step
+        if i < len(chain):  # each start but the last makes one step
             flags += ["--max_minutes=1e-9", "--save_every_niter=0"]
         trainer.run(tmp_path / "run", *flags, ranks=ranks)
     assert_close(trace(tmp_path / "run"), one_process[256], 1e-5)
@@ -109,8 +111,8 @@ def test_a_checkpoint_goes_on_in_another_stage_on_other_ranks(trainer, trace, on
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_whole_matrix_of_checkpoints(trainer, trace, one_process, tmp_path):
-    """{0, 1, 2, 3} × {1, 2, 4} ranks: the checkpoint of each, at step 10, goes on in each."""
+def test_every_checkpoint_can_be_resumed_in_every_stage(trainer, trace, one_process, tmp_path):
+    """Stages 0 to 3 on 1, 2 and 4 ranks: the checkpoint of step 10 of each is resumed in each."""
     settings = list(itertools.product((1, 2, 4), range(4)))
     for ranks, stage in settings:
         output_dir = tmp_path / f"from-{ranks}-{stage}"

@@ -1,4 +1,4 @@
-"""A tokenizer of one's own, from text to samples, and the refusal of every mismatch on the way."""
+"""A trained tokenizer, from text to samples, and the error for every mismatch."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ TEXT = "".join(f"Speaker {i}: the cat's {i} hats, and they'll sit.\n\n" for i in
 
 @pytest.fixture(scope="module")
 def world(command, tmp_path_factory):
-    """Two tokenizers, and shards that the first one made."""
+    """Two tokenizers, and shards made with the first."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "text.txt").write_text(TEXT)
     for name, pattern in (("tok", "gpt4"), ("other", "gpt2")):
@@ -42,7 +42,7 @@ def run(world, trainer):
     return output_dir
 
 
-def test_it_trains_with_bits_per_byte_and_samples_as_text(run, world, metrics):
+def test_a_run_logs_bits_per_byte_and_samples_text(run, world, metrics):
     last = metrics(run)[-1]
     tokenizer = load_tokenizer(str(world / "tok"))
     bytes_per_token = tokenizer.byte_lengths(300)[tokenizer.encode(TEXT)[:1999]].mean()
@@ -50,8 +50,8 @@ def test_it_trains_with_bits_per_byte_and_samples_as_text(run, world, metrics):
     assert (run / "samples" / "step_00000010.txt").read_text().strip()
 
 
-def test_the_checkpoint_is_usable_on_its_own(command, run, world, tmp_path):
-    """Copied elsewhere, and the tokenizer gone: the text is the same."""
+def test_a_checkpoint_contains_its_tokenizer(command, run, world, tmp_path):
+    """The checkpoint is copied and the tokenizer moved away: the text is equal."""
     checkpoint = run / "checkpoints" / "step_00000010"
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["tokenizer"] == load_tokenizer(str(world / "tok")).fingerprint
@@ -70,13 +70,15 @@ def test_the_checkpoint_is_usable_on_its_own(command, run, world, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_goes_on_with_the_same_tokenizer_elsewhere_and_with_no_other(run, world, trainer, tmp_path):
+def test_a_run_resumes_with_a_copy_of_its_tokenizer_but_not_with_another(run, world, trainer, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(world / "tok", tmp_path / "tok")
     done = trainer.run(tmp_path / "run", *flags(world, tmp_path / "tok", "--num_iterations=12"), ranks=2)
     assert "resuming from" in done.stdout
 
-    (world / "data" / "manifest.json").rename(world / "data" / "aside")  # so that only the checkpoint knows
+    (world / "data" / "manifest.json").rename(
+        world / "data" / "aside"
+    )  # so that only the checkpoint has the fingerprint
     try:
         for other in (world / "other", "gpt2"):
             more = flags(world, other, "--num_iterations=14")
@@ -97,14 +99,14 @@ def test_it_goes_on_with_the_same_tokenizer_elsewhere_and_with_no_other(run, wor
         ("{world}/tok", ["--vocab_size=299"], "give --vocab_size=300"),
     ],
 )
-def test_a_mismatch_is_refused_before_anything_is_written(world, trainer, tmp_path, tokenizer, more, message):
+def test_a_mismatch_is_an_error_before_anything_is_written(world, trainer, tmp_path, tokenizer, more, message):
     given = flags(world, tokenizer.format(world=world), *more)
     done = trainer.run(tmp_path / "run", *given, code=2)
     assert done.stderr.count("\n") == 1 and message.format(world=world) in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_shards_of_validation_are_looked_at_too(world, trainer, tmp_path):
+def test_validation_shards_are_checked_too(world, trainer, tmp_path):
     train = tmp_path / "x_train.bin"
     shutil.copy(world / "data" / "x_train_000001.bin", train)
     done = trainer.run(tmp_path / "run", *flags(world, world / "other"), f"--input_train_bin={train}", code=2)

@@ -1,4 +1,4 @@
-"""The real command trains, tells what it did, and gives the same numbers on any number of ranks."""
+"""The real command trains, writes its files, and gives equal numbers on any number of ranks."""
 
 import json
 import math
@@ -17,10 +17,10 @@ def one_rank(trainer, tmp_path_factory):
     return output_dir, done.stdout
 
 
-def test_everything_is_in_the_output_dir(one_rank):
+def test_the_output_dir_has_all_files(one_rank):
     output_dir, _ = one_rank
     config = yaml.safe_load((output_dir / "config.yaml").read_text())
-    assert config["n_positions"] == 32 and config["n_kv_head"] == 2  # resolved, not as given
+    assert config["n_positions"] == 32 and config["n_kv_head"] == 2  # resolved values
     assert (output_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in (output_dir / "samples").iterdir()) == ["step_00000010.txt", "step_00000020.txt"]
     assert list((output_dir / "logs").glob("events.out.tfevents.*"))
@@ -38,7 +38,7 @@ def test_every_step_has_one_record(one_rank, metrics):
     assert all(r["mfu"] is None for r in records)  # a CPU is not in the table of peak rates
 
 
-def test_it_learns(one_rank, metrics):
+def test_the_loss_falls(one_rank, metrics):
     records = metrics(one_rank[0])
     assert records[0]["loss"] == pytest.approx(math.log(251), abs=0.1)
     assert records[-1]["loss"] < records[0]["loss"] - 0.2
@@ -54,8 +54,8 @@ def test_a_second_run_finds_nothing_to_do(one_rank, trainer):
 
 
 @pytest.mark.slow  # tests/train/on_ranks.py compares four ranks step by step
-def test_four_ranks_change_nothing(one_rank, trainer, trace, parameters_of, tmp_path):
-    """20 steps: losses, norms, validation and final parameters to 1e-5 in fp32. One and two: test_reference.py."""
+def test_four_ranks_give_the_numbers_of_one(one_rank, trainer, trace, parameters_of, tmp_path):
+    """Losses, norms, validation and final parameters of 20 steps, within 1e-5. Two ranks: test_reference.py."""
     output_dir = tmp_path / "run"
     trainer.run(output_dir, "--batch_size=2", ranks=4)
     for ours, reference in zip(trace(output_dir), trace(one_rank[0]), strict=True):
@@ -65,9 +65,7 @@ def test_four_ranks_change_nothing(one_rank, trainer, trace, parameters_of, tmp_
     assert max((ours[k] - reference[k]).abs().max().item() for k in ours) < 1e-5
 
 
-def test_a_chosen_micro_batch_gives_the_numbers_of_a_given_one_and_may_change_on_resume(
-    one_rank, trainer, trace, tmp_path
-):
+def test_an_automatic_micro_batch_gives_equal_numbers_and_may_change_on_resume(one_rank, trainer, trace, tmp_path):
     expected, output_dir = trace(one_rank[0]), tmp_path / "run"
     done = trainer.run(output_dir, "--batch_size=0", ranks=2)
     assert "--batch_size=0: micro-batch of 4\n" in done.stdout
@@ -81,8 +79,8 @@ def test_a_chosen_micro_batch_gives_the_numbers_of_a_given_one_and_may_change_on
 
 
 @pytest.mark.slow
-def test_compiled_as_a_whole_a_run_gives_the_numbers_of_an_eager_one(one_rank, trainer, trace, tmp_path):
-    """Validation and samples compile nothing anew but the forward pass without gradients."""
+def test_a_run_compiled_as_a_whole_gives_the_numbers_of_an_eager_one(one_rank, trainer, trace, tmp_path):
+    """Validation and samples compile only the forward pass without gradients."""
     flags = ["--sample_every=10", "--sample_tokens=8", "--compile=model"]
     done = trainer.run(tmp_path / "run", *flags, ranks=2, env={"TORCH_LOGS": "recompiles"})
     for ours, theirs in zip(trace(tmp_path / "run"), trace(one_rank[0]), strict=True):
@@ -91,13 +89,13 @@ def test_compiled_as_a_whole_a_run_gives_the_numbers_of_an_eager_one(one_rank, t
     assert len(recompiled) <= 2 and all("hidden" in line for line in recompiled)  # once a rank
 
 
-def test_one_batch_is_learned_by_heart(trainer, metrics, tmp_path):
+def test_one_batch_is_memorized(trainer, metrics, tmp_path):
     flags = ["--overfit_single_batch=1", "--total_batch_size=64", "--num_iterations=60", "--learning_rate=1e-2"]
     trainer.run(tmp_path / "run", *flags, "--save_every_niter=0")
     assert metrics(tmp_path / "run")[-1]["loss"] < 0.1
 
 
-def test_the_quickstart_learns_one_batch_of_shakespeare_by_heart(command, tmp_path):
+def test_the_quickstart_memorizes_one_batch_of_shakespeare(command, tmp_path):
     """The preset, the real tokens and the sample of scripts/quickstart.sh, without its installation."""
     command("data/tiny_shakespeare.py", "--output_dir", tmp_path / "data")
     data = f"--input_train_bin={tmp_path}/data/*_train.bin"
@@ -111,7 +109,7 @@ def test_the_quickstart_learns_one_batch_of_shakespeare_by_heart(command, tmp_pa
 
 # Compiled runs: tests/e2e/test_strategies.py; compiled models of each family: tests/model/test_gpt.py.
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "modern"])
-def test_the_other_families_train_in_bfloat16_and_compiled(trainer, metrics, tmp_path, family):
+def test_other_architectures_train_in_bfloat16_and_compiled(trainer, metrics, tmp_path, family):
     switches = {
         "llama": "--positions=rotary --norm=rmsnorm --mlp=swiglu --bias=0 --tie_embeddings=0 --n_kv_head=1",
         "modern": "--positions=rotary --norm=rmsnorm --mlp=relu2 --bias=0 --qk_norm=1 --logit_softcap=15 --zero_init=1",

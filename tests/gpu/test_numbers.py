@@ -139,5 +139,5 @@ def test_a_model_compiled_as_a_whole_computes_the_numbers_of_an_eager_one(compar
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["--doc_mask=1", "--sliding_window=20"])
 def test_a_compiled_mask_computes_the_numbers_of_a_plain_one(bench, compare, mask):
-    """On CUDA the compiled mask is FlexAttention; elsewhere it is a dense mask."""
+    """The compiled mask is FlexAttention on CUDA and a dense mask elsewhere."""
     compare("llama", "float32" if bench.quick else "bfloat16", f"{mask} --compile=1", f"{mask} --flash=0")

@@ -71,7 +71,7 @@ def find_problem(mutation: Mutation) -> str:
         return f"{mutation.file}: {mutation.old!r} occurs {count} times instead of once"
     file, _, name = mutation.test.partition("::")
     if file and not ((ROOT / file).is_file() and f"def {name.partition('[')[0]}" in (ROOT / file).read_text()):
-        return f"{mutation.file}: {mutation.mistake}: there is no test {mutation.test}"
+        return f"{mutation.file}: {mutation.mistake}: {mutation.test} does not exist"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Every stage on 1, 2 and 4 ranks: the same weights, numbers and checkpoints; see on_ranks.py for the checks."""
+"""Every stage on 1, 2 and 4 ranks: equal weights, numbers and checkpoints. The checks are in on_ranks.py."""
 
 import json
 import os
@@ -19,13 +19,19 @@ CHECKS = [
     "norm",
     "evaluation_leaves_shards",
 ]
-# Checkpoints of all are there before any is loaded.
-LAUNCHES = [(1, ["save"]), (2, ["save"]), (4, [*CHECKS, "save", "load"]), (2, [*CHECKS, "load"]), (1, ["load"])]
+# All checkpoints are saved before one is loaded. Two ranks repeat only the checks that depend on the number of ranks.
+LAUNCHES = [
+    (1, ["save"]),
+    (2, ["save", "numbers", "collectives"]),
+    (4, [*CHECKS, "save", "load"]),
+    (2, ["load"]),
+    (1, ["load"]),
+]
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory, warm_python):
-    """(ranks, check) → what was wrong, by one launch for many checks."""
+    """(ranks, check) → the error, or "". One launch runs many checks."""
     folder, found = tmp_path_factory.mktemp("on_ranks"), {}
     env = {**os.environ, **warm_python.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     (folder / "checkpoints").mkdir()

@@ -1,4 +1,4 @@
-"""Choosing a device, and deciding on rank 0, and leaving together."""
+"""The choice of the device, collectives with one rank, and the exit of a process."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from util.ranks import Ranks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_auto_takes_the_best_there_is(monkeypatch):
+def test_auto_chooses_the_best_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 0).type == "cpu"
@@ -23,7 +23,7 @@ def test_auto_takes_the_best_there_is(monkeypatch):
     assert choose_device("cpu", 0).type == "cpu"
 
 
-def test_cuda_gives_each_local_rank_its_own(monkeypatch):
+def test_cuda_gives_each_local_rank_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen = []
@@ -33,7 +33,7 @@ def test_cuda_gives_each_local_rank_its_own(monkeypatch):
         choose_device("cuda", 2)
 
 
-def test_what_is_not_there_is_one_line(monkeypatch):
+def test_a_missing_device_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device=cuda: this machine has none"):
         choose_device("cuda", 0)
@@ -47,8 +47,8 @@ def test_one_rank_needs_no_collective():
     assert ranks.any(False, True) == [False, True]
 
 
-def test_training_leaves_without_the_teardown_in_which_gloo_may_abort():
-    """pytorch#179291, by its cause: it takes a run of 4 ranks that keep a DDP module to the end about three tries."""
+def test_a_run_exits_without_the_interpreter_teardown():
+    """gloo may abort in the teardown (pytorch#179291), in about one of three runs of 4 ranks with DDP."""
     for teardown, expected in ((True, "teardown\n"), (False, "")):
         code = "import atexit; from util.errors import run_command; atexit.register(print, 'teardown'); "
         code += f"run_command(lambda: 4, teardown={teardown})"
@@ -56,7 +56,7 @@ def test_training_leaves_without_the_teardown_in_which_gloo_may_abort():
         assert (done.returncode, done.stdout) == (4, expected)
 
 
-def test_an_interrupted_run_waits_for_no_thread():
+def test_an_interrupted_run_does_not_wait_for_threads():
     code = "import threading, time; from util.errors import run_command\n"
     code += "def main():\n    threading.Thread(target=time.sleep, args=(60,)).start(); raise KeyboardInterrupt\n"
     code += "run_command(main, teardown=False)"
@@ -64,7 +64,7 @@ def test_an_interrupted_run_waits_for_no_thread():
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
-def test_a_crash_is_told_and_waits_for_no_thread():
+def test_a_crash_prints_its_traceback_and_does_not_wait_for_threads():
     code = "import threading, time; from util.errors import run_command; "
     code += "threading.Thread(target=time.sleep, args=(60,)).start(); run_command(lambda: 1 / 0, teardown=False)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
