@@ -53,7 +53,7 @@ class Evaluator:
 
     def due(self, step: int) -> bool:
         """Returns whether an evaluation or a sample is due after `step`."""
-        return self._validation_due(step) or self._hellaswag_due(step) or self._sample_due(step)
+        return bool(self._due(step))
 
     def run(self, model: ParallelModel, step: int, stop: StopRequest) -> dict[str, Any]:
         """Returns the results of the evaluations that are due after `step`, for its record.
@@ -62,9 +62,10 @@ class Evaluator:
         asked to stop.
         """
         found: dict[str, Any] = {}
-        if self._validation_due(step):
+        due = self._due(step)
+        if "validation" in due:
             found |= self._validate(model, stop)
-        if self._hellaswag_due(step):
+        if "HellaSwag" in due:
             found |= self._hellaswag(model, stop)
         return found
 
@@ -73,21 +74,19 @@ class Evaluator:
 
         Returns "" if none is due, or if it failed or was interrupted. All ranks generate: a sharded model needs them.
         """
-        if not self._sample_due(step):
+        if "sample" not in self._due(step):
             return ""
         try:
             return run_interruptible("sample", self._generate(model, step), model, self.ranks, stop, model.eager) or ""
         except Interrupted:
             return ""
 
-    def _validation_due(self, step: int) -> bool:
-        return self.val_data is not None and due(self.config.val_loss_every, step, self.config)
-
-    def _hellaswag_due(self, step: int) -> bool:
-        return self.config.hellaswag_every > 0 and due(self.config.hellaswag_every, step, self.config)
-
-    def _sample_due(self, step: int) -> bool:
-        return self.config.sample_every > 0 and due(self.config.sample_every, step, self.config)
+    def _due(self, step: int) -> set[str]:
+        """Returns which of validation, HellaSwag and sample are due after `step`."""
+        c = self.config
+        intervals = {"HellaSwag": c.hellaswag_every, "sample": c.sample_every}
+        found = {name for name, every in intervals.items() if every and due(every, step, c)}
+        return found | {"validation"} if self.val_data is not None and due(c.val_loss_every, step, c) else found
 
     def _validate(self, model: ParallelModel, stop: StopRequest) -> dict[str, Any]:
         """Returns val_loss and val_bpb over --val_max_steps batches: the same windows on any number of ranks."""
