@@ -17,7 +17,14 @@ from data.tokenizers.export import tokenizer_files
 from data.tokenizers.tokenizer import load_tokenizer
 from eval import generate as generating
 from eval.generate import Sampling, generate
-from model.formats.pretrained import PretrainedModel, initial_values, load_model, model_config, open_pretrained, open_weights
+from model.formats.pretrained import (
+    PretrainedModel,
+    initial_values,
+    load_model,
+    model_config,
+    open_pretrained,
+    open_weights,
+)
 from model.gpt import GPT, init_weights
 from scripts import export as command
 from util.errors import UserError
@@ -65,7 +72,7 @@ def test_mistakes(sharded, tmp_path):
     assert "no such run or checkpoint" in export(
         "--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "x", code=2
     )
-    assert "holds no checkpoint" in export("--checkpoint", tmp_path, "--output", tmp_path / "x", code=2)
+    assert "contains no checkpoint" in export("--checkpoint", tmp_path, "--output", tmp_path / "x", code=2)
     assert not list(tmp_path.iterdir())
     file, link = tmp_path / "file", tmp_path / "link"
     file.touch()
