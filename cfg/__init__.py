@@ -1,1 +1,1 @@
-"""What a run is told: flags, presets and their checks. Imports nothing else of rawgpt."""
+"""Flags, presets and their checks. Imports only util/."""

@@ -17,13 +17,13 @@ def check_model(c: ModelConfig) -> None:
     """Checks that the sizes of a model fit together. Zeros that mean "derive it" must have been replaced."""
     for name in ("n_kv_head", "n_positions", "mlp_hidden"):
         if not getattr(c, name):
-            raise UserError(f"--{name}=0: a trained model must say it; the file is damaged")
-    pair = 2 if c.positions == "rotary" else 1  # rotary positions turn pairs
+            raise UserError(f"--{name}=0: a trained model has at least 1; the file is damaged")
+    pair = 2 if c.positions == "rotary" else 1  # rotary positions rotate pairs of dimensions
     unit = c.n_head * pair
     if c.head_dim % pair:
-        raise UserError(f"--head_dim={c.head_dim} must be even, as --positions=rotary turns pairs")
+        raise UserError(f"--head_dim={c.head_dim} must be even: --positions=rotary rotates pairs of dimensions")
     if c.n_embd % unit and not c.head_dim:
-        multiple = f"--n_head={c.n_head}" + (" times two, as --positions=rotary turns pairs" if unit > c.n_head else "")
+        multiple = f"--n_head={c.n_head}" + (" times two (--positions=rotary rotates pairs)" if unit > c.n_head else "")
         raise UserError(f"--n_embd={c.n_embd} must be a multiple of {multiple}; nearest: {_multiples(c.n_embd, unit)}")
     if c.n_head % c.n_kv_head:
         divisors = [d for d in range(1, c.n_head + 1) if c.n_head % d == 0]
@@ -31,7 +31,7 @@ def check_model(c: ModelConfig) -> None:
         raise UserError(f"--n_kv_head={c.n_kv_head} must divide --n_head={c.n_head}; nearest: {nearest}")
     parse_rope_scaling(c.rope_scaling)
     if c.rope_scaling and c.positions != "rotary":
-        raise UserError(f"--rope_scaling={quote(c.rope_scaling)} is for --positions=rotary")
+        raise UserError(f"--rope_scaling={quote(c.rope_scaling)} needs --positions=rotary")
 
 
 def parse_rope_scaling(text: str) -> tuple[str, list[float]]:
@@ -50,33 +50,34 @@ def parse_rope_scaling(text: str) -> tuple[str, list[float]]:
 
 
 def check_run(c: Config, world_size: int) -> None:
+    """Checks the flags of a run that depend on each other or on the number of ranks."""
     if c.sequence_length > c.n_positions:
         way_out = "raise --n_positions" + (" or use --positions=rotary" if c.positions == "learned" else "")
         if c.positions == "learned" and c.init_from != "scratch":
-            way_out = "that is all that the model of --init_from has; lower it"
+            way_out = "the position table of the --init_from model has no more; lower it"
         raise UserError(f"--sequence_length={c.sequence_length} exceeds --n_positions={c.n_positions}; {way_out}")
     if c.doc_mask and c.tokenizer == "none":
-        raise UserError("--doc_mask=1 must know the end-of-text token; name the shards' --tokenizer instead of none")
+        raise UserError("--doc_mask=1 needs the end-of-text token; give the --tokenizer of the shards")
     if c.resize_embeddings and c.init_from == "scratch":
-        raise UserError("--resize_embeddings=1 is for the embeddings of a model that --init_from names")
+        raise UserError("--resize_embeddings=1 needs a pretrained model; give --init_from")
     if c.hellaswag_every and c.tokenizer == "none":
-        raise UserError("--hellaswag_every must encode text; name the shards' --tokenizer instead of none")
+        raise UserError("--hellaswag_every encodes text; give the --tokenizer of the shards")
     if c.replicas > 1 and c.zero_stage < 2:
-        raise UserError(f"--replicas={c.replicas} is for --zero_stage=2 or 3; below, every rank is a replica anyway")
+        raise UserError(f"--replicas={c.replicas} needs --zero_stage=2 or 3; in lower stages every rank is a replica")
     if world_size % c.replicas:
         raise UserError(f"--replicas={c.replicas} must divide the number of ranks, {world_size}")
     if c.cpu_offload and c.zero_stage < 2:
-        raise UserError("--cpu_offload=1 is for --zero_stage=2 or 3 (on one GPU too)")
+        raise UserError("--cpu_offload=1 needs --zero_stage=2 or 3 (also on one GPU)")
     if c.compile == "model" and c.zero_stage >= 2:
-        raise UserError(f"--compile=model: a model sharded by --zero_stage={c.zero_stage} compiles per block; use 1")
+        raise UserError(f"--compile=model does not work with --zero_stage={c.zero_stage}, which compiles blocks; use 1")
     if c.residual_dtype == "bfloat16" and c.dtype != "bfloat16":
         raise UserError(f"--residual_dtype=bfloat16: needs --dtype=bfloat16, not {c.dtype}; change one of them")
     if not c.batch_size and not c.flash:
-        raise UserError("--batch_size=0: the T × T scores of --flash=0 are not in the memory plan; give a --batch_size")
-    if not c.total_batch_size:  # only with --batch_size=0: otherwise it has been derived
         raise UserError(
-            "--batch_size=0: needs --total_batch_size, which it divides into micro-steps; give that in tokens"
+            "--batch_size=0: the memory plan does not include the T × T scores of --flash=0; give a --batch_size"
         )
+    if not c.total_batch_size:  # only with --batch_size=0: otherwise it has been derived
+        raise UserError("--batch_size=0: needs --total_batch_size (in tokens), which it divides into micro-steps")
     rows = c.batch_size or 1
     micro = rows * c.sequence_length * world_size
     if c.total_batch_size % micro:
@@ -88,5 +89,6 @@ def check_run(c: Config, world_size: int) -> None:
 
 
 def _multiples(value: int, of: int) -> str:
+    """Returns the multiples of `of` just below and above `value`, as text."""
     below, above = value // of * of, -(-value // of) * of
     return f"{below} or {above}" if below else str(above)

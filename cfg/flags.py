@@ -38,21 +38,23 @@ class ModelConfig(Flags):
     n_kv_head: int = Field(0, ge=0, le=2**16, description="key/value heads (grouped-query attention); 0: n_head")
     n_embd: int = Field(768, ge=1, le=2**24, description="width of the residual stream")
     head_dim: int = Field(0, ge=0, le=2**16, description="width of a head; 0: n_embd/n_head")
-    vocab_size: int = Field(50257, ge=2, le=2**24, description="true vocabulary; ids at or above it are refused")
+    vocab_size: int = Field(
+        50257, ge=2, le=2**24, description="size of the vocabulary; token ids at or above it are an error"
+    )
     vocab_pad: int = Field(
-        64, ge=1, le=2**24, description="pad the embedding rows to a multiple of this; padding is never predicted"
+        64, ge=1, le=2**24, description="pad the embedding to a multiple of this many rows; padding is never predicted"
     )
     n_positions: int = Field(
-        0, ge=0, le=2**24, description="positions seen at once, rows of a learned table; 0: sequence_length"
+        0, ge=0, le=2**24, description="context length, rows of a learned position table; 0: sequence_length"
     )
     positions: Literal["learned", "rotary"] = Field("learned", description="position encoding")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     rope_scaling: str = Field(
         "",
-        description="stretch rotary positions: linear:FACTOR, or llama3:FACTOR,LOW,HIGH,POSITIONS; empty: no",
+        description="scaling of rotary positions: linear:FACTOR, or llama3:FACTOR,LOW,HIGH,POSITIONS; empty: none",
     )
     sliding_window: int = Field(
-        0, ge=0, le=2**24, description="tokens that one attends to, itself included; 0: all before it"
+        0, ge=0, le=2**24, description="tokens that a token attends to, itself included; 0: all earlier ones"
     )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of the normalisation")
@@ -63,10 +65,10 @@ class ModelConfig(Flags):
         0, ge=0, le=2**27, description="feed-forward width; 0: 4*n_embd, for swiglu 8/3*n_embd rounded up to 64"
     )
     bias: bool = Field(True, description="biases in linear layers and LayerNorm")
-    qkv_bias: bool = Field(False, description="biases of query, key and value also with --bias=0")
+    qkv_bias: bool = Field(False, description="biases of query, key and value, also with --bias=0")
     tie_embeddings: bool = Field(True, description="the output head shares the token embedding")
     qk_norm: bool = Field(False, description="RMSNorm on each query and key head")
-    logit_softcap: float = Field(0.0, ge=0, description="logits become c*tanh(logits/c); 0: off")
+    logit_softcap: float = Field(0.0, ge=0, description="c in c*tanh(logits/c), which bounds the logits; 0: off")
     zero_init: bool = Field(
         False, json_schema_extra=TRAINING_ONLY, description="output projections of attention and MLP start at zero"
     )
@@ -76,7 +78,7 @@ class ModelConfig(Flags):
     flash: bool = Field(
         True,
         json_schema_extra=TRAINING_ONLY,
-        description="1: scaled_dot_product_attention; 0: plain masked softmax, the same numbers",
+        description="1: scaled_dot_product_attention; 0: masked softmax written out, equal up to rounding",
     )
 
     @property
@@ -86,17 +88,17 @@ class ModelConfig(Flags):
 
 
 class InitConfig(Flags):
-    """Initial weights: random, or somebody's (docs/huggingface.md)"""
+    """Initial weights: random or pretrained (docs/huggingface.md)"""
 
     init_from: str = Field(
         "scratch",
         min_length=1,
-        description="scratch; hf:FOLDER_OR_NAME, nanogpt:FILE, llmc:FILE, llama2c:FILE, or a run or checkpoint of ours:"
-        " its weights and the model's flags",
+        description="scratch; hf:FOLDER_OR_NAME, nanogpt:FILE, llmc:FILE, llama2c:FILE, or a run or checkpoint of"
+        " rawgpt: its weights and the flags of its model",
     )
     resize_embeddings: bool = Field(
         False,
-        description="with --init_from: turn its embeddings into those of another --tokenizer",
+        description="with --init_from: convert its embeddings to another --tokenizer",
     )
 
 
@@ -106,7 +108,7 @@ class DataConfig(Flags):
     input_train_bin: str = Field(
         "data/tinyshakespeare/*_train.bin",
         min_length=1,
-        description="glob of the training shards, or several to mix by weight: web=0.7:GLOB,code=0.3:GLOB",
+        description="glob of the training shards, or a weighted mix of several: web=0.7:GLOB,code=0.3:GLOB",
     )
     input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
     tokenizer: str = Field(
@@ -116,8 +118,8 @@ class DataConfig(Flags):
         " the path of a tokenizer.json, of its folder or of a llama2.c tokenizer.bin, hf:NAME; none: unknown",
     )
     shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
-    check_data: bool = Field(False, description="check every token id at start, not a sample of them")
-    doc_mask: bool = Field(False, description="attend only within a document, and count positions from its start")
+    check_data: bool = Field(False, description="check every token id at the start, not only a sample")
+    doc_mask: bool = Field(False, description="attend only within a document and count positions from its start")
 
 
 class BatchConfig(Flags):
@@ -162,15 +164,15 @@ class OptimizerConfig(Flags):
     skip_spikes: float = Field(
         0.0,
         ge=0,
-        description="do not take a step whose norm is so many standard deviations above the mean of 128; 0: off",
+        description="skip a step whose gradient norm is so many standard deviations above the mean of 128; 0: off",
     )
     rollback_after: int = Field(
         5,
         ge=0,
-        description="steps not taken in a row, for spikes or NaN, until the run goes back a checkpoint; 0: never",
+        description="consecutive skipped steps (spikes or NaN) before the run rolls back to a checkpoint; 0: never",
     )
     max_rollbacks: int = Field(
-        3, ge=0, description="how often to go back to the same checkpoint, past the data since, before it ends diverged"
+        3, ge=0, description="roll-backs to one checkpoint, each with later data, before the run ends as diverged"
     )
 
 
@@ -182,19 +184,19 @@ class ComputeConfig(Flags):
         "float32", description="compute dtype; weights stay float32"
     )
     tensorcores: bool = Field(False, description="TF32 for float32 matrix products on CUDA")
-    deterministic: bool = Field(False, description="only kernels that repeat bit for bit; costs some speed on CUDA")
+    deterministic: bool = Field(False, description="use only bit-reproducible kernels; costs some speed on CUDA")
     residual_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the residual stream in training; bfloat16 is faster and less precise"
     )
     compile: bool | Literal["model"] = Field(
         False,
-        description="torch.compile each block and the loss; model: all before the loss as one graph (stages 0 and 1)",
+        description="torch.compile each block and the loss; model: the whole model as one graph (stages 0 and 1)",
     )
 
     @field_validator("compile", mode="before")
     @classmethod
     def _compile_is_a_choice(cls, value: Any) -> Any:
-        """Takes "model" and what other booleans take; raises one error where pydantic would raise one per type."""
+        """Accepts "model" or a boolean, with one error message instead of pydantic's message for each type."""
         if str(value).lower() == "model":
             return "model"
         try:
@@ -204,7 +206,7 @@ class ComputeConfig(Flags):
 
 
 class ParallelConfig(Flags):
-    """Strategy: the same numbers, another division of memory and communication (docs/parallel.md)"""
+    """Strategy: divides memory and communication among ranks, and does not change the numbers (docs/parallel.md)"""
 
     zero_stage: int = Field(
         0,
@@ -217,17 +219,20 @@ class ParallelConfig(Flags):
         False, description="stages 2, 3: reduce gradients after each micro-step: less memory, more communication"
     )
     cpu_offload: bool = Field(
-        False, description="stages 2, 3: sharded parameters, gradients and optimizer in host memory"
+        False, description="stages 2, 3: keep sharded parameters, gradients and optimizer states in host memory"
     )
     activation_checkpointing: Literal["none", "block", "selective"] = Field(
         "none",
-        description="recompute in backward: nothing, each block, or all but its matrix products and attention",
+        description="recompute in the backward pass: nothing, each block, or all but matrix products and attention",
     )
     start_timeout_minutes: float = Field(
-        30.0, gt=0, le=1e5, description="longest wait for another rank until the first step is done, and while saving"
+        30.0,
+        gt=0,
+        le=1e5,
+        description="longest wait for another rank before the end of the first step and while saving",
     )
     step_timeout_minutes: float = Field(
-        10.0, gt=0, le=1e5, description="longest time without progress in training, such as a micro-step"
+        10.0, gt=0, le=1e5, description="longest time for one unit of progress in training, such as a micro-step"
     )
 
 
@@ -235,29 +240,33 @@ class EvalConfig(Flags):
     """Evaluation and samples"""
 
     val_loss_every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
-    val_max_steps: int = Field(20, ge=1, description="validation batches of total_batch_size tokens, fixed for the run")
+    val_max_steps: int = Field(
+        20, ge=1, description="validation batches of total_batch_size tokens; the same ones in the whole run"
+    )
     sample_every: int = Field(0, ge=0, description="steps between samples; 0: none")
     sample_tokens: int = Field(64, ge=1, description="tokens per sample")
-    sample_prompt: str = Field("", description="text that a sample continues; empty: a new document")
+    sample_prompt: str = Field("", description="text that samples continue; empty: start a new document")
     hellaswag_every: int = Field(0, ge=0, description="steps between HellaSwag evaluations; 0: none")
-    hellaswag_limit: int = Field(0, ge=0, description="the first so many of its examples; 0: all 10,042")
-    hellaswag_data: str = Field("", description="a copy of hellaswag_val.jsonl; empty: fetched if need be")
+    hellaswag_limit: int = Field(0, ge=0, description="use only the first N HellaSwag examples; 0: all 10,042")
+    hellaswag_data: str = Field("", description="path of hellaswag_val.jsonl; empty: download it if needed")
 
 
 class CheckpointConfig(Flags):
     """Checkpoints and resume"""
 
-    output_dir: str = Field("outdir", min_length=1, description="everything the run writes")
+    output_dir: str = Field("outdir", min_length=1, description="folder for everything the run writes")
     save_every_niter: int = Field(
         1000, ge=0, description="steps between checkpoints; 0: only at the end and when stopped"
     )
     keep_last: int = Field(3, ge=1, description="newest checkpoints to keep")
     keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step is a multiple of this; 0: none")
     resume: str = Field(
-        "auto", min_length=1, description="auto: go on from output_dir; never: refuse to; or a checkpoint's PATH"
+        "auto",
+        min_length=1,
+        description="auto: resume from output_dir; never: fail if it has checkpoints; or the PATH of a checkpoint",
     )
     async_save: Literal["auto", "0", "1"] = Field(
-        "auto", description="write checkpoints in the background, from a copy in host memory; auto: on GPUs"
+        "auto", description="write checkpoints in the background from a copy in host memory; auto: on GPUs"
     )
 
 
@@ -269,7 +278,7 @@ class LogConfig(Flags):
     wandb_log_iters: int = Field(1, ge=1, description="steps between Weights & Biases records")
     tensorboard: bool = Field(False, description="write TensorBoard events to output_dir/logs")
     record_memory: bool = Field(
-        False, description="CUDA: note where in the code memory is taken, for the snapshot written when it runs out"
+        False, description="CUDA: record where memory is allocated, for the snapshot that is written when it runs out"
     )
 
 
@@ -285,12 +294,12 @@ class Config(
     CheckpointConfig,
     LogConfig,
 ):
-    """All flags of a run. `cfg` names the preset that was read, if any."""
+    """All flags of a run."""
 
     cfg: str = Field("", description="preset name (a file in cfg/) or path to a YAML file; flags win over it")
 
 
-GROUPS: tuple[type[Flags], ...] = Config.__bases__  # as --help and docs/flags.md show them
+GROUPS: tuple[type[Flags], ...] = Config.__bases__  # in the order of --help and docs/flags.md
 
 
 def training_only_flags() -> frozenset[str]:

@@ -1,1 +1,1 @@
-"""The network: one decoder, its parts and its loss. Knows nothing of ranks."""
+"""The network: one decoder, its parts and its loss, without any code for ranks."""

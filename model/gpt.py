@@ -267,7 +267,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-InitialValue = Callable[[str, torch.Size], Tensor]  # returns the value of the parameter of that name and shape
+InitialValue = Callable[[str, torch.Size], Tensor]  # name and shape of a parameter -> its value
 
 
 def random_values(config: ModelConfig, seed: int) -> InitialValue:

@@ -1,11 +1,11 @@
-"""Linear head and cross-entropy in one, in chunks, so that the full logits never exist.
+"""Output head and cross-entropy in one, in chunks, so that the full logits never exist.
 
 With 64 × 1024 tokens and GPT-2's vocabulary the logits alone are 13 GB in fp32, and the usual code
-holds them two or three times. Here a chunk of rows at a time (128 on a CPU, up to 16,384 on a GPU)
-is projected, turned into loss and gradient, and dropped. The gradients are computed in the forward pass, where
-the chunk's logits are at hand: the loss is a sum, so backward only has to scale them by the one
-number that arrives from above. The number of matrix products is that of the plain version. (The
-idea of fusing the head with its loss: Liger Kernel, Hsu et al. 2024; Wijmans et al. 2024.)
+holds them two or three times. Here one chunk of rows at a time (128 on a CPU, up to 16,384 on a GPU) is projected,
+turned into loss and gradient, and dropped. The gradients are computed in the forward pass, while the logits of the
+chunk exist. The loss is a sum, so the backward pass only multiplies them by the incoming gradient, one number. The
+number of matrix products is the same as in the plain version. (Fusing the head with its loss: Liger Kernel, Hsu et al.
+2024; Wijmans et al. 2024.)
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ IGNORE_INDEX = -100
 # (logits, targets, vocab_size, softcap) -> (summed loss, gradient of the logits)
 ChunkLoss = Callable[[Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
 
-# The most logits in one chunk. 2^23 fp32 numbers are 32 MB. On CUDA large chunks keep the matrix units busy and
-# read and write the weight's gradient less often; 2^30 logits take 4.3 GB in bfloat16 when compiled, 13 GB eagerly.
+# Maximum number of logits in one chunk. 2^23 fp32 numbers are 32 MB. On CUDA large chunks keep the matrix units busy
+# and read and write the weight's gradient less often; 2^30 logits take 4.3 GB in bfloat16 when compiled, 13 GB in
+# eager mode.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**30}
 # Smaller GPUs get smaller chunks: at 4 to 24 bytes per logit a chunk takes at most 38 % of the memory.
 DEVICE_BYTES_PER_LOGIT = 64
@@ -41,14 +42,13 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     chunk_loss: ChunkLoss | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `hidden @ weight.T` against `targets`, summed.
+    """Returns the summed cross-entropy of `hidden @ weight.T` against `targets`, and the number of valid targets.
 
-    hidden (N, C); weight (V_padded, C), of which rows from `vocab_size` on are padding and get no
-    probability; targets (N,) int64, IGNORE_INDEX where there is nothing to predict. With a softcap c
-    logits are c·tanh(logits/c) (Gemma 2). Computes in the autocast dtype where autocast is on, with
-    softmax and the weight's gradient in fp32. `chunk_loss` computes loss and gradient of a chunk of logits, by
-    default `chunk_loss_and_grad`. Returns the summed loss in nats (fp32, differentiable) and the number of targets
-    counted (int64).
+    hidden (N, C); weight (V_padded, C), whose rows from `vocab_size` on are padding and get zero probability; targets
+    (N,) int64, IGNORE_INDEX where nothing is predicted. With a softcap c the logits are c·tanh(logits/c) (Gemma 2).
+    The loss is in nats, fp32 and differentiable; the number is int64. Computes in the autocast dtype if autocast is
+    on, with softmax and the gradient of the weight in fp32. `chunk_loss` computes loss and gradient of a chunk of
+    logits, by default `chunk_loss_and_grad`.
     """
     device = hidden.device.type
     chunk_rows = chunk_rows or rows_of_a_chunk(weight)
@@ -68,9 +68,9 @@ def rows_of_a_chunk(weight: Tensor) -> int:
 
 
 def chunk_rows_for(vocabulary: int, device_type: str, memory: float = math.inf) -> int:
-    """Returns the rows of a chunk: a power of two, which divides the usual batches, so that chunks have one shape.
+    """Returns the rows of a chunk: a power of two, which divides the usual batches, so that all chunks have one shape.
 
-    `memory` is that of the device in bytes: small cards get smaller chunks.
+    `memory`: bytes of the device. Smaller devices get smaller chunks.
     """
     elements = min(CHUNK_ELEMENTS.get(device_type, 2**26), memory / DEVICE_BYTES_PER_LOGIT)
     return 2 ** max(0, (int(elements) // vocabulary).bit_length() - 1)
@@ -78,11 +78,12 @@ def chunk_rows_for(vocabulary: int, device_type: str, memory: float = math.inf) 
 
 @lru_cache(maxsize=8)
 def memory_of(device: torch.device) -> float:
-    """Returns the bytes of a CUDA device; infinity for other devices, whose chunks do not depend on it."""
+    """Returns the memory of a CUDA device in bytes; infinity for other devices."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Returns x in the autocast dtype if autocast is on."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -96,9 +97,10 @@ def token_losses(
     softcap: float = 0.0,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each target in nats, 0 where there is none, and whether it is the likeliest token: (N,) both.
+    """Returns the cross-entropy of each target in nats, and whether it is the likeliest token: (N,) each.
 
-    Arguments and dtypes as of `linear_cross_entropy`; of equally likely tokens the first is the likeliest.
+    The loss of an ignored target is 0. Of equally likely tokens the first is the likeliest. Arguments and dtypes: see
+    `linear_cross_entropy`.
     """
     hidden = in_autocast_dtype(hidden)
     rows = chunk_rows or rows_of_a_chunk(weight)
@@ -118,12 +120,12 @@ def token_losses(
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `token_losses`, from fp32 logits (N, V)."""
+    """Returns what `token_losses` returns, from fp32 logits (N, V)."""
     log_p = F.log_softmax(logits, dim=-1)
     valid = targets != IGNORE_INDEX
     target = log_p.gather(1, targets.where(valid, 0)[:, None]).squeeze(1)
     likeliest = valid & (target == log_p.amax(-1))
-    # Which of equals comes first is looked up only where it matters: argmax is slow on a CPU.
+    # argmax finds the first of equal logits. It is slow on a CPU, so only rows whose target has the maximum need it.
     likeliest[likeliest.clone()] = logits[likeliest].argmax(-1) == targets[likeliest]
     return (-target).where(valid, 0.0), likeliest
 
@@ -131,8 +133,8 @@ def losses_of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def chunk_loss_and_grad(logits: Tensor, targets: Tensor, vocab_size: int, softcap: float) -> tuple[Tensor, Tensor]:
     """Returns the summed loss of a chunk of logits (R, V_padded) and its gradient, in the dtype of the logits.
 
-    Rows of ignored targets get a gradient too; the caller multiplies the other operand of each
-    matrix product by zero there, which is cheaper than reading and writing the logits again.
+    Rows of ignored targets get a gradient too. The caller multiplies the other operand of each matrix product by zero
+    there, which is cheaper than reading and writing the logits again.
     """
     z = logits.float()
     if softcap:
@@ -153,7 +155,7 @@ def chunk_loss_and_grad(logits: Tensor, targets: Tensor, vocab_size: int, softca
 def fused_chunk_loss_and_grad(
     logits: Tensor, targets: Tensor, vocab_size: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes the same as `chunk_loss_and_grad`, in a form that torch.compile fuses without fp32 intermediates.
+    """Computes `chunk_loss_and_grad` in a form that torch.compile fuses without fp32 intermediates.
 
     Inductor stores what a scatter writes into, here the fp32 gradient of all logits: 14 bytes of memory traffic per
     bfloat16 logit. A comparison with the column number fuses into the pass that writes the gradient: 6 bytes.
@@ -225,7 +227,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(grad_logits, w, out=grad_x)
             grad_x *= valid
             add_product(grad_weight, grad_logits.t(), x * valid)
-            del grad_logits  # else it would live on beside the next chunk's logits
+            del grad_logits  # frees it before the next chunk's logits are made
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -234,7 +236,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
+            raise RuntimeError("backward was already called for this loss; compute the loss again")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
         return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None, None

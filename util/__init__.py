@@ -1,1 +1,1 @@
-"""Plumbing without models: errors, files, ranks, devices, start of a command. Imports nothing else of rawgpt."""
+"""Plumbing without models: errors, files, ranks, devices, the start of a command. Imports no other directory."""

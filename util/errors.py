@@ -1,4 +1,8 @@
-"""The exceptions that end a command with one line instead of a traceback, and the exit code of each."""
+"""Errors that end a command with one line instead of a traceback, and their exit codes.
+
+Functions that read user input raise UserError. Functions that read or write files may raise OSError; the command turns
+a full or failing disk into StorageError.
+"""
 
 from __future__ import annotations
 
@@ -25,28 +29,28 @@ MACHINE_REFUSES = (
 
 
 class UserError(Exception):
-    """A mistake in a flag or a file. The message is one line: what is wrong, where, and the way out."""
+    """An error in a flag or a file. The message is one line: where, what is wrong, how to fix it."""
 
     exit_code = 2
     status = "user error"  # in status.json
 
 
 class DivergedError(UserError):
-    """Training has come to numbers that are none, or jumps about, and going back did not help."""
+    """Training has diverged, and rolling back did not help."""
 
     exit_code = 3
     status = "diverged"
 
 
 class StorageError(UserError):
-    """What the disk refuses or has lost."""
+    """A file could not be read or written: a full disk, missing permissions, lost data."""
 
     exit_code = 5
     status = "storage error"
 
 
 def storage_error(error: OSError) -> StorageError | None:
-    """What the machine refused, a full disk say, as one line; None if the error is of another kind."""
+    """Returns the error as a StorageError if the machine caused it (a full disk, for example), otherwise None."""
     if error.errno not in MACHINE_REFUSES:
         return None
     return StorageError(f"{error.filename or 'a file could not be read or written'}: {error.strerror}")
@@ -62,30 +66,29 @@ def user_errors(path: Path | str) -> Iterator[None]:
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `word` was most likely meant to be, or None if nothing is near."""
+    """Returns the candidate most similar to `word`, or None if none is similar."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def quote(value: Any) -> str:
-    """A value as a message quotes it: on one line, and of what is endless only the beginning."""
+    """Formats a value for an error message: one line, long values shortened."""
     text = str(value)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 200 else f"{text[:60]}…"
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Prints the error as one line and leaves with its exit code.
+    """Prints the error as one line and exits with its code.
 
-    Under torchrun every rank meets the same mistake, and the launcher stops all of them as soon as
-    the first has gone. So rank 0 speaks, the others wait for it, and speak only if they are still
-    there, which means that the mistake was theirs alone. torchrun's closing report quotes the line
-    because it is left in the error file that torchrun reads.
+    Under torchrun usually all ranks raise the same error, and torchrun stops all of them when the first one exits. So
+    rank 0 prints at once, and the others wait: a rank that is still running after the wait was the only one with the
+    error, and prints it. The line is also written to torchrun's error file, from which its final report quotes.
     """
     rank = int(os.environ.get("RANK", 0))
     line = " ".join(str(error).split())
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, which the loop takes as a wish to stop
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the training loop's handler would only set a flag
         time.sleep(10)
         line = f"rank {rank}: {line}"
     print(f"error: {line}", file=sys.stderr, flush=True)
@@ -93,13 +96,13 @@ def exit_with(error: UserError) -> NoReturn:
         details = {"py_callstack": line, "timestamp": str(int(time.time()))}
         with open(path, "w") as f:
             json.dump({"message": {"message": line, "extraInfo": details}}, f)
-    # Not sys.exit: a thread that prefetches or a half-built process group must not delay the exit.
+    # Not sys.exit: a prefetching thread or an unfinished process group could delay the exit.
     sys.stdout.flush()
     os._exit(error.exit_code)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are UserErrors."""
+    """An argument parser whose errors are UserErrors."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**({"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs))
@@ -110,18 +113,15 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError into its one line and exit code, Ctrl-C into the customary 130.
-
-    So too what the machine refuses, a full disk say, wherever it happens.
-    """
+    """Turns a UserError or a storage error in the block into one line and its exit code, and Ctrl-C into code 130."""
     try:
         yield
     except UserError as error:
         exit_with(error)
     except OSError as error:
-        if (refused := storage_error(error)) is None:
+        if (storage := storage_error(error)) is None:
             raise
-        exit_with(refused)
+        exit_with(storage)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -130,20 +130,20 @@ def one_line_errors() -> Iterator[None]:
 def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
     """Runs a command's `main` and exits with what it returns.
 
-    Without `teardown` it leaves at once, also after an exception: gloo's threads, which live as long as anything still
-    holds the process group, may want Python while the interpreter is taken down, and abort a run that is done
-    (pytorch#179291); and a thread that still waits for another rank must not keep torchrun from seeing the failure.
+    Without `teardown` it exits at once, without shutting down the interpreter, also after an exception. Otherwise
+    gloo's threads, which live as long as the process group, may call Python during the shutdown and abort a finished
+    run (pytorch#179291), and a thread that waits for another rank would hide a failure from torchrun.
     """
     code = 1
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a command
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not stop a command
     try:
         with one_line_errors():
             code = main() or 0
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's last flush may go
+    except BrokenPipeError:  # the reader of our output has exited, for example `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         code = 128 + signal.SIGPIPE
     except SystemExit as e:  # Ctrl-C
         code = int(e.code or 0)

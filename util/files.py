@@ -33,7 +33,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """Adds `path` to an OSError that names no file. Errors of write() and fsync() on a full disk do not."""
+    """Adds `path` to an OSError without a file name, such as the error of a write to a full disk."""
     try:
         yield
     except OSError as e:
@@ -148,7 +148,7 @@ def take_lock(path: Path) -> tuple[IO[str], str | None]:
 
 
 def fault_point(name: str, path: Path | None = None) -> None:
-    """Fails here if RAWGPT_FAULT orders it; does nothing without that variable. The one fault hook for tests.
+    """Fails here if RAWGPT_FAULT orders it. The one fault hook for tests; does nothing if the variable is not set.
 
     RAWGPT_FAULT=POINT[@RANK][#TIME]=WHAT makes the TIME-th call (default: the first) for POINT on RANK (default: any)
     raise the OSError of that name (ENOSPC, EIO ...) about `path`, or send KILL or STOP to this process. The tests of

@@ -40,6 +40,6 @@ def download(name: str, patterns: tuple[str, ...], where: str) -> Path:
     except Exception as e:  # the library's own kinds, its HTTP library's, OSError
         reason = " ".join(str(e).split())[:160]
         raise UserError(
-            f"{where}: there is no such folder, and the hub does not have it or cannot be reached"
+            f"{where}: no such folder, and the hub does not have it or cannot be reached"
             f" ({type(e).__name__}: {reason}); download the model elsewhere and give hf:FOLDER"
         ) from e

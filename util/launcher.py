@@ -1,4 +1,4 @@
-"""A worker's tie to torchrun, to be made before anything is imported that takes long."""
+"""The connection of a worker to torchrun, set up before slow imports."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_launcher() -> None:
-    """Has the kernel SIGKILL this worker when torchrun dies; a no-op without torchrun, and elsewhere than on Linux.
+    """Asks the kernel to SIGKILL this worker when torchrun dies. Does nothing without torchrun or outside Linux.
 
-    A SIGKILL of torchrun reaches nobody else: its workers, each in a session of its own, would train on, holding
-    the GPUs and the output directory, or wait half an hour for each other if they have not met.
+    A SIGKILL of torchrun does not reach its workers, because each has its own session. They would continue to train
+    and hold the GPUs and the output directory, or wait half an hour for each other before the first collective.
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if _launcher_is_gone():  # it died before we asked
+    if _launcher_is_gone():  # it died before the call above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _launcher_is_gone() -> bool:
-    """Whether nobody hosts torchrun's store any more, which it does itself on a single machine.
+    """Returns whether torchrun's store is down. On a single machine torchrun itself hosts the store.
 
-    Who our parent is does not tell: an orphan has a new one, and nothing says that it is not the first.
+    The parent process does not tell: an orphan gets a new parent, which looks like any other.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE"):
@@ -37,12 +37,15 @@ def _launcher_is_gone() -> bool:
     except ConnectionRefusedError:
         return True
     except OSError:
-        pass  # whatever that is, init_process_group will say it better
+        pass  # init_process_group will report it with more detail
     return False
 
 
 def launched_world_size() -> int:
-    """The number of processes that torchrun has started, 1 without it. Others set WORLD_SIZE too, but not the ranks."""
+    """Returns the number of processes that torchrun started, 1 without it.
+
+    Other launchers set WORLD_SIZE too, but not RANK and LOCAL_RANK.
+    """
     launched = "RANK" in os.environ and "LOCAL_RANK" in os.environ
     return int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
 

@@ -173,19 +173,23 @@ def write_config(flags: dict[str, Any]) -> dict[str, Any]:
     return _write_gpt2(flags) if flags["positions"] == "learned" else _write_rotary(flags)
 
 
-def _needs(flags: dict[str, Any], who: str, **wanted: Any) -> None:
-    """Checks that the flags have the values that the class `who` computes."""
+def _needs(flags: dict[str, Any], model_class: str, **wanted: Any) -> None:
+    """Checks that the flags have the values that `model_class` of transformers computes."""
     for name, value in wanted.items():
         if flags[name] != value:
             now, then = (int(v) if isinstance(v, bool) else v for v in (flags[name], value))
-            raise UserError(f"--{name}={now}: transformers' {who} has only --{name}={then}; train with that to export")
+            raise UserError(
+                f"--{name}={now}: transformers' {model_class} has only --{name}={then}; train with that to export"
+            )
 
 
 def _write_gpt2(flags: dict[str, Any]) -> dict[str, Any]:
-    who = CLASSES["gpt2"] + " (the one for --positions=learned)"
+    model_class = CLASSES["gpt2"] + " (the one for --positions=learned)"
     mlp = flags["mlp"] if flags["mlp"] in GELUS.values() else "gelu"
-    _needs(flags, who, norm="layernorm", mlp=mlp, qk_norm=False, logit_softcap=0.0, sliding_window=0, head_dim=0)
-    _needs(flags, who, n_kv_head=flags["n_head"])
+    _needs(
+        flags, model_class, norm="layernorm", mlp=mlp, qk_norm=False, logit_softcap=0.0, sliding_window=0, head_dim=0
+    )
+    _needs(flags, model_class, n_kv_head=flags["n_head"])
     return {
         "model_type": "gpt2",
         "architectures": [CLASSES["gpt2"]],
@@ -207,12 +211,12 @@ def _write_gpt2(flags: dict[str, Any]) -> dict[str, Any]:
 def _write_rotary(flags: dict[str, Any]) -> dict[str, Any]:
     special = [name for name in ("qk_norm", "qkv_bias", "sliding_window") if flags[name]]
     family = {"qk_norm": "qwen3", "qkv_bias": "qwen2", "sliding_window": "mistral"}[special[0]] if special else "llama"
-    who = CLASSES[family] + (f" (the one for --{special[0]})" if special else "")
-    _needs(flags, who, norm="rmsnorm", mlp="swiglu", logit_softcap=0.0)
+    model_class = CLASSES[family] + (f" (the one for --{special[0]})" if special else "")
+    _needs(flags, model_class, norm="rmsnorm", mlp="swiglu", logit_softcap=0.0)
     if family != "llama":
-        _needs(flags, who, bias=False)
+        _needs(flags, model_class, bias=False)
     for name in special[1:]:
-        _needs(flags, who, **{name: type(flags[name])(0)})
+        _needs(flags, model_class, **{name: type(flags[name])(0)})
     config: dict[str, Any] = {
         "model_type": family,
         "architectures": [CLASSES[family]],

@@ -39,7 +39,7 @@ class PretrainedModel:
     path: Path  # folder or file; for a model on the hub, its folder in the cache
     hub: str  # its name on the hub, or ""
     flags: dict[str, Any]  # of ModelConfig; for a run, all of its flags
-    tokenizer: str  # the name or path of its own, none if unknown
+    tokenizer: str  # name or path of the tokenizer, "none" if unknown
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -114,7 +114,7 @@ def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
             continue
         if isinstance(flags, dict):
             return flags
-    raise UserError(f"{where}: holds no checkpoint")
+    raise UserError(f"{where}: contains no checkpoint")
 
 
 def _tokenizer_of_size(vocab_size: int) -> str:
@@ -159,7 +159,7 @@ def newest_checkpoint(path: Path, report: Any = print) -> Path:
 
     found = find_checkpoint(path, report, skip="optimizer/")
     if found is None:
-        raise UserError(f"{path}: holds no checkpoint")
+        raise UserError(f"{path}: contains no checkpoint")
     return found
 
 

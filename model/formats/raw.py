@@ -43,7 +43,7 @@ class RawFile:
         with user_errors(self.path):
             numbers = np.fromfile(self.path, kind, prod(shape), offset=offset)
         if len(numbers) != prod(shape):
-            raise UserError(f"{self.path}: {name} is no longer there; the file changed while it was read")
+            raise UserError(f"{self.path}: {name} is cut off; the file changed while it was read")
         tensor = torch.from_numpy(numbers).view(shape)
         return tensor if self.dtype == "float32" else tensor.view(torch.bfloat16)
 

@@ -95,7 +95,7 @@ def test_mistakes_are_one_line(trainer, llama, tmp_path):
     cases = [
         (f"--init_from=hf:{tmp_path / 'nowhere'}", "no such folder"),
         (f"--init_from=hf:{tmp_path / 'empty'}", "config.json"),
-        (f"--init_from={llama[0]}", "holds no checkpoint"),
+        (f"--init_from={llama[0]}", "contains no checkpoint"),
         ("--init_from=gpt2", "other models are named with hf:"),
         ("--init_from=llmc:nowhere.bin", "no such file"),
     ]

@@ -64,8 +64,8 @@ def test_a_broken_shard_is_an_error_that_names_it(trainer, good, tmp_path, name)
         (["--batch_size=many"], "--batch_size=many: input should be a valid integer"),
         (["--weight_decya=0.1"], "unknown flag --weight_decya; did you mean weight_decay?"),
         (["--zero_stage=4"], "--zero_stage=4: input should be less than or equal to 3"),
-        (["--replicas=2"], "--replicas=2 is for --zero_stage=2 or 3"),
-        (["--doc_mask=1", "--tokenizer=none"], "--doc_mask=1 must know the end-of-text token"),
+        (["--replicas=2"], "--replicas=2 needs --zero_stage=2 or 3"),
+        (["--doc_mask=1", "--tokenizer=none"], "--doc_mask=1 needs the end-of-text token"),
         (["--doc_mask=1"], "--vocab_size=251 is not that of tokenizer gpt2"),
         (["--cfg=shakespear"], "did you mean shakespeare?"),
     ],
@@ -112,7 +112,7 @@ def test_under_torchrun_only_rank_0_prints_the_error(trainer, tmp_path):
 def test_sampling_without_a_checkpoint_is_an_error(command, tmp_path):
     for flags, message in (
         (["--checkpoint", str(tmp_path / "none")], "no such checkpoint"),
-        (["--checkpoint", str(tmp_path)], "holds no checkpoint"),
+        (["--checkpoint", str(tmp_path)], "contains no checkpoint"),
         (["--checkpoint", str(tmp_path), "--top_k=x"], "--top_k"),
         ([], "--checkpoint"),
     ):

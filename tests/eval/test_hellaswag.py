@@ -171,7 +171,7 @@ def test_user_errors(text_checkpoint, evaluate, tmp_path):
     assert "contains no examples" in error(model, f"--input={tmp_path / 'empty.jsonl'}")
     assert "no such file" in error(model, f"--input={tmp_path / 'none.jsonl'}")
     assert "no such checkpoint" in error(f"--checkpoint={tmp_path / 'nowhere'}", f"--input={good}")
-    assert "holds no checkpoint" in error(f"--checkpoint={tmp_path}", f"--input={good}")
+    assert "contains no checkpoint" in error(f"--checkpoint={tmp_path}", f"--input={good}")
     assert "no config.json" in error(f"--hf={tmp_path}", f"--input={good}")
     assert "no such folder" in error(f"--hf={tmp_path / 'nowhere'}", f"--input={good}")
     (tmp_path / "config.json").write_text("{}")

@@ -72,7 +72,7 @@ def test_mistakes(sharded, tmp_path):
     assert "no such run or checkpoint" in export(
         "--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "x", code=2
     )
-    assert "holds no checkpoint" in export("--checkpoint", tmp_path, "--output", tmp_path / "x", code=2)
+    assert "contains no checkpoint" in export("--checkpoint", tmp_path, "--output", tmp_path / "x", code=2)
     assert not list(tmp_path.iterdir())
     file, link = tmp_path / "file", tmp_path / "link"
     file.touch()

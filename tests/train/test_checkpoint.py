@@ -196,7 +196,7 @@ def test_the_model_alone_can_be_loaded(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         load_model(tmp_path / "nowhere", torch.device("cpu"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         load_model(tmp_path / "empty", torch.device("cpu"))
 
 

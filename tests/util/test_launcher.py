@@ -1,4 +1,4 @@
-"""A worker does not outlive its launcher, however early that dies."""
+"""A worker dies with its launcher, also if the launcher dies early."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux'
 
 
 @pytest.mark.parametrize("under_torchrun", [True, False])
-def test_a_worker_dies_with_its_launcher_and_only_with_that(under_torchrun):
+def test_a_worker_dies_with_its_launcher_and_not_otherwise(under_torchrun):
     worker = (
         "import time; from util.launcher import die_with_launcher as d; d(); print('up', flush=True); time.sleep(60)"
     )
@@ -28,16 +28,16 @@ def test_a_worker_dies_with_its_launcher_and_only_with_that(under_torchrun):
     assert process.stdout.readline() == "up\n"
     process.kill()
     if under_torchrun:
-        assert process.stdout.read() == ""  # to its end: whoever held it has gone
+        assert process.stdout.read() == ""  # at its end: the worker has exited
     else:
         time.sleep(0.5)
-        os.kill(pid, signal.SIGKILL)  # raises ProcessLookupError if it were gone
+        os.kill(pid, signal.SIGKILL)  # raises ProcessLookupError if it has exited
         process.stdout.read()
     process.wait()
 
 
 @pytest.mark.parametrize("hosted,code", [(True, 0), (False, -signal.SIGKILL)])
-def test_a_worker_that_starts_after_its_launchers_death_does_not_live(hosted, code):
+def test_a_worker_that_starts_after_the_death_of_its_launcher_is_killed(hosted, code):
     with socket.socket() as store:
         store.bind(("localhost", 0))
         if hosted:

@@ -72,7 +72,7 @@ def test_a_learned_position_table_cannot_grow(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     config = load(tmp_path)
     assert (config.sequence_length, config.n_positions, config.tokenizer) == (128, 128, "gpt2")
-    with pytest.raises(UserError, match="--sequence_length=256 exceeds --n_positions=128; that is all .* lower it"):
+    with pytest.raises(UserError, match="--sequence_length=256 exceeds --n_positions=128; the position table .* lower it"):
         load(tmp_path, "--sequence_length=256")
     with pytest.raises(UserError, match="--n_positions=256, but the model of --init_from has 128"):
         load(tmp_path, "--sequence_length=256", "--n_positions=256")
@@ -111,5 +111,5 @@ def test_a_rawgpt_run_or_checkpoint(tmp_path):
     assert load_config([f"--init_from={checkpoint}"], 1, open_pretrained).n_embd == 24
     assert load_config([f"--init_from={checkpoint.parent}"], 1, open_pretrained).n_embd == 24
     for nothing in (tmp_path, tmp_path / "nowhere", "gpt2"):
-        with pytest.raises(UserError, match="--init_from=.*: (holds no checkpoint|no such run or checkpoint)"):
+        with pytest.raises(UserError, match="--init_from=.*: (contains no checkpoint|no such run or checkpoint)"):
             load_config([f"--init_from={nothing}"], 1, open_pretrained)
