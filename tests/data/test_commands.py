@@ -1,4 +1,4 @@
-"""The commands that make data: flags, parts, checks, what they print, and one line for each mistake."""
+"""The commands that prepare data: flags, parts, --check, output, and one-line errors."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def source(tmp_path, write_input):
 
 
 def test_documents_come_back_from_the_shards(tmp_path, write_input, whole, documents_in):
-    """Several files of each kind, and as many workers."""
+    """Reads files of every kind with two workers."""
     for suffix in sources.SUFFIXES:
         write_input(tmp_path, suffix, DOCUMENTS)
     done = command("*.txt*", "*.jsonl*", "*.parquet", "--output_dir", "out", "--workers=2", cwd=tmp_path)
@@ -87,7 +87,7 @@ def test_a_full_disk_is_one_line(tmp_path, source, workers, quick):
 # Options
 
 
-def test_an_option_that_matters_makes_other_shards(tmp_path, quick, source):
+def test_an_option_that_decides_the_shards_may_not_change(tmp_path, quick, source):
     quick(source, "--output_dir", tmp_path / "out")
     for option in ("--shard_size=50", "--val_tokens=7", "--name=other", "--max_tokens=9", "--skip_bad"):
         with pytest.raises(UserError, match=f"other input or options .{option[2:].split('=')[0]}.;"):
@@ -99,13 +99,13 @@ def test_an_option_that_matters_makes_other_shards(tmp_path, quick, source):
         quick(source, "--output_dir", tmp_path / "out")
 
 
-def test_an_option_that_does_not_matter_finds_everything_there(tmp_path, quick, source, capsys):
+def test_an_option_that_does_not_decide_the_shards_may_change(tmp_path, quick, source, capsys):
     quick(source, "--output_dir", tmp_path / "out")
     quick(source, "--output_dir", tmp_path / "out", "--workers=3", "--encoder=auto")
     assert capsys.readouterr().out.endswith("out: already there\n")
 
 
-def test_a_mistake_can_be_mended_in_place(tmp_path, quick, whole, documents_in):
+def test_a_damaged_input_file_can_be_repaired_in_place(tmp_path, quick, whole, documents_in):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\noops\n')
     with pytest.raises(UserError):
@@ -121,19 +121,19 @@ WRONG = """--shard_size=0 --shard_size=-5 --shard_size=2147483648 --val_tokens=-
 
 
 @pytest.mark.parametrize("option", WRONG.split())
-def test_options_out_of_range(tmp_path, quick, source, option):
+def test_options_out_of_range_are_errors(tmp_path, quick, source, option):
     with pytest.raises(UserError, match=option.split("=")[0]):
         quick(source, "--output_dir", tmp_path / "out", option)
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_do_not_go_together(tmp_path, quick, source):
+def test_options_that_exclude_each_other_are_errors(tmp_path, quick, source):
     (tmp_path / "m.yaml").write_text(json.dumps({"tokens": 9, "sources": {"a": {"input": str(source), "weight": 1}}}))
     mixture, out = ["--mixture", tmp_path / "m.yaml"], ["--output_dir", tmp_path / "out"]
     for args, message in [
         ([source], "--output_dir"),
         (out, "give either files or a --mixture"),
-        ([source, *mixture, *out], "one of the two"),
+        ([source, *mixture, *out], "give either files or a --mixture"),
         ([*mixture, *out, "--join"], "--mixture is prepared by one command"),
         ([*mixture, *out, "--max_tokens=5"], "--mixture is prepared by one command"),
         ([source, *out, "--part=1/2", "--join"], "give one of the two"),
@@ -146,7 +146,7 @@ def test_options_that_do_not_go_together(tmp_path, quick, source):
 # Parts
 
 
-def test_parts_and_join(tmp_path, quick, source, content, monkeypatch, capsys):
+def test_joined_parts_equal_a_single_run(tmp_path, quick, source, content, monkeypatch, capsys):
     monkeypatch.setattr(sources, "UNIT_BYTES", 300)
     args = [source, "--name=x", "--shard_size=100", "--val_tokens=20"]
     quick(*args, "--output_dir", tmp_path / "one")
@@ -164,7 +164,7 @@ def test_parts_and_join(tmp_path, quick, source, content, monkeypatch, capsys):
 # --check
 
 
-def test_check_counts_what_is_there(tmp_path, quick, source, tokenizer, capsys):
+def test_check_counts_documents_and_tokens(tmp_path, quick, source, tokenizer, capsys):
     quick(source, "--output_dir", tmp_path / "out", "--shard_size=500")
     capsys.readouterr()
     quick("--output_dir", tmp_path / "out", "--check")
@@ -177,7 +177,7 @@ def test_check_counts_what_is_there(tmp_path, quick, source, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "gone"])
-def test_check_names_the_shard_that_is_damaged(tmp_path, quick, source, damage):
+def test_check_names_the_damaged_shard(tmp_path, quick, source, damage):
     quick(source, "--output_dir", tmp_path / "out", "--shard_size=500", "--name=x")
     path = tmp_path / "out" / "x_train_000002.bin"
     content = path.read_bytes()
@@ -188,7 +188,7 @@ def test_check_names_the_shard_that_is_damaged(tmp_path, quick, source, damage):
         quick("--output_dir", tmp_path / "out", "--check")
 
 
-def test_check_of_what_is_not_ours(tmp_path, quick, source, capsys):
+def test_check_of_shards_without_a_manifest(tmp_path, quick, source, capsys):
     with pytest.raises(UserError, match=str(tmp_path / "out")):
         quick("--output_dir", tmp_path / "out", "--check")
     quick(source, "--output_dir", tmp_path / "out")
@@ -204,10 +204,10 @@ def test_check_of_what_is_not_ours(tmp_path, quick, source, capsys):
     assert "no manifest, hashes are not verified\n" in capsys.readouterr().out
 
 
-# FineWeb-Edu from files that are here, and tinyshakespeare
+# FineWeb-Edu from local files, and tinyshakespeare
 
 
-def test_fineweb_edu_from_files_at_hand(tmp_path, quick, whole, documents_in, tokens_of):
+def test_fineweb_edu_from_local_files(tmp_path, quick, whole, documents_in, tokens_of):
     for i in range(2):
         table = pa.table({"id": [f"{j}" for j in range(60)], "text": [f"{i} document {j}" for j in range(60)]})
         pq.write_table(table, tmp_path / f"{i:03d}_00000.parquet", row_group_size=10)
@@ -225,7 +225,7 @@ def test_fineweb_edu_from_files_at_hand(tmp_path, quick, whole, documents_in, to
         ("CC-MAIN-2024-10", "edu_fineweb_CC-MAIN-2024-10"),
     ],
 )
-def test_fineweb_edus_folders(name, folder):
+def test_the_default_folders_of_fineweb_edu(name, folder):
     assert fineweb_edu.default_output(name) == ROOT / "data" / folder
 
 
@@ -241,13 +241,13 @@ def test_tinyshakespeare_is_split_by_characters(tmp_path, quick, tokens_of, docu
     assert "2 documents, " in capsys.readouterr().out
 
 
-def test_another_file_is_not_tinyshakespeare(tmp_path, quick):
+def test_another_file_is_not_accepted_as_tinyshakespeare(tmp_path, quick):
     (tmp_path / "other.txt").write_text("To be")
     with pytest.raises(UserError, match="not tinyshakespeare.txt"):
         quick(f"--input={tmp_path / 'other.txt'}", "--output_dir", tmp_path / "out", command=tiny_shakespeare)
 
 
-# FineWeb-Edu on a hub, for which a folder of the same make stands in
+# FineWeb-Edu from the hub, simulated by a local folder
 
 
 @pytest.fixture
@@ -276,32 +276,32 @@ def test_fineweb_edu_from_a_hub(tmp_path, quick, hub, whole, documents_in):
     out = tmp_path / "out"
     quick("--output_dir", out, command=fineweb_edu)
     assert documents_in(whole(out)) == [f"Page {i} {j}." for i in range(2) for j in range(50)]
-    quick("--output_dir", out, command=fineweb_edu)  # there already: no hub is asked
+    quick("--output_dir", out, command=fineweb_edu)  # complete: the hub is not asked
     assert len(hub) == 1
 
 
-def test_parts_read_the_revision_of_the_first(tmp_path, quick, hub, capsys):
+def test_all_parts_read_the_revision_of_the_first_part(tmp_path, quick, hub, capsys):
     for part in ("--part=1/2", "--part=2/2", "--join"):
         quick("--output_dir", tmp_path / "out", part, command=fineweb_edu)
     assert len(hub) == 1
     assert "100 documents" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_an_unknown_configuration(tmp_path, quick, hub):
+def test_an_unknown_configuration_is_an_error(tmp_path, quick, hub):
     with pytest.raises(UserError, match="no such configuration; did you mean sample-10BT"):
         quick("--name=sample-10B", "--output_dir", tmp_path / "out", command=fineweb_edu)
 
 
-def test_without_a_hub_both_ways_out_are_said(tmp_path):
+def test_without_a_network_the_error_names_both_solutions(tmp_path):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     script = [sys.executable, str(ROOT / "data" / "fineweb_edu.py"), f"--output_dir={tmp_path / 'out'}"]
     done = subprocess.run(script, capture_output=True, text=True, env=env)
     *_, line = done.stderr.splitlines()
-    assert done.returncode == 2 and "connect this machine" in line and "--input 'FOLDER/*.parquet'" in line
+    assert done.returncode == 2 and "check the network" in line and "--input 'FOLDER/*.parquet'" in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["a_val_b", "x_train_1"])
-def test_names_that_would_mistake_the_shards(tmp_path, quick, source, name):
+def test_names_that_hide_the_split_are_errors(tmp_path, quick, source, name):
     with pytest.raises(UserError, match="--name"):
         quick(source, "--output_dir", tmp_path / "out", f"--name={name}")

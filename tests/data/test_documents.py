@@ -1,4 +1,4 @@
-"""Positions within documents, against counting them one by one."""
+"""Positions within documents equal counting token by token."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ rows = arrays.arrays(np.int64, arrays.array_shapes(min_dims=2, max_dims=2, max_s
 
 @settings(max_examples=200, deadline=None)
 @given(rows=rows)
-def test_positions_are_what_counting_gives(rows):
+def test_positions_equal_counting(rows):
     counted = np.zeros_like(rows)
     for row, out in zip(rows, counted, strict=True):
         for t in range(1, len(row)):
@@ -22,6 +22,6 @@ def test_positions_are_what_counting_gives(rows):
     assert document_positions(torch.from_numpy(rows), END).tolist() == counted.tolist()
 
 
-def test_a_row_that_starts_within_a_document_counts_from_its_own_start():
+def test_a_row_that_starts_within_a_document_counts_from_the_row_start():
     row = torch.tensor([[7, 8, END, 9, END, END, 6]])
     assert document_positions(row, END).tolist() == [[0, 1, 0, 1, 0, 0, 1]]

@@ -26,7 +26,7 @@ def saved_and_now(folder, change=lambda folder: None, **options):
         o = base | options
         return Loader(shards, o["T"], o["batch"], o["seed"], o["shuffle"], "input_train_bin").fingerprint
 
-    saved = json.loads(json.dumps(now()))  # as a checkpoint keeps it
+    saved = json.loads(json.dumps(now()))  # as in a checkpoint
     change(folder)
     return saved, now(**options)
 
@@ -86,7 +86,7 @@ def test_changed_shards_are_refused_by_name(tmp_path, change, name):
         ({"tokenizer": {"name": "gpt2", "vocab_size": 50257, "sha256": "x"}}, False),
         ({"tokenizer": "gpt2-fim"}, True),
         ({"tokenizer": {"name": "mine", "vocab_size": 300, "sha256": "x"}}, True),
-        ({"tokenizer": "meta-llama/Llama-3"}, False),  # not ours
+        ({"tokenizer": "meta-llama/Llama-3"}, False),  # not written by rawgpt
         ({"tokenizer": {"name": 3, "sha256": "x"}}, False),
         ({"tokenizer": ["gpt2"]}, False),
         ({}, False),
@@ -97,7 +97,7 @@ def test_changed_shards_are_refused_by_name(tmp_path, change, name):
         (None, False),
     ],
 )
-def test_manifests_beside_shards(tmp_path, manifest, refused):
+def test_a_manifest_must_name_the_tokenizer_of_the_run(tmp_path, manifest, refused):
     file = tmp_path / "manifest.json"
     if isinstance(manifest, bytes):
         file.write_bytes(manifest)
@@ -110,7 +110,7 @@ def test_manifests_beside_shards(tmp_path, manifest, refused):
         check_shards_tokenizer(paths, {"name": "gpt2"}, "input_train_bin")
 
 
-def test_a_file_that_has_changed_since_the_shards_were_made(tmp_path):
+def test_a_tokenizer_file_that_changed_after_the_shards_were_made_is_an_error(tmp_path):
     made = {"tokenizer": {"name": "mine", "vocab_size": 300, "sha256": "x"}}
     (tmp_path / "manifest.json").write_text(json.dumps(made))
     check_shards_tokenizer([tmp_path / "a.bin"], {"name": "moved", "sha256": "x"}, "input_val_bin")

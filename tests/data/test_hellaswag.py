@@ -1,4 +1,4 @@
-"""HellaSwag's two files: a reader and a writer made from the format's description alone, and what is refused."""
+"""HellaSwag's two files, tested against a reader and a writer made from the description of the format alone."""
 
 import json
 import struct
@@ -46,7 +46,7 @@ def written_by_description(examples):
 
 
 def read_by_description(content):
-    """(examples, longest) of a file, walking it by each example's own size as llm.c does."""
+    """Returns examples and the longest size of a file. Walks it by the size of each example, as llm.c does."""
     magic, version, count, longest, *rest = struct.unpack_from("<256i", content)
     assert (magic, version, set(rest)) == (20240522, 1, {0})
     at, found = 1024, []
@@ -70,7 +70,7 @@ def read_by_description(content):
 
 @few
 @given(examples=st.lists(examples, min_size=1, max_size=6))
-def test_both_ways_and_round(path, examples):
+def test_examples_survive_writing_and_reading(path, examples):
     write_eval_file(path, examples)
     content = path.read_bytes()
     assert read_by_description(content)[0] == examples
@@ -78,7 +78,7 @@ def test_both_ways_and_round(path, examples):
     assert read_eval_file(path) == examples
 
 
-def test_the_largest_example_that_fits(path):
+def test_the_largest_example_that_fits_is_written(path):
     room = 2**15 - 1 - 5 - 5  # 16-bit words: head and five counts
     big = TokenExample([7] * room, [[], [], [], []], 0)
     write_eval_file(path, [ONE, big])
@@ -94,13 +94,13 @@ def test_the_largest_example_that_fits(path):
         ([], "x.bin: 0 examples"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, examples, message):
+def test_an_example_that_does_not_fit_is_an_error_and_nothing_is_written(tmp_path, examples, message):
     with pytest.raises(UserError, match=message):
         write_eval_file(tmp_path / "x.bin", examples)
     assert not list(tmp_path.iterdir())
 
 
-def test_more_examples_than_an_index_can_count(tmp_path):
+def test_more_examples_than_uint16_can_count_are_an_error(tmp_path):
     tiny = TokenExample([], [[], [], [], []], 0)
     write_eval_file(tmp_path / "x.bin", [tiny] * 65_535)
     with pytest.raises(UserError, match="65536 examples"):
@@ -147,7 +147,7 @@ SECOND = 1024 + 2 * 17  # ONE takes 17 words
         (patched(SECOND + 10, 9), "example 1 is damaged"),  # tokens of the context
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path, damage, message):
+def test_a_damaged_file_is_an_error(tmp_path, damage, message):
     path = tmp_path / "x.bin"
     path.write_bytes(damage(written_by_description([ONE, ONE])))
     with pytest.raises(UserError, match=message) as caught:
@@ -155,7 +155,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage, message):
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     for read in (read_eval_file, lambda path: list(read_hellaswag(path))):
         with pytest.raises(UserError, match="nowhere: No such file"):
             read(tmp_path / "nowhere")
@@ -190,7 +190,7 @@ def test_examples_are_read_and_encoded(tmp_path):
         (ROW | {"ctx": "half \ud800"}, "surrogates not allowed"),
     ],
 )
-def test_what_is_not_an_example_is_refused_with_its_line(tmp_path, row, message):
+def test_an_invalid_example_is_an_error_with_its_line(tmp_path, row, message):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b"\n" + (row if isinstance(row, bytes) else json.dumps(row).encode()))
     with pytest.raises(UserError, match=message) as caught:
@@ -199,7 +199,7 @@ def test_what_is_not_an_example_is_refused_with_its_line(tmp_path, row, message)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_an_empty_file_is_refused(tmp_path, content):
+def test_an_empty_file_is_an_error(tmp_path, content):
     path = tmp_path / "x.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match="x.jsonl: contains no examples"):
@@ -286,7 +286,7 @@ def test_an_output_that_cannot_be_written_is_an_error(tmp_path, run):
         run()
 
 
-def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
+def test_an_existing_file_is_not_downloaded_again(tmp_path, monkeypatch):
     content = (json.dumps(ROW) + "\n").encode()
     asset = assets.Asset(
         assets.hashlib.sha256(content).hexdigest(), len(content), "https://example.org", "x==1", lambda wheel: b""

@@ -1,4 +1,4 @@
-"""Step → batch: a pure function that loses no window, whatever the ranks, the shards and the order of asking."""
+"""The loader is a pure function of the step and loses no window, for any ranks, shards and order of calls."""
 
 import os
 import threading
@@ -25,12 +25,12 @@ few = settings(max_examples=60, deadline=None)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One folder for the many examples of a property."""
+    """A folder shared by the examples of a property."""
     return tmp_path_factory.mktemp("loader")
 
 
 def make_shards(folder, *sizes):
-    """Shards of the given sizes that count on from one another, so a token tells its place."""
+    """Writes shards of the given sizes that count on, so that a token shows its position."""
     paths, at = [], 0
     for i, size in enumerate(sizes):
         paths.append(folder / f"x_train_{i:06d}.bin")
@@ -44,7 +44,7 @@ def make_loader(folder, *sizes, T=8, batch=4, seed=1, shuffle=True):
 
 
 def sample_ids(data, step):
-    """(epoch, window) of each sequence of the global batch of `step`, in order."""
+    """Returns epoch and window of each sequence of step's global batch, in order."""
     epochs, windows = data.locate(sample_numbers(step, data.sequences_per_batch, 0, 1))
     return list(zip(epochs.tolist(), windows.tolist(), strict=True))
 
@@ -69,11 +69,11 @@ def test_the_samples_of_a_run_never_change_silently(folder):
     seed=st.integers(0, 2**63 - 1),
     block=st.sampled_from([1, 7, 2**14]),
 )
-def test_one_glob_gives_the_samples_it_always_gave(folder, windows, batch, step, seed, block):
-    """Checkpoints of earlier versions go on with this order."""
+def test_the_order_equals_an_independent_implementation(folder, windows, batch, step, seed, block):
+    """Checkpoints of earlier versions resume with this order."""
     batch = min(batch, windows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(permutation, "BLOCK", block)  # how much is permuted at once changes nothing
+        patch.setattr(permutation, "BLOCK", block)  # the size of a block must not change the result
         permutation.permuted_block.cache_clear()
         data = make_loader(folder, windows * 8 + 1, batch=batch, seed=seed)
         expected = []
@@ -85,7 +85,7 @@ def test_one_glob_gives_the_samples_it_always_gave(folder, windows, batch, step,
     permutation.permuted_block.cache_clear()
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(folder):
+def test_epochs_and_seeds_have_different_orders(folder):
     orders = []
     for seed in (1, 2):
         data = make_loader(folder, 8 * 40 + 1, batch=40, seed=seed)
@@ -96,7 +96,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(folder):
 
 @few
 @given(windows=st.integers(1, 60), batch=st.integers(1, 60), shuffle=st.booleans())
-def test_every_window_comes_once_an_epoch(folder, windows, batch, shuffle):
+def test_every_window_occurs_once_per_epoch(folder, windows, batch, shuffle):
     batch = min(batch, windows)
     data = make_loader(folder, windows * 8 + 1, batch=batch, shuffle=shuffle)
     epochs = {}
@@ -104,11 +104,11 @@ def test_every_window_comes_once_an_epoch(folder, windows, batch, shuffle):
         for epoch, place in sample_ids(data, step):
             epochs.setdefault(epoch, []).append(place)
     assert list(epochs) == sorted(epochs)
-    for epoch in (0, 1, 2):  # complete ones, though none need end where a step does
+    for epoch in (0, 1, 2):  # complete epochs, which need not end at the end of a step
         assert sorted(epochs[epoch]) == list(range(windows))
 
 
-def test_without_shuffling_windows_come_in_file_order(folder):
+def test_without_shuffling_windows_are_in_file_order(folder):
     data = make_loader(folder, 8 * 10 + 5, batch=4, shuffle=False)
     starts = [row[0] for step in (1, 2, 3) for row in data.batch(step).tolist()]
     assert starts == [8 * (i % 10) for i in range(12)]
@@ -117,7 +117,7 @@ def test_without_shuffling_windows_come_in_file_order(folder):
 # Batches
 
 
-def test_a_batch_holds_the_windows_it_names(folder):
+def test_a_batch_contains_the_windows_of_locate(folder):
     data = make_loader(folder, 300, 100, 7, 200)
     for step in (1, 5, 50):
         rows = data.batch(step)
@@ -127,7 +127,7 @@ def test_a_batch_holds_the_windows_it_names(folder):
 
 @few
 @given(steps=st.lists(st.integers(1, 500), min_size=1, max_size=12))
-def test_a_batch_depends_on_nothing_but_the_step(folder, steps):
+def test_a_batch_depends_on_the_step_alone(folder, steps):
     data = make_loader(folder, 300, 100)
     for step in steps:
         assert torch.equal(data.batch(step), make_loader(folder, 300, 100).batch(step))
@@ -135,7 +135,7 @@ def test_a_batch_depends_on_nothing_but_the_step(folder, steps):
 
 @few
 @given(step=st.integers(1, 100), ranks=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2, 3, 6]))
-def test_parts_make_up_the_whole_batch(folder, step, ranks, micro):
+def test_the_parts_concatenated_are_the_batch(folder, step, ranks, micro):
     data = make_loader(folder, 999, batch=24)
     parts = ranks * micro
     pieces = [data.batch(step, part, parts) for part in range(parts)]
@@ -145,7 +145,7 @@ def test_parts_make_up_the_whole_batch(folder, step, ranks, micro):
 
 @few
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12), T=st.integers(1, 25), data=st.data())
-def test_windows_across_shards_are_slices_of_the_whole(folder, sizes, T, data):
+def test_windows_across_shards_are_slices_of_the_stream(folder, sizes, T, data):
     shards = make_shards(folder, *sizes)
     whole = list(range(sum(sizes)))
     if len(whole) <= T:
@@ -165,7 +165,7 @@ def test_windows_across_shards_are_slices_of_the_whole(folder, sizes, T, data):
 
 @few
 @given(sizes=st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=8), T=st.integers(1, 25))
-def test_shards_of_both_dtypes_make_one_stream(folder, sizes, T):
+def test_shards_of_both_dtypes_form_one_stream(folder, sizes, T):
     at, shards = 0, []
     for i, (size, wide) in enumerate(sizes):
         path = folder / f"mixed_train_{i:06d}.bin"
@@ -179,8 +179,8 @@ def test_shards_of_both_dtypes_make_one_stream(folder, sizes, T):
 
 
 @pytest.mark.parametrize("place", [0, 17, 999_999, 1_500_000, 2_999_900])
-def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path, place):
-    """Places that the check of a sample at the start passes over, within a window and where one crosses a border."""
+def test_an_id_outside_the_vocabulary_is_reported_with_its_position(tmp_path, place):
+    """At positions that the check at the start skips: inside a window, and where a window crosses shards."""
     make_shards(tmp_path, 999_990, 3_000_000)
     path = tmp_path / "x_train_000001.bin"
     shards = [open_shard(tmp_path / "x_train_000000.bin", VOCAB), open_shard(path, VOCAB)]
@@ -193,7 +193,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path, place):
         data.gather([5, window, 3])
 
 
-def test_a_read_that_returns_less_is_finished(tmp_path, monkeypatch):
+def test_a_short_read_is_continued(tmp_path, monkeypatch):
     data = make_loader(tmp_path, 300, batch=16)
     whole = data.batch(3)
 
@@ -207,7 +207,7 @@ def test_a_read_that_returns_less_is_finished(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, fits", [(33, True), (32, False), (1, False), (0, False)])
-def test_one_batch_must_fit_into_the_data(folder, tokens, fits):
+def test_data_smaller_than_one_batch_is_an_error(folder, tokens, fits):
     if fits:
         assert make_loader(folder, tokens).windows == 4
         return
@@ -216,7 +216,7 @@ def test_one_batch_must_fit_into_the_data(folder, tokens, fits):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
-def test_many_shards_do_not_mean_many_open_files(tmp_path, monkeypatch):
+def test_the_number_of_open_files_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(loader_module, "MAX_OPEN_FILES", 5)
     data = make_loader(tmp_path, *[10] * 40, batch=10)
     before = len(os.listdir("/proc/self/fd"))
@@ -227,21 +227,21 @@ def test_many_shards_do_not_mean_many_open_files(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_more_shards_than_open_files_are_read_through(tmp_path):
+def test_more_shards_than_open_files_are_read_correctly(tmp_path):
     count = loader_module.MAX_OPEN_FILES + 20
     data = make_loader(tmp_path, *[9] * count, batch=count, shuffle=False)
     assert data.batch(1).tolist() == [window(8 * i) for i in range(count)]
     assert data.batch(1).tolist() == [window(8 * i) for i in range(count)]
 
 
-def test_a_shard_that_is_cut_under_a_run_is_named(tmp_path):
+def test_a_shard_truncated_during_a_run_is_named(tmp_path):
     data = make_loader(tmp_path, 100, 100, shuffle=False, batch=24)
     os.truncate(tmp_path / "x_train_000001.bin", 1024 + 100)
     with pytest.raises(UserError, match="x_train_000001.bin"):
         data.batch(1)
 
 
-def test_a_shard_that_is_removed_under_a_run_is_named(tmp_path):
+def test_a_shard_removed_during_a_run_is_named(tmp_path):
     data = make_loader(tmp_path, 100, 100, shuffle=False, batch=24)
     (tmp_path / "x_train_000001.bin").unlink()
     with pytest.raises(UserError, match="x_train_000001.bin"):
@@ -259,14 +259,14 @@ def test_resident_memory_does_not_grow_with_steps(tmp_path):
     for step in range(1, 101):
         prefetcher.get(step)
     before = resident()
-    for step in range(101, 2101):  # reads all of the 32 MB once
+    for step in range(101, 2101):  # reads all 32 MB once
         prefetcher.get(step)
     grown = resident() - before
     prefetcher.close()
     assert grown < 4e6, f"{grown / 1e6:.1f} MB"
 
 
-def test_a_fingerprint_of_empty_and_short_shards(tmp_path):
+def test_the_fingerprint_covers_empty_and_short_shards(tmp_path):
     rows = TokenStream(make_shards(tmp_path, 0, 3, 30)).shard_fingerprints()
     assert [row["tokens"] for row in rows] == [0, 3, 30]
     assert len({row["ends"] for row in rows}) == 3
@@ -279,13 +279,13 @@ def test_a_fingerprint_of_empty_and_short_shards(tmp_path):
 @given(steps=st.lists(st.integers(1, 40), min_size=1, max_size=15))
 @example(steps=list(range(1, 16)))
 @example(steps=[3, 3, 4, 9, 1, 2])
-def test_prefetched_batches_are_those_asked_for(steps):
+def test_prefetched_batches_belong_to_the_requested_steps(steps):
     prefetcher = Prefetcher(lambda step: torch.tensor([step, -step]), pin=False)
     assert [prefetcher.get(step).tolist() for step in steps] == [[step, -step] for step in steps]
     prefetcher.close()
 
 
-def test_the_next_batch_is_made_ahead_once_and_in_another_thread():
+def test_the_next_batch_is_made_once_in_another_thread():
     made, ready = [], threading.Event()
 
     def make(step):
@@ -296,13 +296,13 @@ def test_the_next_batch_is_made_ahead_once_and_in_another_thread():
 
     prefetcher = Prefetcher(make, pin=False)
     prefetcher.get(1)
-    assert ready.wait(10)  # without being asked for
+    assert ready.wait(10)  # nobody has called get(2) yet
     prefetcher.get(2)
     prefetcher.close()
     assert made[:2] == [(1, False), (2, False)]
 
 
-def test_what_fails_ahead_is_raised_when_it_is_asked_for():
+def test_an_error_while_prefetching_is_raised_at_its_step():
     def make(step):
         if step == 3:
             raise UserError("x_train_000001.bin: gone")

@@ -1,4 +1,4 @@
-"""Mixing by weight: exact shares, sources that do not disturb one another, batches that depend on the step alone."""
+"""Mixtures have exact shares and independent sources, and a batch depends on the step alone."""
 
 import json
 
@@ -33,7 +33,7 @@ few = settings(max_examples=40, deadline=None)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three sources of 40, 7 and 1 windows, whose tokens tell where they are from."""
+    """Three sources of 40, 7 and 1 windows. A token shows its source."""
     folder = tmp_path_factory.mktemp("mixture")
     for name, start, size in (("a", 0, 40 * T + 1), ("b", 20_000, 7 * T + 3), ("c", 40_000, T + 1)):
         tokens = np.arange(start, start + size)
@@ -65,7 +65,7 @@ weights = st.lists(st.floats(1e-3, 1e3) | st.integers(1, 9).map(float), min_size
 @given(weights=weights)
 @example(weights=[1e308, 1e308, 5e307])
 @example(weights=[1.0, 1.0, 1.0])
-def test_slots_are_the_weights_to_a_rounding(weights):
+def test_slots_are_the_rounded_weights(weights):
     counts = slot_counts(weights)
     assert sum(counts) == SLOTS
     total = sum(w / max(weights) for w in weights)
@@ -75,7 +75,7 @@ def test_slots_are_the_weights_to_a_rounding(weights):
 @few
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=7))
 @example(counts=[9500, 300, 199, 1])
-def test_no_prefix_of_the_pattern_is_off_by_a_whole_sample(counts):
+def test_every_prefix_of_the_pattern_is_within_one_sample_of_the_shares(counts):
     slots, total = spread(counts), sum(counts)
     for m, count in enumerate(counts):
         had, t = np.cumsum(slots == m), np.arange(1, total + 1)
@@ -90,8 +90,8 @@ def test_no_prefix_of_the_pattern_is_off_by_a_whole_sample(counts):
     first=st.integers(1, 10**6),
     steps=st.integers(1, 30),
 )
-def test_every_stretch_of_steps_has_the_shares(folder, weights, batch, first, steps):
-    """From any step on, and across the pattern's end: two prefixes differ by less than two samples."""
+def test_every_range_of_steps_has_the_shares(folder, weights, batch, first, steps):
+    """A range is the difference of two prefixes, so it is off by less than two samples."""
     data = make(folder, ",".join(f"{name}={w}:" for name, w in zip("abc", weights, strict=True)), batch)
     source, _ = data.locate(np.arange((first - 1) * batch, (first - 1 + steps) * batch))
     for m, w in enumerate(weights):
@@ -100,7 +100,7 @@ def test_every_stretch_of_steps_has_the_shares(folder, weights, batch, first, st
         assert abs((source == m).sum() - steps * batch * w / sum(weights)) < bound
 
 
-def test_a_batch_that_holds_the_weights_evenly_holds_them_exactly(folder):
+def test_a_batch_divisible_by_the_weights_has_the_exact_shares(folder):
     data = make(folder)
     for step in (1, 2, 999, 1000, 1001):
         assert sorted(origin(data.batch(step))) == [0] * 5 + [1] * 3 + [2] * 2
@@ -109,8 +109,8 @@ def test_a_batch_that_holds_the_weights_evenly_holds_them_exactly(folder):
 # Samples
 
 
-def test_a_source_gives_its_samples_one_after_another(folder, monkeypatch):
-    """Counted by walking through the run; the pattern repeats often."""
+def test_a_source_yields_its_samples_in_order(folder, monkeypatch):
+    """Compares with counting through the run, in which the pattern repeats often."""
     monkeypatch.setattr(mixed_loader, "SLOTS", 20)
     data = make(folder, batch=7)
     taken = [0, 0, 0]
@@ -120,11 +120,11 @@ def test_a_source_gives_its_samples_one_after_another(folder, monkeypatch):
             loader = data.loaders[m]
             assert torch.equal(row, torch.from_numpy(loader.samples(np.array([taken[m]])))[0])
             taken[m] += 1
-    assert taken[1] > 7 * 7 and taken[2] > 10  # many epochs of the small ones
+    assert taken[1] > 7 * 7 and taken[2] > 10  # many epochs of the small sources
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_each_source_has_epochs_of_its_own(folder, shuffle):
+def test_each_source_has_its_epochs(folder, shuffle):
     data = make(folder, batch=30, shuffle=shuffle)
     starts = {0: [], 1: [], 2: []}
     for step in range(1, 30):
@@ -137,7 +137,7 @@ def test_each_source_has_epochs_of_its_own(folder, shuffle):
             assert (len({tuple(epoch) for epoch in epochs}) > 8) == shuffle
 
 
-def test_a_sources_order_depends_on_the_seed_and_its_name_alone(folder):
+def test_the_order_of_a_source_depends_on_seed_and_name_alone(folder):
     def order(data, m):
         rows = torch.cat([data.batch(step) for step in range(1, 200)])[:, 0]
         return rows[rows // 20_000 == m].tolist()[:60]
@@ -150,7 +150,7 @@ def test_a_sources_order_depends_on_the_seed_and_its_name_alone(folder):
 
 @few
 @given(steps=st.lists(st.integers(1, 3000), min_size=1, max_size=6), parts=st.sampled_from([1, 2, 3, 4, 6, 12]))
-def test_a_batch_is_a_function_of_the_step_and_parts_make_it_up(folder, steps, parts):
+def test_a_batch_depends_on_the_step_alone_and_its_parts_concatenate(folder, steps, parts):
     data = make(folder, batch=12)
     for step in steps:
         whole = make(folder, batch=12).batch(step)
@@ -173,7 +173,7 @@ def test_the_samples_of_a_mixture_never_change_silently(folder):
         ("only=1:x/{1,2}.bin", [("only", 1.0, "x/{1,2}.bin")]),
         ("a=1:x,y/z,b=2:c=d,e:f", [("a", 1.0, "x,y/z"), ("b", 2.0, "c=d,e:f")]),
         ("data/*.bin", []),
-        ("data/a=1:b/*.bin", []),  # a folder of that name
+        ("data/a=1:b/*.bin", []),  # a folder named a=1:b
         ("x,y=z/*.bin", []),
         ("=1:x", []),
     ],
@@ -182,36 +182,36 @@ def test_the_flag_is_one_glob_or_several_with_weights(text, expected):
     assert parse_sources(text, "input_train_bin") == expected
 
 
-def test_home_is_found_in_each_glob(monkeypatch):
+def test_a_tilde_is_expanded_in_each_glob(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert [s.pattern for s in parse_sources("a=1:~/x,b=1:~/y", "f")] == ["/home/me/x", "/home/me/y"]
 
 
-def test_a_file_of_that_very_name_wins(tmp_path, monkeypatch):
+def test_an_existing_file_is_not_parsed_as_a_mixture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=1:x.bin").write_bytes(b"")
     assert parse_sources("a=1:x.bin", "f") == []
 
 
 @pytest.mark.parametrize("number", ["0", "-0.3", "nan", "inf", "x", "", "1e999", "0x1"])
-def test_a_weight_is_a_positive_number(number):
+def test_a_weight_must_be_a_positive_number(number):
     with pytest.raises(UserError, match="^--input_train_bin: the weight of b is "):
         parse_sources(f"a=0.7:x,b={number}:y", "input_train_bin")
 
 
-def test_names_are_used_once():
+def test_a_repeated_name_is_an_error():
     with pytest.raises(UserError, match="two sources are named a"):
         parse_sources("a=0.7:x,a=0.3:y", "input_train_bin")
 
 
-def test_a_source_has_a_window_and_a_sample(folder):
+def test_a_source_needs_a_window_and_a_sample(folder):
     with pytest.raises(UserError, match=r"^--input_train_bin: source c has 9 tokens, too few for one window of 10;"):
         make(folder, length=9)
     with pytest.raises(UserError, match="the weight of b is less than one sample in 10,000"):
         make(folder, "a=1:,b=1e-6:")
 
 
-def test_the_lines_at_the_start(folder):
+def test_describe_prints_share_tokens_and_epochs(folder):
     lines = make(folder, "a=3:,b=1:").describe(28).splitlines()
     assert lines == [
         "a: 75.00% of the samples, 321 tokens, 5.25 epochs",
@@ -223,7 +223,7 @@ def test_the_lines_at_the_start(folder):
 
 
 def identity(folder, *args, **kwargs):
-    return json.loads(json.dumps(make(folder, *args, **kwargs).fingerprint))  # as a checkpoint keeps it
+    return json.loads(json.dumps(make(folder, *args, **kwargs).fingerprint))  # as in a checkpoint
 
 
 def test_the_same_mixture_is_accepted_however_it_is_written(folder):
@@ -246,7 +246,7 @@ def test_another_mixture_is_refused_by_name(folder, text, message):
         check_same_data(identity(folder, text), make(folder).fingerprint)
 
 
-def test_a_mixture_and_a_glob_are_two_things(folder):
+def test_a_mixture_does_not_resume_as_a_glob(folder):
     one = Loader(shards_of(folder, "a"), T, 10, 1, True, "input_train_bin").fingerprint
     with pytest.raises(UserError, match="^--input_train_bin: a single glob .* belongs to the checkpoint"):
         check_same_data(one, identity(folder, "a=1:"))
@@ -263,7 +263,7 @@ def test_a_changed_shard_is_refused_with_its_source(folder):
         check_same_data(saved, identity(folder, seed=2))
 
 
-def test_the_identity_of_one_glob_is_what_it_always_was(folder):
+def test_the_fingerprint_of_one_glob_keeps_its_keys(folder):
     identity = Loader(shards_of(folder, "b"), T, 2, 1, True, "input_train_bin").fingerprint
     assert list(identity) == ["seed", "sequence_length", "total_batch_size", "shuffle", "shards"]
     assert [list(row) for row in identity["shards"]] == [["name", "tokens", "ends"]] * 2

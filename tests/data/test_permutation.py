@@ -19,7 +19,7 @@ few = settings(max_examples=60, deadline=None)
 @example(n=2, key="1:0")
 @example(n=2048, key="1:0")
 @example(n=2049, key="1:0")
-def test_a_permutation_hits_everything_once(n, key):
+def test_a_permutation_is_a_bijection(n, key):
     assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
 
 

@@ -1,4 +1,4 @@
-"""The .bin format: what is written is read back, and whatever is wrong with a file is said by name."""
+"""Token shards: written tokens are read back, and an error names the file."""
 
 import os
 import struct
@@ -21,12 +21,12 @@ few = settings(max_examples=60, deadline=None)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One folder for the many examples of a property."""
+    """A folder shared by the examples of a property."""
     return tmp_path_factory.mktemp("shards")
 
 
 def layout(tokens, magic=20240520, version=1, letter="H", count=None):
-    """A shard's bytes, spelled out independently of the code."""
+    """Returns the bytes of a shard, written independently of the code."""
     header = struct.pack("<3i", magic, version, len(tokens) if count is None else count)
     return header.ljust(1024, b"\0") + struct.pack(f"<{len(tokens)}{letter}", *tokens)
 
@@ -57,7 +57,7 @@ def no_match(pattern):
 
 @few
 @given(data=st.data(), vocab=st.sampled_from([2, 251, 50257, 2**16, 2**16 + 1, 128256, 2**31]))
-def test_tokens_come_back_as_they_were_written(folder, data, vocab):
+def test_tokens_survive_writing_and_reading(folder, data, vocab):
     tokens = data.draw(st.lists(st.integers(0, vocab - 1), max_size=200))
     path = folder / "x_train_000001.bin"
     write_shard(path, np.array(tokens, np.int64), vocab)
@@ -89,7 +89,7 @@ def test_a_shard_of_a_larger_vocabulary_byte_by_byte(tmp_path):
 
 
 def sizes_of(first, size):
-    """The layout of a writer whose first shard has a size of its own."""
+    """Returns a layout in which the first shard has another size."""
     return (("x_val_000000.bin", first) if i == 0 else (f"x_train_{i:06d}.bin", size) for i in count())
 
 
@@ -105,9 +105,9 @@ def contents(folder):
     size=st.integers(1, 10),
     vocab=st.sampled_from([300, 70000]),
 )
-@example(pieces=[10, 10], stops=[(1, 0)], first=10, size=10, vocab=300)  # stopped where a shard ends
-def test_a_writer_stopped_and_taken_up_anywhere(tmp_path_factory, pieces, stops, first, size, vocab):
-    """After each flush it may go on for `extra` tokens that are lost, and another one takes up what was flushed."""
+@example(pieces=[10, 10], stops=[(1, 0)], first=10, size=10, vocab=300)  # stopped at the end of a shard
+def test_a_writer_can_be_resumed_anywhere(tmp_path_factory, pieces, stops, first, size, vocab):
+    """After each flush the writer adds `extra` tokens, which are lost, and another writer resumes."""
     folder, whole = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("whole")
     tokens = np.arange(sum(pieces) + 30) * 7 % vocab
     stops = dict(stops)
@@ -120,7 +120,7 @@ def test_a_writer_stopped_and_taken_up_anywhere(tmp_path_factory, pieces, stops,
             files, held = list(known["files"]), known["held"]
             writer.add(tokens[at : at + stops[i]] ^ 1)
             if writer._file is not None:
-                writer._file.flush()  # as much as can have reached the disk
+                writer._file.flush()  # the extra tokens may have reached the disk
             writer = ShardWriter(folder, sizes_of(first, size), vocab)
             writer.resume(files, held)
     writer.close()
@@ -138,7 +138,7 @@ def test_a_writer_stopped_and_taken_up_anywhere(tmp_path_factory, pieces, stops,
     assert {name: contents(folder)[name] for name in names} == contents(whole)
 
 
-def test_a_shard_that_is_being_written_is_none_yet(tmp_path):
+def test_an_unfinished_shard_cannot_be_opened(tmp_path):
     writer = ShardWriter(tmp_path, sizes_of(10, 10), VOCAB)
     writer.add(np.arange(5))
     writer.flush()
@@ -172,35 +172,35 @@ def test_an_empty_file(tmp_path):
     assert "empty" in refusal(put(tmp_path / "a.bin", b""))
 
 
-def test_a_shard_without_tokens_is_one(tmp_path):
+def test_a_shard_without_tokens_is_valid(tmp_path):
     assert open_shard(put(tmp_path / "a.bin", layout([])), VOCAB, check_all=True).count == 0
 
 
 @pytest.mark.parametrize("name", ["a.bin", "val.bin"])
 @pytest.mark.parametrize("magic", [0, -1, 20240521, 2**31 - 1])
-def test_a_wrong_magic(tmp_path, name, magic):
+def test_a_wrong_magic_is_an_error(tmp_path, name, magic):
     message = refusal(put(tmp_path / name, layout([1, 2, 3], magic=magic)))
     assert f"magic {magic}" in message and "20240520" in message
 
 
 @pytest.mark.parametrize("magic, version", [(20240520, 7), (20240520, 0), (20240801, 1), (20240801, -7)])
-def test_a_version_that_does_not_go_with_the_magic(tmp_path, magic, version):
+def test_a_version_that_does_not_match_the_magic_is_an_error(tmp_path, magic, version):
     assert f"version {version}" in refusal(put(tmp_path / "a.bin", layout([1, 2, 3], magic, version)))
 
 
 @pytest.mark.parametrize("count", [-1, -3, -(2**31), 2, 4, 2**31 - 1])
-def test_a_count_that_is_not_the_number_of_tokens(tmp_path, count):
+def test_a_wrong_token_count_is_an_error(tmp_path, count):
     message = refusal(put(tmp_path / "a.bin", layout([1, 2, 3], count=count)))
     assert f"{count} tokens" in message and ("truncated" if count > 3 else "too long") in message
 
 
 @pytest.mark.parametrize("extra", [1, 2, 1000])
-def test_a_file_that_is_too_long(tmp_path, extra):
+def test_a_file_that_is_too_long_is_an_error(tmp_path, extra):
     assert "too long" in refusal(put(tmp_path / "a.bin", layout([1, 2, 3]) + bytes(extra)))
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere"), lambda path: None])
-def test_what_is_no_file(tmp_path, make):
+def test_a_path_that_is_not_a_file_is_an_error(tmp_path, make):
     make(tmp_path / "a.bin")
     refusal(tmp_path / "a.bin")
 
@@ -219,7 +219,7 @@ def test_what_is_no_file(tmp_path, make):
     ),
     name=st.sampled_from(["a.bin", "train.bin"]),
 )
-def test_any_bytes_are_opened_or_refused(folder, content, name):
+def test_any_bytes_are_opened_or_a_user_error(folder, content, name):
     path = put(folder / name, content)
     try:
         shard = open_shard(path, VOCAB, check_all=True)
@@ -229,7 +229,7 @@ def test_any_bytes_are_opened_or_refused(folder, content, name):
         assert len(shard.read(0, shard.count)) == shard.count
 
 
-def test_a_file_that_is_cut_after_opening(tmp_path):
+def test_a_file_truncated_after_opening_is_an_error(tmp_path):
     path = put(tmp_path / "a.bin", layout(range(100)))
     shard = open_shard(path, VOCAB)
     os.truncate(path, 1024 + 2 * 60)
@@ -239,7 +239,7 @@ def test_a_file_that_is_cut_after_opening(tmp_path):
             shard.read(start, length)
 
 
-def test_a_file_that_is_removed_after_opening(tmp_path):
+def test_a_file_removed_after_opening_is_an_error(tmp_path):
     path = put(tmp_path / "a.bin", layout(range(100)))
     shard = open_shard(path, VOCAB)
     path.unlink()
@@ -252,7 +252,7 @@ def test_a_file_that_is_removed_after_opening(tmp_path):
 
 @few
 @given(tokens=st.lists(st.integers(0, 300), min_size=1, max_size=50), vocab=st.integers(2, 301))
-def test_an_id_beyond_the_vocabulary_is_reported_where_it_stands(folder, tokens, vocab):
+def test_an_id_outside_the_vocabulary_is_reported_with_its_position(folder, tokens, vocab):
     path = put(folder / "ids_train_000001.bin", layout(tokens))
     if max(tokens) < vocab:
         assert open_shard(path, vocab).count == len(tokens)
@@ -262,7 +262,7 @@ def test_an_id_beyond_the_vocabulary_is_reported_where_it_stands(folder, tokens,
     assert tokens[at] == int(words[words.index("id") + 1]) >= vocab
 
 
-def test_ids_between_the_samples_are_seen_only_when_all_are_checked(tmp_path, monkeypatch):
+def test_ids_between_the_samples_are_found_only_with_check_all(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SAMPLE_BLOCKS", 3)
     monkeypatch.setattr(shards, "SAMPLE_BLOCK", 10)
     monkeypatch.setattr(shards, "READ_BLOCK", 64)
@@ -303,7 +303,7 @@ def test_a_short_file_of_nanogpts_is_read(tmp_path):
     assert open_shard(put(tmp_path / "train.bin", b"\x01\x00\x02\x00"), VOCAB).read(0, 2).tolist() == [1, 2]
 
 
-def test_half_a_token_is_refused(tmp_path):
+def test_half_a_token_is_an_error(tmp_path):
     assert "odd number of bytes (4001)" in refusal(put(tmp_path / "train.bin", b"\x07" * 4001))
 
 
@@ -341,7 +341,7 @@ def test_a_path_that_looks_like_a_pattern_but_is_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("typed", ["tinyshakespare", "tinyshakespear", "tiny_shakespeare"])
-def test_a_misspelled_folder_names_the_one_close_by(tmp_path, monkeypatch, typed):
+def test_a_misspelled_folder_gets_a_suggestion(tmp_path, monkeypatch, typed):
     (tmp_path / "data" / "tinyshakespeare").mkdir(parents=True)
     for base in ("data", tmp_path / "data"):
         monkeypatch.chdir(tmp_path)
@@ -349,24 +349,24 @@ def test_a_misspelled_folder_names_the_one_close_by(tmp_path, monkeypatch, typed
 
 
 @pytest.mark.parametrize("typed", ["tinyshakespare", "tinyshakespeare"])
-def test_tinyshakespeare_that_was_never_made_names_the_command(tmp_path, typed):
+def test_missing_tinyshakespeare_names_its_command(tmp_path, typed):
     (tmp_path / "data").mkdir()
     assert "python data/tiny_shakespeare.py" in no_match(tmp_path / "data" / typed / "*_train.bin")
 
 
-def test_a_folder_like_no_other(tmp_path):
+def test_a_missing_folder_without_a_similar_one(tmp_path):
     (tmp_path / "data").mkdir()
     assert "does not exist" in no_match(tmp_path / "data" / "xyzzyx" / "*.bin")
     assert "does not exist" in no_match(tmp_path / "xyzzyx" / "data" / "*.bin")
 
 
 def test_an_empty_folder_and_one_of_other_files(tmp_path):
-    assert "holds nothing" in no_match(tmp_path / "*.bin")
+    assert "contains nothing" in no_match(tmp_path / "*.bin")
     for i in range(6):
         (tmp_path / f"f{i}.txt").touch()
-    assert "holds f0.txt, f1.txt, f2.txt, f3.txt, …" in no_match(tmp_path / "*.bin")
+    assert "contains f0.txt, f1.txt, f2.txt, f3.txt, …" in no_match(tmp_path / "*.bin")
 
 
 def test_a_pattern_in_the_folder_part(tmp_path):
     (tmp_path / "one").mkdir()
-    assert "holds one" in no_match(tmp_path / "*" / "x.bin")
+    assert "contains one" in no_match(tmp_path / "*" / "x.bin")

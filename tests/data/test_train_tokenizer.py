@@ -1,4 +1,4 @@
-"""data/train_tokenizer.py: what it writes opens everywhere with equal ids, and an error is one line."""
+"""data/train_tokenizer.py: its files give equal ids in `transformers`, and an error is one line."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def made(corpus):
     return corpus / "tok", done.stdout, flags
 
 
-def test_it_says_what_it_made(made):
+def test_the_command_prints_a_summary(made):
     folder, out, _ = made
     lines = out.splitlines()
     assert lines[0].startswith(f"{folder}/tokenizer.json: 400 tokens from ")

@@ -1,4 +1,4 @@
-"""The fast encoder gives tiktoken's ids or is not used; a long document in segments gives the ids of the whole."""
+"""The fast encoder gives tiktoken's ids or is not used, and splitting a long document does not change its ids."""
 
 import sys
 from collections import Counter
@@ -19,7 +19,7 @@ from util.errors import UserError
 
 few = settings(max_examples=150, deadline=None)
 unicode_text = st.text(st.characters(codec="utf-8"), max_size=200)
-# What the patterns are about: letters, digits, signs and the kinds of space, in runs.
+# Text that matters to the patterns: runs of letters, digits, signs and kinds of spaces.
 rough = [*"aé字1٣.'{ \t\r\n\u00a0\u3000\x1c\u2028", "'s", "  ", "\n\n", " a"]
 rough_text = st.lists(st.sampled_from(rough), max_size=60).map("".join)
 
@@ -44,14 +44,14 @@ def test_the_fast_encoder_gives_tiktokens_ids(tokenizer, quick, text):
     assert ids.dtype == np.uint32 and ids.tolist() == tokenizer.encode(text)
 
 
-def test_every_character_by_itself_and_in_a_word(tokenizer, quick):
+def test_every_character_alone_and_in_a_word(tokenizer, quick):
     for start in range(0, 0x30000, 0x1000):
         text = "".join(f" a{chr(i)}{chr(i)} " for i in range(start, start + 0x1000) if not 0xD800 <= i < 0xE000)
         assert quick(text).tolist() == tokenizer.encode(text), hex(start)
 
 
 class OffByOne:
-    """A fast encoder that errs where the text has a z."""
+    """Returns a fast encoder that gives wrong ids for text with a z."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -80,12 +80,12 @@ def test_the_units_text_is_in_the_sample_at_every_start(tmp_path, tokenizer, mon
     assert check_fast(EncodeOptions(), tokenizer, []) == EncodeOptions()
 
 
-def test_without_splintr_tiktoken_does_it(tokenizer, monkeypatch):
+def test_without_splintr_tiktoken_encodes(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "splintr", None)
     assert make_encoder(tokenizer)[1] == "tiktoken"
 
 
-def test_our_own_sample_is_looked_at_first(tokenizer, monkeypatch):
+def test_the_built_in_sample_is_compared_first(tokenizer, monkeypatch):
     monkeypatch.setattr(encoder, "_splintr", lambda tokenizer: lambda text: np.zeros(len(text), np.uint32))
     assert make_encoder(tokenizer)[1] == "tiktoken"
 
@@ -93,7 +93,7 @@ def test_our_own_sample_is_looked_at_first(tokenizer, monkeypatch):
 @few
 @given(text=rough_text | unicode_text, data=st.data())
 @example(text="a\nb\nc\n\n d", data=None)
-def test_segments_encode_to_what_the_whole_does(tokenizer, cl100k, text, data):
+def test_segments_give_the_ids_of_the_whole_text(tokenizer, cl100k, text, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5))) if data else [1]
     blocks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     long = data.draw(st.integers(1, 40)) if data else 2
@@ -107,20 +107,20 @@ def test_segments_encode_to_what_the_whole_does(tokenizer, cl100k, text, data):
 
 @pytest.mark.parametrize("text", ["one two three " * 500, "eins\nzwei\n" * 500, " \n = Title = \n \n word" * 300])
 @pytest.mark.parametrize("blocks", [1, 7])
-def test_segments_are_not_much_longer_than_asked(tokenizer, monkeypatch, text, blocks):
-    """In one block, as a line of .jsonl is, or in many; with a space before every newline, as in WikiText."""
+def test_segments_are_not_much_longer_than_the_limit(tokenizer, monkeypatch, text, blocks):
+    """The text is one block, as a line of .jsonl, or many blocks. WikiText has a space before every newline."""
     monkeypatch.setattr(encoder, "LONG", 100)
     size = len(text) // blocks + 1
     pieces = list(split_safely((text[i : i + size] for i in range(0, len(text), size)), tokenizer.pattern))
     assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * 100
 
 
-def test_of_another_pattern_nothing_is_known(monkeypatch):
+def test_text_with_another_pattern_is_not_split(monkeypatch):
     monkeypatch.setattr(encoder, "LONG", 4)
     assert list(split_safely(["a b c ", "d e f"], r"\w+|\W+")) == ["a b c d e f"]
 
 
-def test_a_document_counts_its_bytes_whatever_it_is_cut_into(tmp_path, tokenizer, monkeypatch):
+def test_splitting_a_document_does_not_change_its_byte_count(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(encoder, "LONG", 10)
     text = "naïve 東京 words and more words\n" * 20
     (tmp_path / "a.txt").write_text(text)
@@ -137,8 +137,8 @@ def test_a_document_counts_its_bytes_whatever_it_is_cut_into(tmp_path, tokenizer
     [GPT2_PATTERN, *(pytest.param(p, marks=pytest.mark.slow) for p in (CL100K_PATTERN, O200K_PATTERN))],
     ids=["gpt2", "cl100k", "o200k"],
 )
-def test_every_character_of_unicode_where_it_decides_the_cut(tokenizer, quick, pattern):
-    """The two engines may know different versions of Unicode, and so different letters."""
+def test_every_unicode_character_is_split_alike(tokenizer, quick, pattern):
+    """The two engines may have different versions of Unicode, and so different letters."""
     other = replace(tokenizer, name="other", pattern=pattern)
     encode, name = make_encoder(other)
     assert name == "splintr"
@@ -148,10 +148,10 @@ def test_every_character_of_unicode_where_it_decides_the_cut(tokenizer, quick, p
         assert encode(text).tolist() == other.encode(text), hex(start)
 
 
-def test_other_patterns_are_tiktokens(tokenizer):
+def test_other_patterns_use_tiktoken(tokenizer):
     assert make_encoder(replace(tokenizer, name="other", pattern=GPT4_PATTERN))[1] == "tiktoken"
 
 
-def test_what_tiktoken_cannot_encode_is_one_line(tokenizer):
+def test_text_that_tiktoken_cannot_encode_is_one_line(tokenizer):
     with pytest.raises(UserError, match="tiktoken cannot encode"):
         make_encoder(tokenizer, fast=False)[0](" " * 5_000_000 + "x")

@@ -1,4 +1,4 @@
-"""Units → shards: no token lost whatever the sizes, and the same bytes however often it was interrupted."""
+"""Units to shards: no token is lost for any sizes, and interruptions do not change the bytes."""
 
 import errno
 import hashlib
@@ -25,7 +25,7 @@ TEXTS = [f"Document number {i}, of no great length{' or not' * (i % 7)}." for i 
 
 @pytest.fixture
 def many_units(monkeypatch):
-    """Small inputs have many units, and the journal is written after each."""
+    """Makes units small and writes the journal after each unit."""
     monkeypatch.setattr(sources, "UNIT_BYTES", 300)
     monkeypatch.setattr(preparing, "JOURNAL_SECONDS", -1.0)
 
@@ -42,7 +42,7 @@ def expected(tokenizer):
     return lambda texts: sum(([tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts), [])
 
 
-# What comes out
+# Output
 
 
 def test_shards_sizes_and_manifest(tmp_path, make_job, units, expected, tokens_of, tokenizer):
@@ -63,8 +63,8 @@ def test_shards_sizes_and_manifest(tmp_path, make_job, units, expected, tokens_o
 
 
 @pytest.mark.parametrize("prefix, start", [([], [50256]), ([50256], [50256]), ([7], [50256, 7])])
-def test_a_begin_of_text_token_follows_on_the_end_of_text(tmp_path, make_job, units, whole, tokenizer, prefix, start):
-    """As in the data that models were trained on whose tokenizer puts it before a text; one token is both in others."""
+def test_a_bos_token_follows_the_end_of_text_token(tmp_path, make_job, units, whole, tokenizer, prefix, start):
+    """Models whose tokenizer adds BOS were trained on such data. In other tokenizers one token has both roles."""
     made = prepare(make_job(tmp_path / "out", tokenizer=replace(tokenizer, prefix=prefix)), units)
     tokens = [token for text in TEXTS for token in [*start, *tokenizer.encode(text)]]
     assert whole(tmp_path / "out") == tokens and (made["tokens"], made["documents"]) == (len(tokens), 60)
@@ -77,9 +77,9 @@ def test_a_begin_of_text_token_follows_on_the_end_of_text(tmp_path, make_job, un
     val_tokens=st.integers(0, 20),
     tenth=st.booleans(),
 )
-@example(texts=["a"] * 20, shard_size=20, val_tokens=2, tenth=True)  # both splits end where a shard does
+@example(texts=["a"] * 20, shard_size=20, val_tokens=2, tenth=True)  # both splits end at the end of a shard
 @example(texts=["a"] * 10, shard_size=1, val_tokens=1, tenth=True)
-@example(texts=["a"] * 10, shard_size=20, val_tokens=20, tenth=False)  # no more than validation would take
+@example(texts=["a"] * 10, shard_size=20, val_tokens=20, tenth=False)  # not more tokens than --val_tokens
 def test_no_token_is_lost_whatever_the_sizes(
     tmp_path_factory, make_job, write_input, expected, tokens_of, texts, shard_size, val_tokens, tenth
 ):
@@ -102,7 +102,7 @@ def test_no_token_is_lost_whatever_the_sizes(
 
 
 @pytest.mark.parametrize("limit", [1, 2, 29, 30, 31, 400, 10**6])
-def test_a_limit_of_tokens(tmp_path, make_job, units, expected, whole, tokenizer, limit):
+def test_max_tokens_limits_the_output(tmp_path, make_job, units, expected, whole, tokenizer, limit):
     made = prepare(make_job(tmp_path / "out", max_tokens=limit, val_tokens=3), units)
     tokens = expected(TEXTS)[:limit]
     assert whole(tmp_path / "out") == tokens and made["tokens"] == len(tokens)
@@ -111,8 +111,8 @@ def test_a_limit_of_tokens(tmp_path, make_job, units, expected, whole, tokenizer
     assert made["text_bytes"] == len(text.encode())
 
 
-def test_a_limit_of_tokens_is_not_searched_for_beyond_it(tmp_path, make_job, write_input, monkeypatch):
-    """In a compressed file, which is one unit however large."""
+def test_text_beyond_max_tokens_is_not_read(tmp_path, make_job, write_input, monkeypatch):
+    """A compressed file is a single unit of any size."""
     encoded, real = [], workers.parts
     monkeypatch.setattr(workers, "parts", lambda document, encoder: encoded.append(1) or real(document, encoder))
     units = plan([str(write_input(tmp_path, ".jsonl.gz", TEXTS))], "text")
@@ -120,7 +120,7 @@ def test_a_limit_of_tokens_is_not_searched_for_beyond_it(tmp_path, make_job, wri
     assert len(encoded) <= 2
 
 
-def test_a_line_says_what_was_made_and_what_was_not(tmp_path, make_job):
+def test_the_summary_counts_skipped_documents(tmp_path, make_job):
     (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": null}\nbad\n{"text": ""}\n')
     made = prepare(make_job(tmp_path / "out", skip_bad=True), plan([str(tmp_path / "a.jsonl")], "text"))
     assert summary(Path("out"), made) == (
@@ -137,8 +137,8 @@ class Interrupted(BaseException):
 
 @pytest.mark.parametrize("val_tenth", [False, True], ids=["as laid out", "cut anew"])
 @pytest.mark.parametrize("step", ["replace", "fsync", "unlink", "rmtree"])
-def test_what_was_interrupted_anywhere_is_completed(tmp_path, monkeypatch, make_job, units, content, step, val_tenth):
-    """Whatever was about to happen, nothing half-made shows, and the next run makes it whole and leaves no more."""
+def test_a_run_interrupted_anywhere_is_completed(tmp_path, monkeypatch, make_job, units, content, step, val_tenth):
+    """After an interruption before any step, no partial file is visible, and the next run completes the output."""
     units = units[:5]
     job = make_job(tmp_path / "whole", shard_size=100, val_tokens=90, val_tenth=val_tenth)
     prepare(job, units)
@@ -166,8 +166,8 @@ def test_what_was_interrupted_anywhere_is_completed(tmp_path, monkeypatch, make_
     assert nth > (1 if step == "rmtree" else 5)
 
 
-def test_a_limit_that_was_reached_when_it_was_interrupted(tmp_path, monkeypatch, make_job, units, content):
-    """What lies beyond is not looked at, a mistake in it least of all."""
+def test_an_interruption_after_max_tokens_was_reached(tmp_path, monkeypatch, make_job, units, content):
+    """Text after the limit is not read, so damage in it is not an error."""
     job = make_job(tmp_path / "out", max_tokens=100, val_tokens=10)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(preparing, "_finish", lambda *args: (_ for _ in ()).throw(Interrupted))
@@ -178,7 +178,7 @@ def test_a_limit_that_was_reached_when_it_was_interrupted(tmp_path, monkeypatch,
     assert (made["tokens"], made["documents"]) == (100, done["documents"])
 
 
-def test_what_is_on_record_is_not_read_again(tmp_path, monkeypatch, make_job, units, content):
+def test_units_in_the_journal_are_not_read_again(tmp_path, monkeypatch, make_job, units, content):
     prepare(make_job(tmp_path / "whole"), units)
     real = workers.encode_unit
 
@@ -197,7 +197,7 @@ def test_what_is_on_record_is_not_read_again(tmp_path, monkeypatch, make_job, un
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing"])
-def test_unfinished_shards_that_were_damaged_are_not_gone_on_with(tmp_path, monkeypatch, make_job, units, damage):
+def test_damaged_unfinished_shards_are_not_resumed(tmp_path, monkeypatch, make_job, units, damage):
     job = make_job(tmp_path / "out", shard_size=100, val_tokens=10)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(preparing, "_finish", lambda *args: (_ for _ in ()).throw(Interrupted))
@@ -230,21 +230,21 @@ def test_a_full_disk_is_one_line_and_the_work_is_kept(tmp_path, monkeypatch, mak
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-# A second time
+# Second runs
 
 
 def stamp(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_a_second_run_finds_everything_there(tmp_path, make_job, units):
+def test_a_second_run_does_nothing(tmp_path, make_job, units):
     assert prepare(make_job(tmp_path / "out"), units)
     before = stamp(tmp_path / "out")
     assert prepare(make_job(tmp_path / "out"), [WorkUnit("/nowhere.jsonl", 0, 1, 1)]) is None
     assert stamp(tmp_path / "out") == before
 
 
-def test_shards_made_otherwise_are_not_overwritten(tmp_path, make_job, units):
+def test_shards_of_another_recipe_are_not_overwritten(tmp_path, make_job, units):
     prepare(make_job(tmp_path / "out", recipe={"a": 1, "b": [2]}), units)
     before = stamp(tmp_path / "out")
     with pytest.raises(UserError, match=r"from other input or options \(b, c\); choose another --output_dir"):
@@ -252,7 +252,7 @@ def test_shards_made_otherwise_are_not_overwritten(tmp_path, make_job, units):
     assert stamp(tmp_path / "out") == before
 
 
-def test_unfinished_work_of_another_command_is_not_gone_on_with(tmp_path, monkeypatch, make_job, units):
+def test_unfinished_work_of_another_command_is_not_resumed(tmp_path, monkeypatch, make_job, units):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(preparing, "_finish", lambda *args: (_ for _ in ()).throw(Interrupted))
         prepare(make_job(tmp_path / "out"), units)
@@ -260,8 +260,8 @@ def test_unfinished_work_of_another_command_is_not_gone_on_with(tmp_path, monkey
         prepare(make_job(tmp_path / "out", recipe={"of": "other"}), units)
 
 
-def test_a_second_command_at_the_same_time_is_refused(tmp_path, make_job, units):
-    """Most of all while the first moves its shards out: the second would move them too."""
+def test_a_second_command_at_the_same_time_is_an_error(tmp_path, make_job, units):
+    """Above all while the first command moves its shards: the second would move them too."""
     partial = open_job(tmp_path / "out", {"of": "test"})
     (partial / "manifest.json").write_text('{"files": []}')
     with locked(tmp_path / "out"), pytest.raises(UserError, match=f"another command .process {os.getpid()}. is prep"):
@@ -269,7 +269,7 @@ def test_a_second_command_at_the_same_time_is_refused(tmp_path, make_job, units)
     assert (partial / "manifest.json").exists()
 
 
-def test_shards_of_someone_else_are_left_alone(tmp_path):
+def test_shards_without_a_manifest_are_not_overwritten(tmp_path):
     (tmp_path / "x_train_000001.bin").touch()
     with pytest.raises(UserError, match="without a manifest"):
         open_job(tmp_path, {})
@@ -280,13 +280,13 @@ def test_shards_of_someone_else_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_an_output_folder_that_cannot_be(tmp_path, make_job, units, place):
+def test_an_output_folder_that_cannot_be_made_is_an_error(tmp_path, make_job, units, place):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"--output_dir={tmp_path / place}"):
         prepare(make_job(tmp_path / place), units)
 
 
-def test_leftovers_of_an_interrupted_run_do_not_get_into_the_next(tmp_path, make_job, units, content):
+def test_leftovers_of_an_interrupted_run_are_discarded(tmp_path, make_job, units, content):
     prepare(make_job(tmp_path / "whole"), units)
     partial = open_job(tmp_path / "out", {"of": "test"})
     for name in ("x_train_000001.bin", "x_train_000099.bin", "unit_00000000", "unit_00000001.123", ".journal.json.abc"):
@@ -295,14 +295,14 @@ def test_leftovers_of_an_interrupted_run_do_not_get_into_the_next(tmp_path, make
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_the_units_tokens_are_those_of_their_documents_in_order(tmp_path, units, tokenizer, expected):
+def test_units_have_the_tokens_of_their_documents_in_order(tmp_path, units, tokenizer, expected):
     encoded = list(workers.encoded_units(units, 0, workers.EncodeOptions(fast=False), tokenizer, tmp_path, 1))
     tokens = [np.fromfile(one.path, "<u2").tolist() for one in encoded]
     assert sum(tokens, []) == expected(TEXTS) and [one.tokens for one in encoded] == list(map(len, tokens))
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_shards_that_are_no_longer_there_are_missed(tmp_path, make_job, units, damage):
+def test_missing_and_truncated_shards_are_errors(tmp_path, make_job, units, damage):
     prepare(make_job(tmp_path / "out", shard_size=100), units)
     path = sorted((tmp_path / "out").glob("*_train_*"))[0]
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-2])
@@ -310,7 +310,7 @@ def test_shards_that_are_no_longer_there_are_missed(tmp_path, make_job, units, d
         prepare(make_job(tmp_path / "out", shard_size=100), units)
 
 
-def test_a_journal_of_other_units_is_not_gone_on_with(tmp_path, monkeypatch, make_job, units):
+def test_a_journal_of_other_units_is_not_resumed(tmp_path, monkeypatch, make_job, units):
     real = preparing._append
     calls = []
 

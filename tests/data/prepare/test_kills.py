@@ -169,7 +169,7 @@ def test_ctrl_c_stops_while_workers_start(source, tmp_path):
     interrupt(process, tmp_path)
 
 
-def test_a_mistake_met_by_a_worker_is_one_line(source, tmp_path):
+def test_a_damaged_line_found_by_a_worker_is_one_line(source, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(source.read_bytes() + b'{"text": \n')
     process = start(bad, tmp_path / "out")

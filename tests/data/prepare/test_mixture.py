@@ -1,4 +1,4 @@
-"""Mixtures: shares as the weights say, no chance in them, and every mistake in the file named."""
+"""Mixtures have the shares of their weights, are deterministic, and errors name the key in the file."""
 
 import json
 import os
@@ -14,7 +14,7 @@ few = settings(max_examples=25, deadline=None)
 
 
 def write_sources(folder, write_input, **texts):
-    """A .jsonl for each source; the path of each."""
+    """Writes a .jsonl per source and returns the paths."""
     paths = {}
     for name, documents in texts.items():
         (folder / name).mkdir()
@@ -53,13 +53,13 @@ def test_shares_are_within_a_document_of_the_weights(
         assert -longest * (len(weights) - 1) - 1 <= excess <= longest
 
 
-def test_documents_stay_whole_and_in_order_and_a_source_that_ends_begins_again(
+def test_documents_are_complete_and_in_order_and_a_source_that_ends_starts_again(
     tmp_path, make_job, write_input, whole, documents_in
 ):
     texts = {"a": [f"a{i}" for i in range(7)], "b": [f"b{i} and so on and on" for i in range(50)]}
     paths = write_sources(tmp_path, write_input, **texts)
     made = mix(make_job(tmp_path / "out", val_tokens=10), mixture_of(paths, 300, a=3, b=1))
-    documents = documents_in(whole(tmp_path / "out"))[:-1]  # the last is cut
+    documents = documents_in(whole(tmp_path / "out"))[:-1]  # the last one is truncated
     for name, row in made["sources"].items():
         drawn = [text for text in documents if text[0] == name]
         assert row["documents"] - len(drawn) in (0, 1)
@@ -68,11 +68,11 @@ def test_documents_stay_whole_and_in_order_and_a_source_that_ends_begins_again(
     assert made["sources"]["a"]["passes"] > 5 and made["sources"]["b"]["passes"] == 1
     assert made["documents"] == len(documents) + 1
     assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "x_train_000001.bin", "x_val_000000.bin"]
-    first_half = documents[: len(documents) // 2]  # mixed all along
+    first_half = documents[: len(documents) // 2]  # sources alternate from the start
     assert {text[0] for text in first_half} == {"a", "b"}
 
 
-def test_the_same_mixture_again(tmp_path, make_job, write_input, content):
+def test_the_same_mixture_a_second_time_does_nothing(tmp_path, make_job, write_input, content):
     paths = write_sources(tmp_path, write_input, a=["one", "two three"], b=["four"] * 9)
     for out in ("x", "y"):
         made = mix(make_job(tmp_path / out, val_tokens=5), mixture_of(paths, 100, a=1, b=1))
@@ -84,7 +84,7 @@ def test_the_same_mixture_again(tmp_path, make_job, write_input, content):
 
 
 @pytest.mark.parametrize("nth", range(12))
-def test_a_mixture_that_was_interrupted_ends_the_same(tmp_path, monkeypatch, make_job, write_input, content, nth):
+def test_an_interrupted_mixture_gives_the_same_bytes(tmp_path, monkeypatch, make_job, write_input, content, nth):
     paths = write_sources(tmp_path, write_input, a=["one", "two three"], b=["four"] * 9)
     mixture = mixture_of(paths, 100, a=1, b=1)
     job = make_job(tmp_path / "whole", val_tokens=5, shard_size=60)
@@ -104,7 +104,7 @@ def test_a_mixture_that_was_interrupted_ends_the_same(tmp_path, monkeypatch, mak
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_source_says_what_the_flags_do_not(tmp_path, quick, write_input, whole, documents_in, fim_tokenizer):
+def test_settings_of_a_source_override_the_flags(tmp_path, quick, write_input, whole, documents_in, fim_tokenizer):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     a = write_input(tmp_path / "a", ".jsonl", ["from the flags"] * 5, key="body")
     b = write_input(tmp_path / "b", ".jsonl", ["of its own"] * 5, key="content")
@@ -137,7 +137,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("content, message", MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_in_the_file(tmp_path, content, message):
+def test_mistakes_in_the_file_are_named(tmp_path, content, message):
     path = tmp_path / "m.yaml"
     if content is not None:
         path.write_text(content)
@@ -146,7 +146,7 @@ def test_mistakes_in_the_file(tmp_path, content, message):
     assert str(caught.value).startswith(f"--mixture={path}: ") and message in str(caught.value)
 
 
-def test_weights_are_shares_of_one(tmp_path):
+def test_weights_are_scaled_to_a_sum_of_one(tmp_path):
     (tmp_path / "m.yaml").write_text(
         "{tokens: 1_000, sources: {a: {input: x, weight: 3}, b: {input: [y, z], weight: 1}}}"
     )

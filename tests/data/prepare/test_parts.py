@@ -1,4 +1,4 @@
-"""Parts prepared apart and joined are the data set of one run, byte for byte."""
+"""Parts that are prepared separately and joined equal a single run byte for byte."""
 
 import os
 from dataclasses import replace
@@ -42,7 +42,7 @@ def test_parts_cover_all_units_once_in_order_and_evenly(tmp_path_factory, make_j
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 40])
 @pytest.mark.parametrize("settings", [{}, {"max_tokens": 313}, {"val_tenth": True, "val_tokens": 10**6}], ids=str)
-def test_the_parts_joined_are_one_run(tmp_path, make_job, units, content, n, settings):
+def test_joined_parts_equal_a_single_run(tmp_path, make_job, units, content, n, settings):
     job = make_job(tmp_path / "one", **{"shard_size": 101, "val_tokens": 50, **settings})
     prepare(job, units)
     parted = replace(job, output_dir=tmp_path / "parted")
@@ -50,13 +50,13 @@ def test_the_parts_joined_are_one_run(tmp_path, make_job, units, content, n, set
     assert len(os.listdir(tmp_path / "parted")) == n and not list((tmp_path / "parted").glob("*.bin"))
     made = join_parts(parted)
     one, joined = content(tmp_path / "one"), content(tmp_path / "parted")
-    if settings.get("max_tokens"):  # how much was skipped is known by units only
+    if settings.get("max_tokens"):  # skipped documents are counted per unit
         del one["manifest.json"], joined["manifest.json"]
     assert one == joined and made["documents"] <= 60
     assert join_parts(parted) is None
 
 
-def test_a_part_is_not_taken_for_shards_and_is_made_once(tmp_path, make_job, units):
+def test_a_part_does_not_look_like_shards_and_is_made_once(tmp_path, make_job, units):
     job = make_job(tmp_path / "out")
     make_parts(job, units, 3, [2])
     names = os.listdir(tmp_path / "out/part_2_of_3")
@@ -64,23 +64,23 @@ def test_a_part_is_not_taken_for_shards_and_is_made_once(tmp_path, make_job, uni
     assert prepare(*part_of(job, units, 2, 3)) is None
 
 
-def test_parts_are_named_so_that_they_sort(tmp_path):
+def test_names_of_parts_sort_in_order(tmp_path):
     names = [part_dir(tmp_path, k, 16).name for k in (2, 10)]
     assert names == ["part_02_of_16", "part_10_of_16"]
 
 
 @pytest.mark.parametrize("text, part", [("1/1", (1, 1)), ("3/16", (3, 16)), ("16/16", (16, 16))])
-def test_which_part(text, part):
+def test_part_numbers_are_parsed(text, part):
     assert parse_part(text) == part
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/3", "1/3/5", "1.5/3"])
-def test_what_is_no_part(text):
+def test_invalid_part_numbers_are_errors(text):
     with pytest.raises(UserError, match=f"--part={text} must be K/N"):
         parse_part(text)
 
 
-def test_what_is_missing_or_does_not_belong_is_named(tmp_path, make_job, units):
+def test_missing_and_foreign_parts_are_named(tmp_path, make_job, units):
     job = make_job(tmp_path / "out")
     with pytest.raises(UserError, match="does not contain parts; prepare them with --part=1/N"):
         join_parts(job)
@@ -110,7 +110,7 @@ def test_a_damaged_part_is_not_joined(tmp_path, make_job, units, damage):
     assert not list((tmp_path / "out").glob("*.bin")) and find_parts(job)
 
 
-def test_parts_without_text(tmp_path, make_job, write_input):
+def test_parts_without_text_are_an_error(tmp_path, make_job, write_input):
     job = make_job(tmp_path / "out")
     make_parts(job, plan([str(write_input(tmp_path, ".jsonl", ["", ""]))], "text"), 2)
     with pytest.raises(UserError, match="the parts contain no text"):
@@ -118,7 +118,7 @@ def test_parts_without_text(tmp_path, make_job, write_input):
 
 
 @pytest.mark.parametrize("nth", range(6))
-def test_a_join_that_was_interrupted_is_made_anew(tmp_path, monkeypatch, make_job, units, content, nth):
+def test_an_interrupted_join_is_repeated(tmp_path, monkeypatch, make_job, units, content, nth):
     job = make_job(tmp_path / "one", shard_size=200, val_tokens=50)
     prepare(job, units)
     parted = replace(job, output_dir=tmp_path / "parted")
@@ -139,7 +139,7 @@ def test_a_join_that_was_interrupted_is_made_anew(tmp_path, monkeypatch, make_jo
 
 
 @pytest.mark.parametrize("nth", range(1, 5))
-def test_parts_are_gone_in_the_end_wherever_it_was_interrupted(tmp_path, monkeypatch, make_job, units, nth):
+def test_parts_are_removed_wherever_the_join_was_interrupted(tmp_path, monkeypatch, make_job, units, nth):
     job = make_job(tmp_path, shard_size=200, val_tokens=50)
     make_parts(job, units, 3)
     removed, real = [], joining.shutil.rmtree
@@ -157,7 +157,7 @@ def test_parts_are_gone_in_the_end_wherever_it_was_interrupted(tmp_path, monkeyp
     assert all(path.is_file() for path in tmp_path.iterdir())
 
 
-def test_parts_of_another_data_set_are_left_alone(tmp_path, make_job, units):
+def test_parts_of_another_data_set_are_kept(tmp_path, make_job, units):
     job = make_job(tmp_path / "out")
     make_parts(job, units, 2)
     join_parts(job)

@@ -1,4 +1,4 @@
-"""Files → units → documents: each document once, however the files are divided; what is wrong is said in one line."""
+"""Files to documents: each document occurs once for any division into units, and errors are one line."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ unicode_text = st.text(st.characters(codec="utf-8", exclude_characters="\r"), ma
 
 
 def read(paths, text_key="text", skip_bad=False):
-    """All documents of the files, unit by unit, and what was skipped."""
+    """Returns all documents of the files, unit by unit, and the counts of skipped ones."""
     skipped = Counter()
     units = plan([str(path) for path in paths], text_key)
     return ["".join(d) for unit in units for d in documents(unit, text_key, skip_bad, skipped)], skipped
@@ -36,10 +36,10 @@ def refusal(*args, **options):
     return str(caught.value)
 
 
-# Which files
+# Finding files
 
 
-def test_names_globs_and_folders_stand_for_files_each_once(tmp_path, monkeypatch):
+def test_names_globs_and_folders_give_each_file_once(tmp_path, monkeypatch):
     for name in ("b.txt", "a.jsonl", "sub/deep/c.txt.gz", "sub/d.parquet", "sub/e.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -61,7 +61,7 @@ def test_names_globs_and_folders_stand_for_files_each_once(tmp_path, monkeypatch
         ("empty", "empty: no text in this folder"),
     ],
 )
-def test_files_that_are_not_there_or_not_read(tmp_path, monkeypatch, pattern, message):
+def test_missing_and_unsupported_files_are_errors(tmp_path, monkeypatch, pattern, message):
     (tmp_path / "e.csv").touch()
     (tmp_path / "plain").touch()
     (tmp_path / "empty").mkdir()
@@ -71,12 +71,12 @@ def test_files_that_are_not_there_or_not_read(tmp_path, monkeypatch, pattern, me
     assert str(caught.value).startswith(message)
 
 
-def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
+def test_a_file_whose_name_looks_like_a_glob(tmp_path):
     (tmp_path / "part[1].txt").write_text("one")
     assert read(input_files([str(tmp_path / "part[1].txt")]))[0] == ["one"]
 
 
-def test_a_file_is_known_by_its_content(tmp_path, monkeypatch):
+def test_a_file_is_identified_by_its_content(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "HASH_BLOCKS", 16)
     path = tmp_path / "a.txt"
     for size in (0, 100, 2**22 + 7):
@@ -111,7 +111,7 @@ def test_units_cover_every_line_once(tmp_path_factory, texts, unit_bytes, blanks
     lines = [json.dumps({"text": t}, ensure_ascii=False) + "\n" + "  \n" * (i in blanks) for i, t in enumerate(texts)]
     path.write_text("".join(lines))
     if blanks:
-        path.write_text("".join(lines).rstrip("\n"))  # nor does the last line need an end
+        path.write_text("".join(lines).rstrip("\n"))  # the last line may have no end
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "UNIT_BYTES", unit_bytes)
         found, skipped = read([path])
@@ -147,7 +147,7 @@ def test_units_cover_every_row_once(tmp_path_factory, texts, groups, unit_bytes,
     assert rows == list(range(len(texts)))
 
 
-def test_a_large_row_group_is_taken_apart_and_small_ones_together(tmp_path, monkeypatch):
+def test_large_row_groups_are_split_and_small_ones_merged(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": [f"{i:0100d}" for i in range(1000)]}), tmp_path / "large.parquet")
     pq.write_table(
         pa.table({"text": [f"{i:0100d}" for i in range(1000)]}), tmp_path / "small.parquet", row_group_size=10
@@ -157,8 +157,8 @@ def test_a_large_row_group_is_taken_apart_and_small_ones_together(tmp_path, monk
         assert 8 <= len(plan([str(tmp_path / f"{name}.parquet")], "text")) <= 20, name
 
 
-def test_a_line_longer_than_many_units_is_read_through_once(tmp_path, monkeypatch):
-    """Or a long line would cost its length times the number of units in it."""
+def test_a_line_longer_than_many_units_is_read_once(tmp_path, monkeypatch):
+    """Otherwise a long line would cost its length times the number of its units."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 100_000}) + '\n{"text": "last"}\n')
     monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
     taken = Counter()
@@ -189,7 +189,7 @@ def test_a_line_longer_than_many_units_is_read_through_once(tmp_path, monkeypatc
     assert taken["bytes"] < 3 * 100_000
 
 
-def test_what_is_null_or_empty_is_counted_and_no_document(tmp_path):
+def test_null_and_empty_documents_are_counted_and_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n   \n{"text": "one"}\n{"text": null}\n')
     pq.write_table(pa.table({"text": [None, "two", ""]}), tmp_path / "b.parquet")
     (tmp_path / "c.txt").touch()
@@ -199,7 +199,7 @@ def test_what_is_null_or_empty_is_counted_and_no_document(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
-def test_every_way_of_holding_text_in_a_column(tmp_path, kind):
+def test_every_type_of_text_column_is_read(tmp_path, kind):
     pq.write_table(pa.table({"text": pa.array([*DOCUMENTS, None]).cast(kind)}), tmp_path / "a.parquet")
     assert read([tmp_path / "a.parquet"]) == (DOCUMENTS, Counter(null=1))
 
@@ -213,25 +213,25 @@ def test_a_text_file_is_one_document_in_blocks(tmp_path, monkeypatch, pack, suff
     assert read([tmp_path / f"a{suffix}"])[0] == ["naïve\n東京 👩‍👩‍👧\nend\n"]
 
 
-def test_the_suffix_says_what_a_file_is_and_nothing_else_in_its_name(tmp_path):
+def test_only_the_suffix_decides_the_kind_of_a_file(tmp_path):
     (tmp_path / "notes.jsonl.txt").write_text("no JSON")
     assert read([tmp_path / "notes.jsonl.txt"])[0] == ["no JSON"]
 
 
-def test_half_a_surrogate_pair_becomes_what_tiktoken_makes_of_it(tmp_path, tokenizer):
+def test_half_a_surrogate_pair_is_converted_as_in_tiktoken(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud83db \ud83d\udc4d"}')
     (text,) = read([tmp_path / "a.jsonl"])[0]
     assert text == "a�b 👍" and tokenizer.encode("a\ud83db \ud83d\udc4d") == tokenizer.encode(text)
 
 
-def test_compressed_files_of_several_members(tmp_path, pack):
+def test_compressed_files_with_several_members_are_read(tmp_path, pack):
     for suffix in (".gz", ".zst"):
         path = tmp_path / f"a.jsonl{suffix}"
         path.write_bytes(b"".join(pack(json.dumps({"text": t}).encode() + b"\n", suffix) for t in DOCUMENTS))
         assert read([path])[0] == DOCUMENTS
 
 
-# Mistakes
+# Damaged input
 
 GOOD = b'{"text": "fine"}\n'
 TABLE = pa.table({"text": [f"document {i} " * 50 for i in range(400)]})
@@ -272,7 +272,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name, make, message", MISTAKES.values(), ids=MISTAKES)
-def test_what_is_wrong_with_an_input_is_said(tmp_path, name, make, message):
+def test_a_damaged_input_is_one_line(tmp_path, name, make, message):
     make(tmp_path / name)
     said = refusal([tmp_path / name])
     assert said.startswith(f"{tmp_path / name}: ") and message in said
@@ -282,14 +282,14 @@ BAD_TEXT = ["bad line", "no object", "no field", "no text", "nested", "bytes", "
 
 
 @pytest.mark.parametrize("mistake", [*BAD_TEXT, "txt.zst bytes"])
-def test_text_that_is_damaged_can_be_passed_over_and_is_counted(tmp_path, mistake):
+def test_damaged_text_can_be_skipped_and_is_counted(tmp_path, mistake):
     name, make, _ = MISTAKES[mistake]
     make(tmp_path / name)
     found, skipped = read([tmp_path / name], skip_bad=True)
     assert set(found) <= {"fine"} and skipped == Counter(bad=1)
 
 
-def test_a_row_that_is_not_utf8(tmp_path):
+def test_a_row_that_is_not_utf8_is_an_error(tmp_path):
     raw = pa.array([b"fine", b"caf\xe9s", b"too"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
@@ -297,14 +297,14 @@ def test_a_row_that_is_not_utf8(tmp_path):
     assert read([tmp_path / "a.parquet"], skip_bad=True) == (["fine", "too"], Counter(bad=1))
 
 
-def test_many_bad_lines_are_passed_over_without_counting_to_each(tmp_path, monkeypatch):
+def test_skipping_bad_lines_does_not_count_line_numbers(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes((GOOD + b"oops\n") * 50)
     monkeypatch.setattr(sources, "_line_number", None)
     assert read([tmp_path / "a.jsonl"], skip_bad=True) == (["fine"] * 50, Counter(bad=50))
 
 
 @pytest.mark.parametrize("block", [1, 20, 2**22])
-def test_the_line_is_numbered_in_the_file_whatever_the_unit(tmp_path, monkeypatch, block):
+def test_line_numbers_count_from_the_start_of_the_file(tmp_path, monkeypatch, block):
     (tmp_path / "a.jsonl").write_bytes(GOOD * 30 + b"oops\n" + GOOD * 9)
     monkeypatch.setattr(sources, "UNIT_BYTES", 50)
     monkeypatch.setattr(sources, "BLOCK", block)
@@ -313,7 +313,7 @@ def test_the_line_is_numbered_in_the_file_whatever_the_unit(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl.gz", ".jsonl.zst", ".txt.gz"])
 def test_damage_anywhere_is_one_line_or_other_text(tmp_path, pack, suffix):
-    """A burst of other bytes, anywhere in the file: what is read is an error of ours or text, never a traceback."""
+    """Random bytes anywhere in the file give text or a UserError, never a traceback."""
     path = tmp_path / f"a{suffix}"
     if suffix == ".parquet":
         pq.write_table(TABLE, path, row_group_size=100, use_dictionary=False)
@@ -343,19 +343,19 @@ def test_damage_in_the_middle_of_the_data_pages(tmp_path):
     assert refusal([path]).startswith(f"{path}: not a readable parquet file")
 
 
-def test_damage_that_reads_as_other_text_is_seen_by_its_checksum(tmp_path):
+def test_damage_that_reads_as_other_text_is_found_by_the_checksum(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(TABLE, path, use_dictionary=False, compression="none", write_page_checksum=True)
     path.write_bytes(path.read_bytes().replace(b"document 250", b"document 520"))
     assert "not a readable parquet file (could not verify page integrity" in refusal([path])
 
 
-# Over a network
+# Network
 
 
 @pytest.fixture
 def remote(monkeypatch):
-    """A parquet file behind an address, which `failures` times in a row cannot be opened."""
+    """A remote parquet file that fails to open `failures` times in a row."""
     import fsspec
 
     with fsspec.open("memory://far/a.parquet", "wb") as f:
@@ -378,7 +378,7 @@ def encoder_of(tokenizer):
     return workers.Encoder.of(workers.EncodeOptions(fast=False), tokenizer)
 
 
-def test_what_the_network_refuses_is_tried_again(tmp_path, remote, tokenizer, monkeypatch):
+def test_a_network_error_is_retried(tmp_path, remote, tokenizer, monkeypatch):
     remote["failures"] = sources.TRIES - 1
     (unit,) = plan(["memory://far/a.parquet"], "text")
     assert unit == WorkUnit("memory://far/a.parquet", 0, 400, unit.size)
@@ -387,7 +387,7 @@ def test_what_the_network_refuses_is_tried_again(tmp_path, remote, tokenizer, mo
     assert workers._work(unit, tmp_path / "unit", False).documents == 400
 
 
-def test_a_network_that_is_gone_is_one_line(tmp_path, remote, tokenizer, monkeypatch):
+def test_a_lasting_network_error_is_one_line(tmp_path, remote, tokenizer, monkeypatch):
     (unit,) = plan(["memory://far/a.parquet"], "text")
     monkeypatch.setattr(workers, "_encoder", encoder_of(tokenizer))
     remote["failures"] = 99
@@ -396,8 +396,8 @@ def test_a_network_that_is_gone_is_one_line(tmp_path, remote, tokenizer, monkeyp
     assert remote["failures"] == 99 - sources.TRIES
 
 
-def test_the_paths_of_units_are_plain(tmp_path):
-    """They go to other processes and into no manifest."""
+def test_the_paths_of_units_are_plain_strings(tmp_path):
+    """They are sent to other processes and are not in a manifest."""
     (tmp_path / "a.txt").write_text("x")
     assert plan([str(tmp_path / "a.txt")], "text") == [WorkUnit(str(tmp_path / "a.txt"), 0, 1, 1)]
     assert Path(plan([str(tmp_path / "a.txt")], "text")[0].path).is_file()
@@ -411,7 +411,7 @@ def test_folders_that_a_glob_matches_are_read_too(tmp_path):
     assert quoted == input_files([f"{tmp_path}/in/a.txt", f"{tmp_path}/in/sub"]) == input_files([f"{tmp_path}/in"])
 
 
-def test_a_folder_of_nobody(tmp_path):
+def test_an_unknown_home_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         input_files(["~nobody-of-that-name/x.txt"])
 
@@ -425,7 +425,7 @@ def test_an_empty_file_is_counted(tmp_path, pack, suffix):
     assert skipped == {"empty": 1}
 
 
-def test_few_long_rows_are_held_at_once(tmp_path):
+def test_few_long_rows_are_in_memory_at_a_time(tmp_path):
     pq.write_table(pa.table({"text": ["x" * 500_000] * 20}), tmp_path / "a.parquet", use_dictionary=False)
     pq.write_table(pa.table({"text": ["x"] * 5000}), tmp_path / "b.parquet", use_dictionary=False)
     rows = {}

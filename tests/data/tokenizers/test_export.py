@@ -1,4 +1,4 @@
-"""A tokenizer's files: `transformers` and we read the same ids from them, whatever the character."""
+"""Exported tokenizers: `transformers` and rawgpt give equal ids for every character."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ from util.errors import UserError
 few = settings(max_examples=60, deadline=None)
 TEXTS = [text.replace(END_OF_TEXT, "<|end|>").replace("</s>", "") for text in SAMPLE]
 GAPS = {END_OF_TEXT: 3000, "<|fim_prefix|>": 3001, "<|endofprompt|>": 3020}
-# Every kind of character that the patterns know of, and the two engines' corner cases.
+# Every class of character in the patterns, and corner cases of the two engines.
 KINDS = "aſSéǅʰ字\u0301 1٣Ⅷ½'.{/\t\r\n\u00a0\u0085\u3000\x1c\u2028\u200b👩\U0010ffff"
 rough = st.lists(st.sampled_from([*KINDS, "'s", "'LL", "'ſ", "  ", "\n\n", "\r\n", "12345"]), max_size=14).map("".join)
 
@@ -34,7 +34,7 @@ def write(folder, files):
 
 @pytest.fixture(scope="module", params=["gpt2", "cl100k", "o200k"])
 def named(request, tokenizer):
-    """GPT-2's, and its first 2000 tokens behind the other patterns, with ids of special tokens that leave gaps."""
+    """GPT-2's tokenizer, and its first 2000 tokens with the other patterns and with gaps before special ids."""
     if request.param == "gpt2":
         return tokenizer
     pattern = {"cl100k": CL100K_PATTERN, "o200k": O200K_PATTERN}[request.param]
@@ -47,7 +47,7 @@ def folder(named, tmp_path_factory):
     return write(tmp_path_factory.mktemp("written"), tokenizer_files(named, 1024))
 
 
-def test_we_read_back_the_tokenizer_that_was_written(named, folder):
+def test_the_written_tokenizer_is_read_back(named, folder):
     again = load_tokenizer(str(folder))
     assert (again.ranks, again.pattern, again.special) == (named.ranks, named.pattern, named.special)
     assert (again.end_of_text, again.vocab_size, again.prefix) == (named.end_of_text, named.vocab_size, [])
@@ -69,7 +69,7 @@ def test_transformers_gives_our_ids(named, folder):
 
 
 def tiktokens_cuts(pattern, text):
-    """The pieces that tiktoken cuts a short text into: all of its parts are tokens, so that each piece is one."""
+    """Returns the pieces that tiktoken splits a short text into. All parts are tokens, so each piece is one token."""
     parts = {text[i:j].encode() for i in range(len(text)) for j in range(i + 1, len(text) + 1)}
     ranks = {bytes([b]): b for b in range(256)}
     ranks |= {part: 256 + i for i, part in enumerate(sorted(parts - ranks.keys()))}
@@ -83,8 +83,8 @@ def tiktokens_cuts(pattern, text):
 @example(text="a \n \n ")
 @example(text="\n\n  \n  ")
 @example(text=" 12345\r\n\r\n 'S x'ſ\n")
-def test_both_engines_cut_alike(theirs, text):
-    """`tokenizers` cuts by the pattern that is written as tiktoken does by its own."""
+def test_both_engines_split_alike(theirs, text):
+    """`tokenizers` splits by the written pattern as tiktoken splits by its pattern."""
     cuts = [piece for piece, _ in Split(Regex(theirs), "isolated").pre_tokenize_str(text)]
     assert cuts == tiktokens_cuts(SAME_CUTS[theirs], text)
 
@@ -100,7 +100,7 @@ CLASSES += [r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"]
 @pytest.mark.parametrize("end", [0x3400, pytest.param(0x110000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_both_engines_know_the_same_characters(kind, end):
-    """All that the patterns ask of a character is which of these it is in."""
+    """The patterns use only these classes of characters."""
     characters = "".join(chr(i) for i in range(end) if not 0xD800 <= i < 0xE000)
     core = tiktoken.Encoding(
         "class", pat_str=kind, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={}
@@ -111,8 +111,8 @@ def test_both_engines_know_the_same_characters(kind, end):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
-def test_the_named_ones_themselves_on_every_character(name, tmp_path):
-    """Also that all their tokens are made by merging, so that nothing must be looked up whole."""
+def test_named_tokenizers_on_every_character(name, tmp_path):
+    """Checks also that merging makes all their tokens, so that no piece must be looked up."""
     ours = load_tokenizer(name)
     files = tokenizer_files(ours)
     model = json.loads(files["tokenizer.json"])["model"]
@@ -139,17 +139,17 @@ def test_merging_is_tiktokens(tokenizer):
         assert merge(word.encode(), tokenizer.ranks) == core
 
 
-def test_the_pair_that_a_token_comes_from():
+def test_merges_finds_the_pair_of_each_token():
     ranks = {"a": 0, "b": 1, "c": 2, "bc": 3, "ab": 4, "abc": 5, "abd": 6, "aab": 7, "cabc": 8}
     pairs = merges(ranks)
-    assert pairs == [("b", "c"), ("a", "b"), ("a", "bc"), ("a", "ab"), ("c", "abc")]  # d is no token
-    assert merges({"a": 0, "b": 1, "abab": 2}) == []  # four parts are left, which no pair ends
+    assert pairs == [("b", "c"), ("a", "b"), ("a", "bc"), ("a", "ab"), ("c", "abc")]  # d is missing
+    assert merges({"a": 0, "b": 1, "abab": 2}) == []  # four parts are left
 
 
 # From a tokenizer.json
 
 
-def test_its_own_file_and_what_was_kept_of_the_config(tmp_path, tokenizer):
+def test_an_export_keeps_the_file_and_a_part_of_the_config(tmp_path, tokenizer):
     content = tokenizer_files(replace(tokenizer, ranks={t: i for t, i in tokenizer.ranks.items() if i < 300}))
     data = json.loads(content["tokenizer.json"])
     data["pre_tokenizer"]["add_prefix_space"] = True
@@ -174,8 +174,8 @@ def test_its_own_file_and_what_was_kept_of_the_config(tmp_path, tokenizer):
     assert theirs.encode("the cat") == ours.encode("the cat") == load_tokenizer(str(tmp_path / "c")).encode(" the cat")
 
 
-def test_a_name_of_the_hub(tokenizer, tmp_path, monkeypatch):
-    """hf:FOLDER is the folder; a name that is not in the cache of the hub is one line."""
+def test_a_tokenizer_of_the_hub(tokenizer, tmp_path, monkeypatch):
+    """hf:FOLDER is a local folder. A name that is not in the hub's cache is a one-line error."""
     ranks = {token: i for token, i in tokenizer.ranks.items() if i < 2000}
     write(tmp_path, tokenizer_files(replace(tokenizer, ranks=ranks, special=GAPS, end_of_text=3000)))
     assert load_tokenizer(f"hf:{tmp_path}").fingerprint == load_tokenizer(str(tmp_path)).fingerprint
@@ -184,7 +184,7 @@ def test_a_name_of_the_hub(tokenizer, tmp_path, monkeypatch):
         load_tokenizer("hf:nobody/nothing")
 
 
-def test_the_files_of_a_named_tokenizer_are_that_tokenizer(tokenizer, tmp_path):
-    """Shards that were made with the one are taken with the other."""
+def test_the_export_of_a_named_tokenizer_has_its_fingerprint(tokenizer, tmp_path):
+    """Shards that were made with one can be read with the other."""
     folder = write(tmp_path, tokenizer_files(tokenizer))
     assert load_tokenizer(str(folder)).fingerprint == {**tokenizer.fingerprint, "name": str(folder)}

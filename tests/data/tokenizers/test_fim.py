@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: nothing of a document is lost, the rates are kept, and only the text decides."""
+"""Fill-in-the-middle: a document is kept completely, the rates hold, and the result depends on the text alone."""
 
 import numpy as np
 import pytest
@@ -15,11 +15,11 @@ unicode_text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=100)
 
 
 def original(parts, tokenizer):
-    """The document that parts came from, and which order they are in."""
+    """Returns the document that the parts came from, and their order."""
     pre, mid, suf = sentinels(tokenizer)
     if len(parts) == 1:
         return parts[0], "plain"
-    if parts[1] == suf:  # suffix first, and the prefix runs on into the middle
+    if parts[1] == suf:  # SPM: suffix first, the prefix is followed by the middle
         assert parts[0] == pre and parts[3] == mid
         return parts[4] + parts[5] + parts[2], "spm"
     assert (parts[0], parts[2], parts[4]) == (pre, suf, mid)
@@ -28,7 +28,7 @@ def original(parts, tokenizer):
 
 @few
 @given(text=unicode_text, spm=st.floats(0, 1))
-def test_the_parts_put_back_together_are_the_document(fim_tokenizer, text, spm):
+def test_the_parts_reassembled_are_the_document(fim_tokenizer, text, spm):
     parts = rearrange(text, 1.0, spm, fim_tokenizer)
     assert original(parts, fim_tokenizer)[0] == text
     assert rearrange(text, 1.0, spm, fim_tokenizer) == parts
@@ -51,7 +51,7 @@ def test_cuts_are_spread_over_the_whole_document(fim_tokenizer):
     assert min(prefix.min(), middle.min(), suffix.min()) == 0
 
 
-def test_a_prompt_is_the_beginning_of_what_is_trained_on(fim_tokenizer):
+def test_a_prompt_is_a_prefix_of_a_training_document(fim_tokenizer):
     pre, mid, suf = sentinels(fim_tokenizer)
     for i in range(5):
         parts = rearrange(f"some text number {i}", 1.0, 0.0, fim_tokenizer)
@@ -60,14 +60,14 @@ def test_a_prompt_is_the_beginning_of_what_is_trained_on(fim_tokenizer):
         assert trained[: len(prompt)] == prompt and prompt[0] == pre and prompt[-1] == mid and suf in prompt
 
 
-def test_a_tokenizer_without_sentinels_is_refused_before_anything_is_written(tmp_path, make_job, write_input):
+def test_a_tokenizer_without_sentinels_is_an_error_before_anything_is_written(tmp_path, make_job, write_input):
     units = plan([str(write_input(tmp_path, ".jsonl", ["a", "b"]))], "text")
     with pytest.raises(UserError, match="gpt2 has no <|fim_prefix|>.*gpt2-fim"):
         prepare(make_job(tmp_path / "out", fim_rate=0.5), units * 2)
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_hold_the_documents_rearranged(tmp_path, make_job, write_input, whole, fim_tokenizer):
+def test_shards_contain_the_rearranged_documents(tmp_path, make_job, write_input, whole, fim_tokenizer):
     documents = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
     path = write_input(tmp_path, ".jsonl", documents)
     made = prepare(make_job(tmp_path / "out", fim_tokenizer, fim_rate=0.7, val_tokens=50), plan([str(path)], "text"))
@@ -78,4 +78,4 @@ def test_shards_hold_the_documents_rearranged(tmp_path, make_job, write_input, w
             expected += [part] if isinstance(part, int) else fim_tokenizer.encode(part)
     assert whole(tmp_path / "out") == expected and sentinels(fim_tokenizer)[0] in expected
     assert (made["tokens"], made["documents"]) == (len(expected), 60)
-    assert made["text_bytes"] == sum(map(len, documents))  # sentinels stand for none
+    assert made["text_bytes"] == sum(map(len, documents))  # sentinels count 0

@@ -1,4 +1,4 @@
-"""tokenizer.json: the ids that `tokenizers` gives, by whichever core, and one line for what cannot be read."""
+"""tokenizer.json: both cores give the ids of `tokenizers`, and an unusable file is one line."""
 
 import json
 
@@ -31,7 +31,7 @@ def save(folder, data, config=None):
 
 
 def byte_level(merges, ids=None, **model):
-    """A byte-level tokenizer.json of the 256 bytes, <|endoftext|> as 256, and these merges of ASCII."""
+    """Returns a byte-level tokenizer.json with the 256 bytes, <|endoftext|> as id 256, and merges of ASCII."""
     vocab = {letter: i for i, letter in enumerate(_byte_letters())}
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab) + 1)
@@ -50,7 +50,7 @@ def added(name, i):
 
 
 def reference(data):
-    """Ids by the library, with the names of special tokens as text."""
+    """Returns the library's ids, with names of special tokens as text."""
     library = tokenizers.Tokenizer.from_str(json.dumps(data))
     library.encode_special_tokens = True
     return lambda text: library.encode(text, add_special_tokens=False).ids
@@ -66,7 +66,7 @@ def trained(request, tmp_path_factory):
 # The fast path
 
 
-def test_what_we_train_goes_through_tiktokens_core(trained):
+def test_trained_tokenizers_use_tiktokens_core(trained):
     tokenizer, _, _ = trained
     assert tokenizer.ranks is not None and tokenizer.library is None
     assert tokenizer.pattern in (GPT2_PATTERN, GPT4_PATTERN)
@@ -78,7 +78,7 @@ def test_what_we_train_goes_through_tiktokens_core(trained):
 @example(text="".join(CORPUS))
 @example(text="say <|endoftext|> aloud, <|fim_prefix|>")
 @example(text="the the  the\n\n \n the\t")
-def test_the_ids_are_the_librarys(trained, text):
+def test_the_ids_equal_the_librarys(trained, text):
     tokenizer, ids, _ = trained
     tokens = tokenizer.encode(text)
     assert tokens == ids(text)
@@ -88,7 +88,7 @@ def test_the_ids_are_the_librarys(trained, text):
 
 @few
 @given(text=text)
-def test_the_library_alone_gives_the_same(trained, slow_twin, text):
+def test_the_library_alone_gives_equal_ids(trained, slow_twin, text):
     tokenizer, slow = trained[0], slow_twin
     assert slow.ranks is None and slow.pattern is None
     assert slow.encode(text) == tokenizer.encode(text)
@@ -104,7 +104,7 @@ def slow_twin(trained, tmp_path_factory):
         return load_tokenizer_json(save(tmp_path_factory.mktemp("slow"), trained[2]))
 
 
-def test_half_a_surrogate_pair_is_the_same_to_both(trained, slow_twin):
+def test_both_cores_encode_half_a_surrogate_pair_alike(trained, slow_twin):
     assert slow_twin.encode("a\ud800b") == trained[0].encode("a\ud800b") == trained[0].encode("a\ufffdb")
 
 
@@ -113,19 +113,23 @@ def test_half_a_surrogate_pair_is_the_same_to_both(trained, slow_twin):
     [
         ([["a", "b"], ["ab", "c"]], {}, True),
         ([["b", "c"], ["a", "b"], ["ab", "c"]], {}, False),  # abc alone is a, bc: tiktoken would merge these
-        ([["b", "c"], ["a", "b"], ["ab", "c"]], {"ignore_merges": True}, False),  # and so within a longer piece
+        (
+            [["b", "c"], ["a", "b"], ["ab", "c"]],
+            {"ignore_merges": True},
+            False,
+        ),  # the lookup does not help in a longer piece
         ([["a", "b"], ["c", "d"], ["b", "c"], ["bc", "d"]], {}, False),  # bcd alone is b, cd
         ([["b", "c"], ["b", "d"], ["a", "bc"], ["a", "bd"]], {}, True),
         ([["a", "b"], ["ab", "c"]], {"dropout": 0.1}, False),
         ([["a", "b"], ["ab", "c"]], {"end_of_word_suffix": "</w>"}, False),
     ],
 )
-def test_which_merges_tiktokens_core_can_do(tmp_path, merges, model, fast):
+def test_tiktokens_core_is_used_only_for_merges_it_can_do(tmp_path, merges, model, fast):
     assert (load_tokenizer(str(save(tmp_path, byte_level(merges, **model)))).ranks is not None) == fast
 
 
-def test_a_token_out_of_three_is_only_looked_up_whole(tmp_path):
-    """abcd alone is ab, c, d: never merged, so that ignore_merges, and only it, makes both cores agree."""
+def test_a_token_that_merging_leaves_in_three_parts_is_looked_up(tmp_path):
+    """abcd alone is ab, c, d and never merged, so both cores agree only with ignore_merges."""
     data = byte_level([["a", "b"]], ids={"abcd": 300})
     assert load_tokenizer(str(save(tmp_path / "a", data))).ranks is None
     whole = byte_level([["a", "b"]], ids={"abcd": 300}, ignore_merges=True)
@@ -134,7 +138,7 @@ def test_a_token_out_of_three_is_only_looked_up_whole(tmp_path):
     assert tokenizer.encode("xabcd") == reference(whole)("xabcd")
 
 
-def test_ids_out_of_the_order_of_merges(tmp_path):
+def test_ids_that_are_not_in_merge_order_use_the_library(tmp_path):
     data = byte_level([["a", "b"], ["b", "c"]], ids={"ab": 300, "bc": 299})
     tokenizer = load_tokenizer(str(save(tmp_path, data)))
     assert tokenizer.ranks is None and tokenizer.encode("abc") == [300, tokenizer.encode("c")[0]]
@@ -145,8 +149,8 @@ MERGES = st.lists(st.tuples(st.text("abc", min_size=1, max_size=3), st.text("abc
 
 @settings(max_examples=100, deadline=None)
 @given(merges=MERGES, whole=st.booleans(), order=st.randoms(use_true_random=False))
-def test_where_the_fast_path_is_taken_it_is_right(tmp_path_factory, merges, whole, order):
-    """Lists of merges of every kind, duplicates and unreachable ones among them, against all short words."""
+def test_the_fast_path_gives_the_librarys_ids(tmp_path_factory, merges, whole, order):
+    """Compares on all short words, for lists of merges with duplicates and unreachable tokens."""
     known, kept = {"a", "b", "c"}, []
     for left, right in merges:
         if left in known and right in known and [left, right] not in kept:
@@ -160,7 +164,7 @@ def test_where_the_fast_path_is_taken_it_is_right(tmp_path_factory, merges, whol
         assert tokenizer.encode(word) == ids(word), (tokenizer.ranks is not None, kept, word)
 
 
-def test_only_patterns_that_were_compared_take_the_fast_path(tmp_path):
+def test_only_known_patterns_use_the_fast_path(tmp_path):
     assert len(SAME_CUTS) == 4
     data = byte_level([["a", "b"]])
     step = {"type": "Split", "pattern": {"Regex": r"\w+|\W+"}, "behavior": "Isolated", "invert": False}
@@ -172,7 +176,7 @@ def test_only_patterns_that_were_compared_take_the_fast_path(tmp_path):
     assert load_tokenizer(str(save(tmp_path / "c", data))).ranks is None
 
 
-def test_a_difference_that_the_sample_shows_is_believed(tmp_path, monkeypatch, capsys):
+def test_a_difference_on_the_sample_turns_the_fast_path_off(tmp_path, monkeypatch, capsys):
     data = byte_level([["b", "c"], ["a", "b"], ["ab", "c"]])
     monkeypatch.setattr("data.tokenizers.hf_json._same_merges", lambda *_: True)
     monkeypatch.setattr("data.tokenizers.hf_json.SAMPLE", ["abc"])
@@ -222,7 +226,7 @@ def llama(tmp_path_factory):
     return tokenizer
 
 
-# What is put before a text
+# Prefixes
 
 
 def template(*names, end=()):
@@ -248,7 +252,7 @@ def sequence(*steps):
     ],
     ids=["llama 2", "llama 3", "gpt2", "none"],
 )
-def test_the_prefix_is_what_transformers_puts_before_our_ids(tmp_path, data, prefix):
+def test_the_prefix_equals_the_prefix_of_transformers(tmp_path, data, prefix):
     from transformers import AutoTokenizer
 
     name = "</s>" if prefix == [1] else END
@@ -259,15 +263,15 @@ def test_the_prefix_is_what_transformers_puts_before_our_ids(tmp_path, data, pre
         assert theirs.encode(text) == prefix + tokenizer.encode(text)
 
 
-def test_a_prefix_within_others_and_a_suffix(tmp_path):
+def test_nested_prefixes_and_a_suffix(tmp_path):
     data = sentencepiece() | {"post_processor": sequence(template("<s>", "</s>"), template("</s>", end=["<s>"]))}
     assert load_tokenizer(str(save(tmp_path, data))).prefix == [2, 1, 2]
 
 
-# End of text, identity
+# End of text, fingerprint
 
 
-def test_end_of_text(tmp_path):
+def test_the_end_of_text_token_is_found(tmp_path):
     data = sentencepiece()
     for config, end in ((None, 2), ({}, 2), ({"eos_token": "<s>"}, 1), ({"eos_token": {"content": "<unk>"}}, 0)):
         folder = save(tmp_path / str(end), data, config)
@@ -280,7 +284,7 @@ def test_end_of_text(tmp_path):
         load_tokenizer(str(save(tmp_path / "y", data)))
 
 
-def test_a_copy_is_the_same_tokenizer_wherever_it_lies(tmp_path):
+def test_a_copy_in_another_folder_has_an_equal_fingerprint(tmp_path):
     data = byte_level([["a", "b"]])
     one = load_tokenizer(str(save(tmp_path / "one", data)))
     (tmp_path / "two").mkdir()
@@ -294,7 +298,7 @@ def test_a_copy_is_the_same_tokenizer_wherever_it_lies(tmp_path):
     assert not same_tokenizer(one.fingerprint, other) and one.fingerprint["vocab_size"] == other["vocab_size"] == 258
 
 
-# What cannot be read
+# Unusable files
 
 
 def unlike(**changes):
@@ -333,13 +337,13 @@ def model(**changes):
         (unlike(pre_tokenizer={"type": "Whitespace"}), "not byte-level and without byte fallback"),
     ],
 )
-def test_what_is_no_tokenizer_is_one_line(tmp_path, data, message):
+def test_an_invalid_tokenizer_file_is_one_line(tmp_path, data, message):
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(str(save(tmp_path, data)))
     assert "tokenizer.json" in str(error.value)
 
 
-def test_what_is_not_there(tmp_path):
+def test_a_missing_tokenizer_is_an_error(tmp_path):
     for name, message in (
         ("gtp2", "did you mean gpt2"),
         (str(tmp_path / "nowhere"), "no such tokenizer or file"),
@@ -351,7 +355,7 @@ def test_what_is_not_there(tmp_path):
         load_tokenizer(str(save(tmp_path, byte_level([]), config="{")))
 
 
-def test_the_size_of_the_vocabulary(tmp_path):
+def test_the_vocabulary_size_must_fit(tmp_path):
     folder = save(tmp_path, byte_level([["a", "b"]]))
     assert load_tokenizer(str(folder), 258).vocab_size == 258
     with pytest.raises(UserError, match="give --vocab_size=258 or a little more"):

@@ -1,4 +1,4 @@
-"""llama2.c's tokenizer file: the ids of its own algorithm, and one line for what is no such file."""
+"""llama2.c's tokenizer file: its ids equal llama2.c's algorithm, and an invalid file is one line."""
 
 import json
 import struct
@@ -19,7 +19,7 @@ LEARNED = [" t", "he", " the", " a", "ab", "aba", "abab", " ", "t", "h", "e", "a
 
 
 def pack(pieces, scores=None, longest=None):
-    """The bytes of llama2.c's file, as its tokenizer.py writes them."""
+    """Returns the bytes of llama2.c's file, as its tokenizer.py writes them."""
     coded = [piece if isinstance(piece, bytes) else piece.encode() for piece in pieces]
     scores = scores or [min(0.0, len(FIRST) - float(i)) for i in range(len(pieces))]
     body = b"".join(struct.pack("<fi", s, len(c)) + c for s, c in zip(scores, coded, strict=True))
@@ -27,7 +27,7 @@ def pack(pieces, scores=None, longest=None):
 
 
 def llama2c(pieces, scores, text):
-    """run.c's encode(), without <s>: characters or bytes, then the best pair, leftmost first, until there is none."""
+    """run.c's encode() without <s>: characters or bytes, then merges of the best pair, leftmost first."""
     ids = {piece: i for i, piece in enumerate(pieces)}
     tokens = [ids[" "]] if text else []
     for c in text:
@@ -55,7 +55,7 @@ def stories(file):
     return load_tokenizer(str(file))
 
 
-def test_what_it_says(stories):
+def test_names_sizes_and_special_tokens(stories):
     assert (stories.vocab_size, stories.prefix, stories.end_of_text) == (276, [1], 1)
     assert stories.special == {"<unk>": 0, "<s>": 1, "</s>": 2}
     assert stories.encode("the abab") == [261, 262, 271, 263]
@@ -65,7 +65,7 @@ def test_what_it_says(stories):
 @few
 @given(text=st.text(st.sampled_from("the abcé字\n<s>")) | st.text(st.characters(codec="utf-8", exclude_characters="▁")))
 @example(text=" the ababa\n\n  xyz <s> </s> <0x41> ")
-def test_the_ids_are_llama2cs(stories, text):
+def test_the_ids_equal_llama2cs(stories, text):
     pieces = FIRST + LEARNED
     ids = stories.encode(text)
     assert ids == llama2c(pieces, [-float(i) for i in range(len(pieces))], text)
@@ -75,7 +75,7 @@ def test_the_ids_are_llama2cs(stories, text):
 @few
 @given(words=st.lists(st.text("ab ", min_size=2, max_size=5), unique=True, max_size=8), data=st.data())
 def test_any_pieces_in_any_order(tmp_path_factory, words, data):
-    """Pieces that merging cannot make, and such as are only made against the order, among them."""
+    """Includes pieces that merging cannot make, and pieces whose parts have a lower score."""
     pieces = [*FIRST, *words, "a", "b", " "]
     order = data.draw(st.permutations(range(len(pieces))))
     scores = [float(i) for i in order]
@@ -86,7 +86,7 @@ def test_any_pieces_in_any_order(tmp_path_factory, words, data):
         assert tokenizer.encode(text) == llama2c(pieces, scores, text), (words, scores[259:], text)
 
 
-def test_a_copy_is_the_same_tokenizer(stories, tmp_path):
+def test_a_copy_has_an_equal_fingerprint(stories, tmp_path):
     for name, content in stories.files.items():
         (tmp_path / name).write_bytes(content)
     copy = load_tokenizer(str(tmp_path))
@@ -94,7 +94,7 @@ def test_a_copy_is_the_same_tokenizer(stories, tmp_path):
     assert (copy.end_of_text, copy.prefix) == (1, [1])
 
 
-def test_transformers_puts_the_prefix_before_our_ids(stories, tmp_path):
+def test_transformers_puts_the_prefix_before_equal_ids(stories, tmp_path):
     from transformers import AutoTokenizer
 
     files = tokenizer_files(stories, 512)
@@ -140,7 +140,7 @@ GOOD = pack(FIRST + LEARNED)
         (pack(FIRST + LEARNED, [float("nan")] * 276), "has score nan"),
     ],
 )
-def test_what_is_no_such_file_is_one_line(tmp_path, content, message):
+def test_an_invalid_file_is_one_line(tmp_path, content, message):
     path = tmp_path / "tok.bin"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -148,7 +148,7 @@ def test_what_is_no_such_file_is_one_line(tmp_path, content, message):
     assert "tok.bin: not llama2.c's tokenizer file, or damaged" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_of_another_size_is_not_read_whole(tmp_path):
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with open(tmp_path / "tok.bin", "wb") as f:
         f.write(GOOD)
         f.truncate(2**40)
@@ -158,7 +158,7 @@ def test_a_file_of_another_size_is_not_read_whole(tmp_path):
 
 @few
 @given(at=st.integers(0, len(GOOD) - 1), patch=st.binary(min_size=1, max_size=8), cut=st.booleans())
-def test_whatever_the_damage_it_is_a_tokenizer_or_one_line(tmp_path_factory, at, patch, cut):
+def test_a_damaged_file_is_a_tokenizer_or_one_line(tmp_path_factory, at, patch, cut):
     path = tmp_path_factory.mktemp("damaged") / "tok.bin"
     path.write_bytes(GOOD[:at] + patch + (b"" if cut else GOOD[at + len(patch) :]))
     try:

@@ -1,4 +1,4 @@
-"""Named tokenizers, GPT-2's above all: text comes back, bytes are counted right, foreign ids are shown."""
+"""Named tokenizers: decoding gives the text, byte lengths are right, unknown ids can be decoded."""
 
 import hashlib
 
@@ -26,7 +26,7 @@ def lengths(tokenizer):
     return tokenizer.byte_lengths(50304)
 
 
-def test_it_is_gpt2s(tokenizer):
+def test_the_default_is_gpt2(tokenizer):
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, GPT2_END_OF_TEXT)
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert tokenizer.encode("First Citizen:\n") == [5962, 22307, 25, 198]
@@ -36,47 +36,47 @@ def test_it_is_gpt2s(tokenizer):
 @given(text=text)
 @example(text="")
 @example(text="naïve 東京 👩‍👩‍👧 \x00\r\n\t  <|endoftext|>")
-def test_text_comes_back(tokenizer, text):
+def test_decoding_gives_the_text(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
-    assert GPT2_END_OF_TEXT not in tokens  # never made from what a document says
+    assert GPT2_END_OF_TEXT not in tokens  # text never encodes to it
 
 
 @few
 @given(text=text)
-def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer, lengths, text):
+def test_the_byte_lengths_of_tokens_sum_to_the_text(tokenizer, lengths, text):
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_bytes_of_every_id(tokenizer, lengths):
+def test_byte_lengths_of_every_id(tokenizer, lengths):
     assert all(lengths[i] == len(tokenizer.decode_bytes([i])) > 0 for i in range(GPT2_END_OF_TEXT))
     assert not lengths[GPT2_END_OF_TEXT:].any()
     assert len(lengths) == 50304
 
 
-def test_bytes_for_a_vocabulary_that_is_smaller(tokenizer, lengths):
+def test_byte_lengths_for_a_smaller_vocabulary(tokenizer, lengths):
     assert tokenizer.byte_lengths(300).tolist() == lengths[:300].tolist()
 
 
 @few
 @given(tokens=st.lists(st.integers(0, 50303), max_size=20))
-def test_any_ids_are_shown(tokenizer, tokens):
+def test_any_ids_can_be_decoded(tokenizer, tokens):
     shown = tokenizer.decode(tokens)
     assert shown.count("�") >= sum(t >= tokenizer.vocab_size for t in tokens)
 
 
-def test_ids_beyond_the_vocabulary_are_marked_where_they_stand(tokenizer):
+def test_ids_outside_the_vocabulary_are_replacement_characters(tokenizer):
     assert tokenizer.decode([50300, 15496, 50257, 50303, 995, 99999]) == "�Hello�� world�"
     assert tokenizer.decode([GPT2_END_OF_TEXT]) == "<|endoftext|>"
 
 
-def test_half_a_character_is_marked(tokenizer):
+def test_half_a_character_is_a_replacement_character(tokenizer):
     first, *rest = tokenizer.encode("👩")
     assert tokenizer.decode([first]) == "�" and rest
 
 
 @pytest.mark.parametrize("vocab_size, fits", [(50256, False), (251, False), (50257, True), (50304, True)])
-def test_a_model_must_have_room_for_every_id(vocab_size, fits):
+def test_the_models_vocabulary_must_have_room_for_every_id(vocab_size, fits):
     if fits:
         assert load_tokenizer(vocab_size=vocab_size).vocab_size == 50257
         return
@@ -84,8 +84,8 @@ def test_a_model_must_have_room_for_every_id(vocab_size, fits):
         load_tokenizer(vocab_size=vocab_size)
 
 
-def test_the_ranks_are_those_that_were_verified(tmp_path, monkeypatch, tokenizer):
-    """tiktoken keeps copies in a folder that everybody can write to, and believes them unless told a hash."""
+def test_the_ranks_come_from_the_verified_file(tmp_path, monkeypatch, tokenizer):
+    """tiktoken caches files in a world-writable folder and trusts them unless it is given a hash."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     ranks = assets.fetch("gpt2.tiktoken")
     content = ranks.read_text()
@@ -96,7 +96,7 @@ def test_the_ranks_are_those_that_were_verified(tmp_path, monkeypatch, tokenizer
 
 
 @pytest.mark.parametrize("name, size, end", [("cl100k_base", 100277, 100257), ("o200k_base", 200019, 199999)])
-def test_the_larger_named_tokenizers_are_tiktokens(name, size, end, monkeypatch):
+def test_the_larger_named_tokenizers_equal_tiktokens(name, size, end, monkeypatch):
     import tiktoken_ext.openai_public as public
 
     monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *_, **__: {})
@@ -109,18 +109,18 @@ def test_the_larger_named_tokenizers_are_tiktokens(name, size, end, monkeypatch)
 
 
 class BytesFile:
-    """A rank file of the 256 bytes and nothing else."""
+    """A rank file with only the 256 bytes."""
 
     def read_bytes(self):
         return rank_file({bytes([b]): b for b in range(256)})
 
 
-def test_the_hash_of_gpt2_is_settled(tokenizer):
-    """Shards and checkpoints hold it: a change of it would refuse them all."""
+def test_the_hash_of_gpt2_never_changes(tokenizer):
+    """Shards and checkpoints contain it, so another hash would reject all of them."""
     assert tokenizer.sha256.startswith("1408ad06293e4f88")
 
 
-def test_an_asset_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
+def test_an_unavailable_asset_is_one_line(tmp_path, monkeypatch):
     def fail(asset):
         raise OSError("not reachable")
 
@@ -133,5 +133,5 @@ def test_an_asset_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-fim"])
-def test_what_is_known_of_a_name_without_its_file(name):
+def test_named_fingerprints_equal_the_fingerprints_of_the_files(name):
     assert load_tokenizer(name).fingerprint == NAMED_FINGERPRINTS[name]

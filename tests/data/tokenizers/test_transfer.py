@@ -1,4 +1,4 @@
-"""From one tokenizer to another: each new token's rows spell it, special tokens keep their part."""
+"""Embeddings for a new tokenizer: old tokens spell each new one, and special tokens keep their roles."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ LEARNED = [" t", "th", "he", " the", "ma", "at", "mat", "東", *" themasXf\n"]
 
 
 def bags(old, new, old_size=None, new_size=None):
-    """The bag of each new id."""
+    """Returns the old ids of each new id."""
     new_size = new_size or new.vocab_size
     ids, offsets = token_rows(old, new, old_size or old.vocab_size, new_size)
     assert (ids.dtype, offsets.dtype, offsets.shape) == (np.int64, np.int64, (new_size + 1,))
@@ -27,7 +27,7 @@ def bags(old, new, old_size=None, new_size=None):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Unlike tokenizers: by tiktoken's core, by the library, with a space put before a text, and SentencePiece."""
+    """Different tokenizers: tiktoken's core, the library, one that prepends a space, and SentencePiece."""
     corpus = ["the cat's 12345 hats on mats;\n\n  naïve 東京 they'll" * 20, *SAMPLE]
     one = json.loads(train(iter(corpus), 400, [END_OF_TEXT, "<|fim_prefix|>"], "gpt4").to_str())
     two = json.loads(train(iter(corpus[1:]), 330, ["<s>", END_OF_TEXT], "gpt2").to_str())
@@ -58,7 +58,7 @@ NAMES = ["one", "two", "slow", "spaced", "pieces"]
 
 @pytest.mark.parametrize("old", NAMES)
 @pytest.mark.parametrize("new", NAMES)
-def test_every_tokens_bag_spells_it(small, old, new):
+def test_the_old_tokens_spell_each_new_token(small, old, new):
     old, new = small[old], small[new]
     rows = bags(old, new)
     for i, token in new.token_bytes.items():
@@ -72,7 +72,7 @@ def test_every_tokens_bag_spells_it(small, old, new):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_to_itself_every_row_stays(small, name):
+def test_transfer_to_an_equal_tokenizer_keeps_every_row(small, name):
     same = small[name]
     size = same.vocab_size
     assert bags(same, same) == [[i] for i in range(size)]
@@ -80,8 +80,8 @@ def test_to_itself_every_row_stays(small, name):
     assert bags(same, same, size + 128, size + 64) == [[i] for i in range(size + 64)]
 
 
-def test_a_token_is_written_as_the_old_tokenizer_writes_it(small):
-    """Also one that would come after other text, in which SentencePiece puts no space before it."""
+def test_a_token_is_spelled_as_the_old_tokenizer_encodes_it(small):
+    """Includes a token inside a text, where SentencePiece does not add a space."""
     old, new = small["pieces"], small["one"]
     rows = bags(old, new)
     row = lambda text: rows[new.ranks[text.encode()]]  # noqa: E731
@@ -92,8 +92,8 @@ def test_a_token_is_written_as_the_old_tokenizer_writes_it(small):
     assert row("'s") == [3 + ord("'"), piece("s")]
 
 
-def test_bytes_that_are_no_text_are_merged_where_ranks_are_known(tokenizer):
-    """GPT-2's dashes and quotes: a space and the first two of three bytes."""
+def test_bytes_that_are_not_text_are_merged_by_ranks(tokenizer):
+    """GPT-2's dashes and quotes: a space and two of three bytes."""
     old, new = fewer(tokenizer, 1000), fewer(tokenizer, 1000)
     i = new.ranks[b" \xe2\x80"]
     del old.ranks[b" \xe2\x80"]
@@ -101,12 +101,12 @@ def test_bytes_that_are_no_text_are_merged_where_ranks_are_known(tokenizer):
 
 
 def fewer(tokenizer, count):
-    """The first of its tokens, which are a tokenizer too."""
+    """Returns a tokenizer of its first tokens."""
     return replace(tokenizer, ranks={token: i for token, i in tokenizer.ranks.items() if i < count})
 
 
-def test_what_is_there_twice_is_matched_with_its_like(small, tmp_path):
-    """SentencePiece has <0x61> and a; an encoder of bytes has one of them, which is for both."""
+def test_duplicate_bytes_are_matched_in_order(small, tmp_path):
+    """SentencePiece has <0x61> and a. A byte-level tokenizer has one token, which is used for both."""
     (tmp_path / "tok.bin").write_bytes(llama2c_file([*LEARNED, "q"]))
     more = load_tokenizer(str(tmp_path / "tok.bin"))
     byte, piece = 3 + ord("a"), 259 + LEARNED.index("a")
@@ -125,6 +125,6 @@ def test_gpt2_and_its_sentinels(tokenizer, fim_tokenizer):
     assert (ids == np.arange(50257)).all() and (offsets == np.arange(50258)).all()
 
 
-def test_rows_that_are_fewer_than_ids(tokenizer, small):
+def test_fewer_rows_than_ids_are_an_error(tokenizer, small):
     with pytest.raises(ValueError, match="50257 and 400 ids in 50256 and 400 rows"):
         token_rows(tokenizer, small["one"], 50256, 400)
