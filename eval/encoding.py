@@ -12,7 +12,7 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """What evaluation needs of a tokenizer, of rawgpt or of transformers."""
+    """The part of a tokenizer that evaluation uses. The tokenizer is rawgpt's or one of transformers."""
 
     encode: Encode  # a text from its start, including any tokens that the tokenizer itself puts there
     encode_continuation: Encode  # a text that continues another one; it starts with a space or a newline

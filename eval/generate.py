@@ -129,7 +129,7 @@ from util.device import choose_device
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw a token.
+    """Settings for drawing a token.
 
     Logits are divided by `temperature` (0: always the most likely token). The `top_k` most likely tokens are kept (0:
     all), then the smallest set of the most likely of these with probability `top_p` (Holtzman et al. 2020).
@@ -150,8 +150,8 @@ def generate(
     of logits.
 
     The model sees the last `n_positions` tokens. Up to that length a token costs the work of one position, because
-    keys and values are cached. Beyond it the positions of all tokens change with every token, so each token costs a
-    forward pass over the whole window.
+    keys and values are cached. Beyond it the positions of all tokens change with every token, so the whole
+    window is computed for each token.
 
     Uses the caller's autocast context. The mode of the model is restored, and gradients are disabled only, during
     each forward pass. Raises ValueError for an empty prompt and FloatingPointError if logits are not finite.

@@ -16,7 +16,7 @@ class Reference:
     lm_eval_acc_norm: float | None
 
 
-# 124M and XL: the header of dev/data/hellaswag.py in karpathy/llm.c. It gives the results of that script and of
+# 124M and XL: the header of dev/data/hellaswag.py in karpathy/llm.c. It gives the results of the script and of
 # lm-evaluation-harness. Medium and large: dev/vislog.ipynb in karpathy/llm.c, with results of the trainer in C. It has
 # 0.2945 for 124M and 0.4889 for XL, so its results may be 0.001 lower than the script's.
 # Leaderboard results of these models are 10-shot and not comparable.

@@ -1,6 +1,6 @@
 """Batched log-likelihoods of continuations given a context.
 
-All continuations of one context share one forward pass over it: a row holds the context and then its continuations
+All continuations of one context share its computation: a row holds the context and then its continuations
 side by side, and a mask lets each of them attend to the context and to itself only (tree attention, as in SpecInfer,
 Miao et al. 2024). Rows of similar length make a batch, so there is little padding. The output head sees only the
 positions that predict a continuation.
@@ -103,7 +103,7 @@ def score_in_steps(model: ScoringModel, requests: list[Request]) -> Generator[in
     Yields the number of rows that all ranks together score next. The host work (building the batch) comes before
     the yield. The caller can therefore stop all ranks together at a yield, or after one of them failed, while none of
     them is in a collective. Every rank yields and calls the model equally often, which a sharded model needs: a rank
-    without a batch of its own repeats the last row and drops the result.
+    without a batch repeats the last row and drops the result.
     """
     rank, world_size, device = model.ranks.rank, model.ranks.world_size, model.ranks.device
     rows = [row for i, r in enumerate(requests) for row in to_rows(i, r, model.n_positions, model.shares_context)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does a test notice each mistake in tests/mutation/mutations.txt? Takes hours; `--help` lists the flags.
+# Checks that a test fails for each mistake in tests/mutation/mutations.txt. Takes hours; `--help` lists the flags.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh tests/requirements.txt

@@ -1,12 +1,12 @@
-# Sourced by the launchers, in the repository's root: what they share. All of it can be set from outside.
+# Settings that the launchers share; sourced in the root of the repository. Environment variables override them.
 fail() { echo "error: $*" >&2; exit 2; }
 
 if ! command -v torchrun > /dev/null; then
-    [ -f .venv/bin/activate ] || fail "no torchrun here; activate your environment, or make one: scripts/quickstart.sh"
+    [ -f .venv/bin/activate ] || fail "torchrun not found; activate your environment, or create one: scripts/quickstart.sh"
     source .venv/bin/activate
 fi
 
-# Workers on this machine: one per visible GPU, without any one.
+# Workers on this machine: one per visible GPU; one if there is no GPU.
 visible_gpus() {
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         tr , '\n' <<< "$CUDA_VISIBLE_DEVICES"
@@ -16,19 +16,20 @@ visible_gpus() {
 }
 [ -n "${NPROC:-}" ] || NPROC=$(visible_gpus | wc -l | tr -d ' ') || true
 [ "$NPROC" != 0 ] || NPROC=1
-[[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC is no number of workers"
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of workers"
 
-# How often torchrun starts all workers again after one has died; they go on from the last checkpoint.
+# How often torchrun restarts all workers after one has died. They resume from the last checkpoint.
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 
-# What torchrun passes on to its workers; all but SIGQUIT make them stop with a checkpoint. It dies of a SIGUSR1 that is
-# not listed. SIGHUP, the closed terminal, is left out where nohup has it ignored, which torchrun would undo.
+# Signals that torchrun forwards to its workers. All except SIGQUIT make them save a checkpoint and stop. SIGUSR1 must
+# be listed, because it would kill torchrun. SIGHUP (a closed terminal) is left out under nohup, which torchrun would
+# override.
 SIGNALS=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
 [ -n "$(trap -p HUP)" ] || SIGNALS+=,SIGHUP
 
-# Seconds from then to SIGKILL: more than a step and the slowest save. torch 2.11 knows only 30.
+# Seconds until SIGKILL: more than a step and the slowest save. torch 2.11 ignores it and uses 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
-# The cores, shared out: torchrun would give each worker one thread. It matters on CPUs, and for --cpu_offload.
+# Divide the cores among workers. The default of torchrun, one thread each, is slow on CPUs and with --cpu_offload.
 cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine, one worker per GPU; without a GPU one worker, or NPROC of them. Takes the flags of train_gpt.py:
+# One machine with one worker per GPU, or NPROC workers. Without a GPU the default is one. Flags as for train_gpt.py:
 #   bash scripts/launch/single_node.sh --cfg=gpt2-124m --input_train_bin='data/edu_fineweb10B/*_train_*.bin'
 #   NPROC=2 MAX_RESTARTS=0 bash scripts/launch/single_node.sh --cfg=shakespeare
 set -euo pipefail

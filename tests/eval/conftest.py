@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: checkpoints and a Hugging Face folder made once, and the commands run here."""
+"""Fixtures of the evaluation tests: checkpoints, a Hugging Face folder, and commands that run in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORPUS = ["the cat sat on the mat, the dog on the log; and so on\n", "naïve 東
 
 
 def save_untrained(folder, *flags, tokenizer="none"):
-    """A checkpoint of step 1 in the run directory `folder`, its weights such that they tell tokens and places apart."""
+    """Saves a checkpoint of step 1, with weights for which tokens and positions matter."""
     common = ["--n_head=2", "--n_embd=16", f"--output_dir={folder}", "--device=cpu"]
     config = load_config([*common, *flags], world_size=1)
     model = GPT(config)
@@ -30,20 +30,21 @@ def save_untrained(folder, *flags, tokenizer="none"):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A run directory with a model of the counting shards' 251 tokens, which has no tokenizer, and of 32 positions."""
+    """A run directory of a model with 32 positions and the 251 tokens of the counting shards, without a tokenizer."""
     flags = ["--n_layer=2", "--vocab_size=251", "--sequence_length=32"]
-    return save_untrained(tmp_path_factory.mktemp("run"), *flags, tokenizer="gpt2")  # as a run by default says
+    return save_untrained(tmp_path_factory.mktemp("run"), *flags, tokenizer="gpt2")  # the default of a run
 
 
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory):
-    """One of GPT-2's vocabulary, and of 24 positions."""
+    """A run directory of a model with GPT-2's vocabulary and 24 positions."""
     flags = ["--n_layer=1", "--vocab_size=50257", "--sequence_length=24"]
     return save_untrained(tmp_path_factory.mktemp("text"), *flags, tokenizer="gpt2")
 
 
 @torch.no_grad()
 def shake(model):
+    """Adds noise to all weights."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.add_(torch.randn(p.shape, generator=generator) * 0.3)
@@ -56,7 +57,7 @@ def gpt_of():
 
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory):
-    """A tiny GPT-2 of transformers, of 20 positions, with a byte-level tokenizer of its own."""
+    """A folder with a tiny GPT-2 of transformers with 20 positions, and a byte-level tokenizer."""
     import tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -73,7 +74,7 @@ def hf_folder(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(capsys):
-    """Runs a command in this process and returns what it prints."""
+    """Runs a command in this process and returns its output."""
 
     def run(module, *flags):
         args = module.parser().parse_args([*map(str, flags), "--device=cpu"])
@@ -87,7 +88,7 @@ def evaluate(capsys):
 
 @pytest.fixture(scope="session")
 def plain_losses():
-    """What one forward gives of a row by itself: the loss of each token but the first, and whether it is likeliest."""
+    """Returns the loss of each token of a row except the first, and whether it is the most likely, from one forward."""
 
     @torch.no_grad()
     def losses(model, ids):

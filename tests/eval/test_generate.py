@@ -1,4 +1,4 @@
-"""Generation: with a cache what it is without, row by row what it is alone, and the command around it."""
+"""Generation: neither the cache nor other rows change a row. And the command."""
 
 import io
 import json
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--sequence_length=24", "--vocab_size=262", "--tie_embeddings=0"]
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--n_kv_head=2"]
 MODERN = [*LLAMA[:2], "--mlp=relu2", "--bias=0", "--n_kv_head=1", "--qk_norm=1", "--logit_softcap=15"]
-# A window much shorter than a row, heads of their own width, biases of query, key and value alone.
+# A short window, a head size that is not n_embd / n_head, biases of query, key and value only.
 WINDOW = [*LLAMA, "--sliding_window=5", "--head_dim=12", "--qkv_bias=1", "--rope_scaling=llama3:8,1,4,16"]
 FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, MODERN, WINDOW], ids=["gpt2", "llama", "modern", "window"])
 GREEDY = Sampling(temperature=0)
@@ -40,7 +40,7 @@ END, SPECIAL = 256, ["<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim
 
 
 def make(*flags):
-    """A model that looks at what came before: ten times the usual initial weights."""
+    """Returns a model whose output depends on earlier tokens, because its initial weights are ten times as large."""
     config = load_config([*SMALL, *flags], world_size=1)
     model = GPT(config)
     init_weights(model, 0, lambda parameter, value: parameter.copy_(value * 10 if value.dim() > 1 else value))
@@ -51,13 +51,13 @@ def tokens_of(length, seed=0):
     return torch.randint(256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def rows_of(*args, **kwargs):
+def generate_rows(*args, **kwargs):
     return [list(row) for row in zip(*generate(*args, **kwargs), strict=True)]
 
 
 @torch.no_grad()
 def cacheless(model, prompt, count):
-    """The usual greedy loop."""
+    """Continues a prompt with the usual greedy loop, without a cache."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids[-model.config.n_positions :]]))[0, -1].argmax()))
@@ -66,39 +66,39 @@ def cacheless(model, prompt, count):
 
 @FAMILIES
 @pytest.mark.parametrize("flash", [0, 1])
-def test_greedy_is_the_loop_without_a_cache(family, flash):
-    """Alone and in a batch; within the window, out of it, and with prompts as long as it or longer."""
+def test_greedy_equals_the_loop_without_a_cache(family, flash):
+    """One row and a batch; shorter and longer than the context."""
     model = make(*family, f"--flash={flash}").eval()
     prompts = [tokens_of(n, seed=n) for n in (3, 1, 17, 12, 24, 40)]
     expected = [cacheless(model, prompt, 14) for prompt in prompts]
     assert len({tuple(row) for row in expected}) == len(expected) and len(set(expected[0])) > 3
-    assert rows_of(model, prompts, 14, GREEDY) == expected
-    assert [rows_of(model, [prompt], 14, GREEDY)[0] for prompt in prompts] == expected
+    assert generate_rows(model, prompts, 14, GREEDY) == expected
+    assert [generate_rows(model, [prompt], 14, GREEDY)[0] for prompt in prompts] == expected
 
 
 @FAMILIES
-def test_a_row_depends_on_nothing_but_itself(family):
+def test_a_row_does_not_depend_on_other_rows(family):
     model, sampling = make(*family), Sampling(2.0, top_k=100, top_p=0.98)
     a, b, c = (tokens_of(n, seed=n) for n in (5, 9, 14))
-    together = rows_of(model, [a, b, c], 16, sampling, seed=3, samples=3)
+    together = generate_rows(model, [a, b, c], 16, sampling, seed=3, samples=3)
     assert len({tuple(row) for row in together}) == 9
-    assert rows_of(model, [a], 16, sampling, seed=3) == together[:1]
-    assert rows_of(model, [c, b], 16, sampling, seed=3, samples=2)[2:] == together[3:5]
-    assert rows_of(model, [a], 7, sampling, seed=3, samples=4)[:3] == [row[:7] for row in together[:3]]
-    assert rows_of(model, [a], 16, sampling, seed=4)[0] != together[0]
-    first, second = rows_of(model, [a, a], 16, sampling, seed=3)
+    assert generate_rows(model, [a], 16, sampling, seed=3) == together[:1]
+    assert generate_rows(model, [c, b], 16, sampling, seed=3, samples=2)[2:] == together[3:5]
+    assert generate_rows(model, [a], 7, sampling, seed=3, samples=4)[:3] == [row[:7] for row in together[:3]]
+    assert generate_rows(model, [a], 16, sampling, seed=4)[0] != together[0]
+    first, second = generate_rows(model, [a, a], 16, sampling, seed=3)
     assert first == together[0] != second
 
 
-def test_a_step_computes_one_position_of_each_row_until_the_window_is_full():
+def test_a_step_computes_one_position_per_row_until_the_context_is_full():
     model, shapes = make(), []
     model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-    rows_of(model, [tokens_of(20), tokens_of(22)], 6, GREEDY, samples=2)
-    # After the prompts of 20 and 22, tokens 23 and 24 of the longer; then its rows move, in windows of 24.
+    generate_rows(model, [tokens_of(20), tokens_of(22)], 6, GREEDY, samples=2)
+    # The prompts of 20 and 22 tokens, then one token per row. The longer rows fill the context of 24 first.
     assert shapes == [(2, 22), (4, 1), (4, 1), (2, 1), (2, 24), (2, 1), (2, 24), (4, 24)]
 
 
-def test_mode_and_autograd_are_the_callers_between_the_steps():
+def test_training_mode_and_gradients_are_restored_between_steps():
     model = make("--dropout=0.5").train()
     steps = generate(model, [[1, 2]], 5, GREEDY)
     first = [next(steps), next(steps)]
@@ -118,21 +118,21 @@ def test_mode_and_autograd_are_the_callers_between_the_steps():
 
 
 @FAMILIES
-def test_16_bits_under_autocast(family):
-    """With the cache what it is without, up to their rounding, which is far from that of other tokens."""
+def test_bfloat16_under_autocast(family):
+    """With and without cache, logits differ by rounding only, which is much less than between tokens."""
     model, texts = make(*family), [tokens_of(n, seed=n) for n in (11, 6)]
     cache = KVCache(24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         first = prefill(model, [text[:-1] for text in texts], cache)
         assert {t.dtype for kv in cache._layers.values() for t in kv} == {torch.bfloat16}
         cached, whole = decode_step(model, texts, cache), prefill(model, texts)
-        assert len(rows_of(model, texts, 20, Sampling(top_p=0.9), samples=2)) == 4
+        assert len(generate_rows(model, texts, 20, Sampling(top_p=0.9), samples=2)) == 4
     exact = prefill(model, texts)
     assert cached.dtype == whole.dtype == torch.float32
     assert (cached - whole).abs().max() < 0.1 * (exact - first).abs().max()
 
 
-def test_a_cache_that_is_full():
+def test_a_full_cache_is_an_error():
     model, cache = make(), KVCache(4)
     prefill(model, [[1, 2, 3]], cache)
     decode_step(model, [[1, 2, 3, 4]], cache)
@@ -140,7 +140,7 @@ def test_a_cache_that_is_full():
         decode_step(model, [[1, 2, 3, 4, 5]], cache)
 
 
-def test_what_cannot_be_continued():
+def test_an_empty_prompt_and_logits_that_are_not_finite_are_errors():
     with pytest.raises(ValueError, match="at least one token"):
         next(generate(make(), [[1], []], 1, GREEDY))
     for bad in (math.nan, math.inf):
@@ -149,7 +149,7 @@ def test_what_cannot_be_continued():
 
 
 def probabilities(logits, sampling):
-    """Of each token, in the order of ids."""
+    """Returns the probability of each token, in the order of ids."""
     ids, weights = candidates(logits, sampling)
     assert (ids.diff(dim=-1) > 0).all()
     found = torch.zeros(logits.shape, dtype=torch.float64).scatter_(-1, ids, weights)
@@ -157,11 +157,11 @@ def probabilities(logits, sampling):
 
 
 @pytest.mark.parametrize("spread", [0.01, 5.0])
-def test_top_p_finds_its_few_among_many(spread):
+def test_top_p_in_a_large_vocabulary(spread):
     logits = torch.randn(2, 3 * TOP_P_CANDIDATES, generator=torch.Generator().manual_seed(1)) * spread
     best, ids = logits.double().softmax(-1).sort(dim=-1, descending=True)
     best[best.cumsum(-1) - best >= 0.9] = 0
-    assert ((best > 0).sum(-1) > TOP_P_CANDIDATES).all() == (spread < 1)  # few of them, or more than it looks at first
+    assert ((best > 0).sum(-1) > TOP_P_CANDIDATES).all() == (spread < 1)  # more than it looks at first, or fewer
     expected = torch.zeros_like(best).scatter_(-1, ids, best / best.sum(-1, keepdim=True))
     assert torch.allclose(probabilities(logits, Sampling(top_p=0.9)), expected, atol=1e-12)
 
@@ -173,17 +173,17 @@ def test_top_p_finds_its_few_among_many(spread):
     top_k=st.integers(0, 14),
     top_p=st.floats(0.001, 1.0),
 )
-def test_what_temperature_top_k_and_top_p_leave(logits, temperature, top_k, top_p):
+def test_temperature_top_k_and_top_p(logits, temperature, top_k, top_p):
     full = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(0)
     got = probabilities(torch.tensor([logits]), Sampling(temperature, top_k, top_p))[0]
     kept, left_out = full[got > 0], full[got == 0]
     assert got.sum().item() == pytest.approx(1.0)
     assert torch.allclose(got[got > 0], kept / kept.sum())  # in proportion
-    assert not left_out.numel() or left_out.max() <= kept.min() * (1 + 1e-12)  # the likeliest stay
+    assert not left_out.numel() or left_out.max() <= kept.min() * (1 + 1e-12)  # the most likely stay
     assert len(kept) <= (top_k or len(logits))
-    share = full / full.topk(min(top_k or len(logits), len(logits))).values.sum()  # of those that top_k left
-    assert share[got > 0].sum() >= top_p - 1e-9  # enough of them,
-    assert share[got > 0].sum() - share[got > 0].min() < top_p + 1e-9  # and without any one too few
+    share = full / full.topk(min(top_k or len(logits), len(logits))).values.sum()  # of the tokens that top_k keeps
+    assert share[got > 0].sum() >= top_p - 1e-9  # enough tokens
+    assert share[got > 0].sum() - share[got > 0].min() < top_p + 1e-9  # and none could be left out
     if top_p == 1.0:
         assert len(kept) == min(top_k or len(logits), len(logits))
 
@@ -195,19 +195,19 @@ def test_extremes_of_temperature():
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 4), Sampling(1.5, 0, 0.8)], ids=str)
-def test_tokens_are_drawn_as_often_as_they_are_probable(sampling):
+def test_tokens_are_drawn_with_their_probability(sampling):
     logits, count = torch.tensor([[0.0, 2.0, -9.0, 1.0, 1.5, 0.5, -30.0]]), 20_000
     expected = probabilities(logits, sampling)[0]
     drawn = draw(logits.expand(count, -1), sampling, [torch.Generator().manual_seed(5)] * count)
-    often = torch.bincount(torch.tensor(drawn), minlength=7) / count
-    assert ((often - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
+    frequency = torch.bincount(torch.tensor(drawn), minlength=7) / count
+    assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
 
 
 # The command
 
 
 def save_tokenizer(file):
-    """A token for each byte, the end of text and the sentinels of fill-in-the-middle."""
+    """Writes a tokenizer.json with a token per byte, end-of-text and the fill-in-the-middle tokens."""
     added = [{"id": END + i, "content": name, "special": True} for i, name in enumerate(SPECIAL)]
     pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": dict(_byte_letters()), "merges": []}
@@ -216,7 +216,7 @@ def save_tokenizer(file):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The run directory of a tiny model with its tokenizer, and the tokenizer."""
+    """A run directory of a tiny model, and its tokenizer."""
     folder = tmp_path_factory.mktemp("saved")
     save_tokenizer(folder / "tokenizer.json")
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
@@ -232,7 +232,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run(saved, monkeypatch, capsys):
-    """What the command prints, given flags; or the UserError it raises."""
+    """Runs the command with flags and returns its output."""
 
     def of(*flags, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["generate.py", f"--checkpoint={saved[0]}", "--device=cpu", *map(str, flags)])
@@ -244,8 +244,8 @@ def run(saved, monkeypatch, capsys):
 
 
 @pytest.fixture
-def says(monkeypatch):
-    """Has the model say these texts, row by row, the end of text being \\0; counts the steps that are asked for."""
+def scripted(monkeypatch):
+    """Makes the model generate these texts, row by row. \\0 is end-of-text. Returns the list of steps made so far."""
 
     def script(*texts):
         rows = [[END if c == "\0" else b for c in text for b in c.encode()] for text in texts]
@@ -267,12 +267,12 @@ def printed(*texts):
     return "".join(f"{text}\n{'-' * 40}\n" for text in texts)
 
 
-def test_the_command_prints_prompts_and_what_follows(run, saved, tmp_path):
+def test_the_command_prints_prompts_and_continuations(run, saved, tmp_path):
     model, tokenizer = load_model(saved[0], torch.device("cpu"))[0], saved[1]
 
     def expected(texts, sampling, seed, samples):
         prompts = [[END, *tokenizer.encode(text)] for text in texts]
-        rows = rows_of(model, prompts, 10, sampling, seed, samples)
+        rows = generate_rows(model, prompts, 10, sampling, seed, samples)
         return printed(*(texts[i // samples] + tokenizer.decode(row) for i, row in enumerate(rows)))
 
     few = ["--max_new_tokens=10", "--ignore_eot"]
@@ -286,52 +286,52 @@ def test_the_command_prints_prompts_and_what_follows(run, saved, tmp_path):
     assert run(*few, *several, *flags, stdin="東 stdin".encode()) == expected(texts, Sampling(2, 9, 0.7), 5, 2)
 
 
-def test_text_ends_with_the_document_or_a_stop_string(run, says):
-    says("to be\0 or not")
+def test_text_ends_with_the_document_or_a_stop_string(run, scripted):
+    scripted("to be\0 or not")
     assert run("--prompt=x ") == printed("x to be")
     assert run("--prompt=x ", "--ignore_eot") == printed("x to be<|endoftext|> or not")
-    says("to be\n\nor not")
+    scripted("to be\n\nor not")
     assert run("--stop=\n\n", "--stop=not") == printed("to be")
     assert run("--max_new_tokens=6", "--stop=\n\n") == printed("to be\n")  # held back to the end
 
 
-def test_rows_are_printed_in_order_and_no_step_is_made_in_vain(run, says):
-    steps = says("first\0 ........", "no\0............", "東京 \0...abcdef"[:11])
+def test_rows_are_printed_in_order_and_no_extra_step_is_made(run, scripted):
+    steps = scripted("first\0 ........", "no\0............", "東京 \0...abcdef"[:11])
     assert run("--prompt=1 ", "--prompt=2 ", "--prompt=3 ") == printed("1 first", "2 no", "3 東京 ")
     assert len(steps) == 8
 
 
-def test_text_is_shown_as_it_comes(run, says, monkeypatch):
+def test_text_is_printed_while_it_is_generated(run, scripted, monkeypatch):
     shown = []
-    says("a東\nb\n\n.")
+    scripted("a東\nb\n\n.")
     monkeypatch.setattr(command, "print", lambda text, end="\n", flush=False: shown.append((text + end, flush)), False)
     run("--prompt=x", "--stop=\n\n")
     assert [text for text, _ in shown if text] == ["x", "a", "東", "\nb", "\n" + "-" * 40 + "\n"]
     assert all(flush for _, flush in shown)
 
 
-def test_holes_are_filled(run, says, saved):
-    says("1 + 2\0...", "3\0.......")
+def test_infill_fills_the_holes(run, scripted, saved):
+    scripted("1 + 2\0...", "3\0.......")
     prompts = ["--prompt=a = <FILL_ME>;", "--prompt=b = <FILL_ME>\n"]
     assert run("--infill", *prompts, "--max_new_tokens=20") == printed("a = 1 + 2;", "b = 3\n")
-    says("1 + 2\0")
+    scripted("1 + 2\0")
     assert run("--infill", prompts[0], "--max_new_tokens=20", "--stop= + ") == printed("a = 1;")
 
 
-def test_a_hole_is_put_to_the_model_as_it_was_trained(run, saved):
+def test_infill_uses_the_prompt_format_of_training(run, saved):
     model, tokenizer = load_model(saved[0], torch.device("cpu"))[0], saved[1]
-    [row] = rows_of(model, [[END, *infill_prompt("a(", ")", tokenizer)]], 8, GREEDY)
+    [row] = generate_rows(model, [[END, *infill_prompt("a(", ")", tokenizer)]], 8, GREEDY)
     middle = tokenizer.decode(row[: row.index(END)] if END in row else row)
     flags = ["--prompt=a(<FILL_ME>)", "--max_new_tokens=8", "--temperature=0"]
     assert run("--infill", *flags) == printed(f"a({middle})")
 
 
-def test_16_bits_by_flag(run):
+def test_bfloat16_by_flag(run):
     text = run("--dtype=bfloat16", "--prompt=x", "--max_new_tokens=80", "--ignore_eot", "--num_samples=2")
     assert text.count("-" * 40) == 2 and text.startswith("x")
 
 
-def test_a_model_that_has_diverged(run, saved, monkeypatch):
+def test_a_diverged_model_is_a_user_error(run, saved, monkeypatch):
     model, *others = load_model(saved[0], torch.device("cpu"))
     model.ln_f.weight.data.fill_(math.nan)
     monkeypatch.setattr(command, "load_model", lambda path, device: (model, *others))
@@ -362,7 +362,7 @@ def test_a_model_that_has_diverged(run, saved, monkeypatch):
         (["--infill", "--prompt=<FILL_ME>", "--max_new_tokens=61"], "exceed the model's context of 64"),
     ],
 )
-def test_mistakes(run, tmp_path, flags, message):
+def test_user_errors(run, tmp_path, flags, message):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "latin").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(UserError) as error:
@@ -372,7 +372,7 @@ def test_mistakes(run, tmp_path, flags, message):
 
 @pytest.fixture
 def endless(saved):
-    """The command, at work for as long as nobody stops it."""
+    """The command as a process that generates until it is stopped."""
     flags = [f"--checkpoint={saved[0]}", "--device=cpu", "--prompt=ROMEO:", "--max_new_tokens=1000000", "--ignore_eot"]
     words = [sys.executable, "eval/generate.py", *flags]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -381,15 +381,15 @@ def endless(saved):
     process.communicate()
 
 
-def test_ctrl_c_leaves_what_is_printed(endless):
-    start = endless.stdout.read(40)  # it comes although the end is far
+def test_ctrl_c_ends_the_command_after_the_printed_text(endless):
+    start = endless.stdout.read(40)  # printed long before the end
     endless.send_signal(signal.SIGINT)
     rest, err = endless.communicate(timeout=60)
     assert endless.returncode == 130 and err == b"interrupted\n"
     assert start.startswith(b"ROMEO:") and b"-" * 40 not in start + rest
 
 
-def test_a_reader_that_leaves(endless):
+def test_a_closed_pipe_ends_the_command(endless):
     endless.stdout.read(40)
     endless.stdout.close()
     assert endless.wait(timeout=60) == 141
@@ -398,10 +398,9 @@ def test_a_reader_that_leaves(endless):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_sharded_model_says_what_one_process_says(trainer, tmp_path, stage):
-    """Two ranks' samples while they train, and one process with what they saved."""
+def test_a_sample_of_a_sharded_model_equals_one_of_a_single_process(trainer, tmp_path, stage):
     flags = [f"--zero_stage={stage}", "--num_iterations=2", "--sample_every=1", "--sample_tokens=50", "--seed=9"]
     trainer.run(tmp_path / "run", *flags, ranks=2)
     model, *_ = load_model(tmp_path / "run", torch.device("cpu"))
-    [row] = rows_of(model, [[0]], 50, Sampling(0.8, top_k=50), seed=9 + 2)
+    [row] = generate_rows(model, [[0]], 50, Sampling(0.8, top_k=50), seed=9 + 2)
     assert (tmp_path / "run" / "samples" / "step_00000002.txt").read_text() == " ".join(map(str, row)) + "\n"

@@ -43,7 +43,7 @@ WORDS = "a man sits on the roof of his house and rips level tiles off while two 
 
 
 def rows(count, seed=0):
-    """Examples of random words, so that only chance is right."""
+    """Yields examples of random words, so that only chance is right."""
     generator = torch.Generator().manual_seed(seed)
 
     def text(low, high):
@@ -102,7 +102,7 @@ def test_accuracy_and_its_standard_error():
     questions = {s: [Question(Request([1], [[1]] * 4), [1] * 4, label=0)] * 8 for s in hellaswag.STYLES}
     right, wrong = ([Score(float(x), False) for x in losses] for losses in ((1, 2, 2, 2), (2, 1, 2, 2)))
     found = accuracies(questions, [right] * 2 + [wrong] * 6 + [right] * 8)
-    # The sample's standard deviation over the root of its size, as of 2 ones and 6 zeros.
+    # The standard deviation of a sample of 2 ones and 6 zeros, divided by the root of its size.
     deviation = torch.tensor([1.0] * 2 + [0.0] * 6).std().item()
     assert found["completion"]["acc"].value == 0.25
     assert found["completion"]["acc"].stderr == pytest.approx(deviation / math.sqrt(8))
@@ -118,7 +118,7 @@ def test_accuracy_and_its_standard_error():
     assert all(r.name in shown for r in GPT2) and "0.2955" in shown and "0.5089" in shown
 
 
-def test_an_untrained_model_knows_as_much_as_chance(text_checkpoint, evaluate, tmp_path):
+def test_an_untrained_model_has_the_accuracy_of_chance(text_checkpoint, evaluate, tmp_path):
     path = write(tmp_path / "random.jsonl", rows(500))
     output = tmp_path / "out.json"
     shown = evaluate(hellaswag, f"--checkpoint={text_checkpoint}", f"--input={path}", f"--output={output}")

@@ -1,4 +1,4 @@
-"""LAMBADA: the last word and its context, as lm-evaluation-harness cuts them, scored as a plain forward does."""
+"""LAMBADA: the split of a passage as in lm-evaluation-harness, and scores equal to a plain forward pass."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def passages(tmp_path):
 
 
 def known_passage(model):
-    """A passage whose last word is one token, and the likeliest."""
+    """Returns a passage whose last word is one token, the most likely one."""
     tokenizer = load_tokenizer()
     for n in range(1000):
         context = f"After {n} comes"
@@ -46,10 +46,10 @@ def known_passage(model):
         word = tokenizer.decode([int(model(torch.tensor([ids]))[0, -1].argmax())])
         if word[:1] == " " and word[1:].isalpha() and tokenizer.encode(context + word)[:-1] == ids:
             return context, word[1:]
-    raise AssertionError("this model knows no word")
+    raise AssertionError("no such passage")
 
 
-def test_the_command_scores_the_last_word_as_a_plain_forward_does(
+def test_the_scores_of_the_command_equal_a_plain_forward_pass(
     text_checkpoint, passages, gpt_of, plain_losses, evaluate, tmp_path
 ):
     model, encode, losses = gpt_of(text_checkpoint), load_tokenizer().encode, []
@@ -77,7 +77,7 @@ def test_the_command_scores_the_last_word_as_a_plain_forward_does(
     assert f"{LAMBADA_GPT2[0].name:24}0.3256            40.06" in out and "all 5,153 examples" in out
 
 
-def test_accuracy_and_its_error():
+def test_accuracy_and_its_standard_error():
     found = summarize([Score(1.0, True), Score(2.0, False), Score(3.0, True), Score(4.0, True)])
     assert (found.accuracy, found.perplexity) == (0.75, math.exp(2.5))
     assert found.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
@@ -86,12 +86,12 @@ def test_accuracy_and_its_error():
 
 @settings(deadline=None)
 @given(text=st.text(alphabet="ab \n.é", min_size=1).filter(lambda text: text.split(" ")[-1].strip()))
-def test_the_official_form_is_cut_at_the_last_space(text):
-    words = text.split(" ")  # as the task's template does
+def test_a_text_is_split_at_the_last_space(text):
+    words = text.split(" ")  # like the template of the task
     assert to_example({"text": text}, "here") == Example(" ".join(words[:-1]), words[-1])
 
 
-def test_limit(passages):
+def test_limit_reads_the_first_examples(passages):
     assert [e.word for e in read_lambada(passages, 2)] == ["signs", "Shane"]
 
 
@@ -107,7 +107,7 @@ def test_limit(passages):
         ("[1]\n", "line 1: not an object"),
     ],
 )
-def test_mistakes_name_file_and_line(tmp_path, content, complaint):
+def test_user_errors_name_file_and_line(tmp_path, content, complaint):
     path = tmp_path / "x.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=f"x.jsonl.*{complaint}"):
@@ -118,12 +118,12 @@ def test_mistakes_name_file_and_line(tmp_path, content, complaint):
     "flags, complaint",
     [(["--input=nowhere.jsonl"], "nowhere.jsonl: No such file"), (["--input=x", "--limit=-1"], "--limit=-1")],
 )
-def test_mistakes_in_flags(evaluate, flags, complaint):
+def test_user_errors_in_flags(evaluate, flags, complaint):
     with pytest.raises(UserError, match=complaint):
         evaluate(lambada, "--checkpoint=nowhere", *flags)
 
 
-def test_an_existing_file_of_results_is_kept(passages, evaluate):
+def test_an_existing_results_file_is_kept(passages, evaluate):
     with pytest.raises(UserError, match="exists; choose another name"):
         evaluate(lambada, "--checkpoint=x", f"--input={passages}", f"--output={passages}")
     assert Path(passages).read_text().count("\n") == 5

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a checkpoint, and our HellaSwag: what the library finds for transformers' GPT-2."""
+"""lm-evaluation-harness on a checkpoint, and eval/hellaswag.py: the results equal the library's for transformers."""
 
 import json
 import random
@@ -73,7 +73,7 @@ metric_list: [{metric: acc}]
 """
 
 
-# What is asked
+# The tasks
 
 
 def words(rng, low, high):
@@ -85,7 +85,7 @@ def marked(rng, low, high):
 
 
 def hellaswag_row(rng):
-    """As the official file's: some of a video, some of WikiHow, the context longer than what the model sees or not."""
+    """Returns an example like the official ones: with WikiHow markup or not, longer than the context or not."""
     first, second = marked(rng, 1, 50), rng.choice(["", words(rng, 1, 3).upper(), marked(rng, 1, 5)])
     return {
         "activity_label": rng.choice(["Baking cookies", "How to [substeps] be", "x"]),
@@ -99,7 +99,7 @@ def hellaswag_row(rng):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder of tasks of each kind, each with data beside it."""
+    """A folder with a task of each kind and its data."""
     folder, rng = tmp_path_factory.mktemp("tasks"), random.Random(0)
     texts = [{"text": marked(rng, 3, length)} for length in (4, 5, 6, 8, 30, 60, 200)]
     (folder / "utils.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
@@ -116,11 +116,11 @@ def tasks(tmp_path_factory):
 TASKS = [yaml.split()[1] for yaml in (HELLASWAG, LAMBADA, WIKITEXT, ANSWERS, BLIMP)]
 
 
-# Who is asked: one set of weights, for transformers and for us
+# The models: the same weights for transformers and for rawgpt
 
 
 def merges_of(ranks):
-    """The pair that each token of more than one byte is merged from: what the merges before it leave of its bytes."""
+    """Yields the pair that each token of several bytes is merged from, by applying the earlier merges to its bytes."""
     for token, rank in ranks.items():
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
@@ -176,7 +176,7 @@ def checkpoint(hf_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(hf_folder, tasks):
-    """The library's results for its own model, one example at a time."""
+    """The library's results for its Hugging Face model, one example at a time."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -194,12 +194,12 @@ def run(*flags):
 
 @pytest.fixture(scope="module")
 def found(checkpoint, tasks, tmp_path_factory):
-    """What our command finds, and prints, for the same weights."""
+    """The results of the command for the same weights."""
     import lm_eval.evaluator
 
     output = tmp_path_factory.mktemp("found") / "found.json"
     evaluate = lm_eval.evaluator.evaluate
-    with pytest.MonkeyPatch.context() as patch:  # 100,000 resamplings for the error of each perplexity take a while
+    with pytest.MonkeyPatch.context() as patch:  # the bootstrap of the perplexities is slow
         patch.setattr(lm_eval.evaluator, "evaluate", lambda **kw: evaluate(**kw | {"bootstrap_iters": 0}))
         run(
             f"--checkpoint={checkpoint}",
@@ -212,19 +212,19 @@ def found(checkpoint, tasks, tmp_path_factory):
 
 
 def resps(results, task):
-    """Of each example, in order, what the model answered."""
+    """Returns the answers of the model to each example, in order."""
     samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     return [[answer for request in sample["resps"] for answer in request] for sample in samples]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_librarys_figures_are_those_of_its_own_model(task, found, theirs):
+def test_the_metrics_equal_those_of_the_librarys_model(task, found, theirs):
     ours, reference = ({k: v for k, v in r["results"][task].items() if isinstance(v, float)} for r in (found, theirs))
     assert len(ours) >= 1 and ours == pytest.approx(reference, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_answer_is_that_of_its_own_model(task, found, theirs):
+def test_every_answer_equals_that_of_the_librarys_model(task, found, theirs):
     mine, its = resps(found, task), resps(theirs, task)
     assert len(mine) == len(its) > 4
     for ours, reference in zip(mine, its, strict=True):
@@ -237,8 +237,8 @@ def test_every_answer_is_that_of_its_own_model(task, found, theirs):
             assert [a[1] for a in ours] == [a[1] for a in reference]
 
 
-def test_what_was_compared_says_something(theirs, tasks):
-    """Contexts that fit and that do not, answers that end at a stop string and that do not."""
+def test_the_tasks_cover_the_interesting_cases(theirs, tasks):
+    """Contexts that fit or not, answers that end at a stop string or not."""
     encode = load_tokenizer().encode
     lengths = [len(encode(a[0])) for s in theirs["samples"]["like_hellaswag"] for a in s["arguments"]]
     assert min(lengths) + 15 < POSITIONS < max(lengths)
@@ -270,20 +270,20 @@ def test_our_hellaswag_equals_the_librarys_example_by_example(flag, request, tas
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.sampled_from([*MARKS, *WORDS, "[", "]", "\t", "\xa0"]), st.text(max_size=5))).map("".join))
 @example(" [title] x [title]  [header]  y\n[a\nb] [[c] ]")
-def test_texts_are_cleaned_as_the_library_does(text):
+def test_cleaning_equals_the_librarys(text):
     from lm_eval.tasks.hellaswag.utils import preprocess
 
     assert hellaswag.clean(text) == preprocess(text)
 
 
-# Sharing
+# Log-likelihoods
 
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 
 
 @given(st.lists(st.tuples(ids, ids), max_size=40))
-def test_groups_hold_every_pair_in_its_place(pairs):
+def test_groups_contain_every_pair(pairs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "MAX_SHARED", 9)
         requests, places = command.group(pairs)
@@ -304,7 +304,7 @@ def model(checkpoint):
     )
 
 
-def test_pairs_together_are_what_they_are_alone(model):
+def test_a_batch_does_not_change_log_likelihoods(model):
     generator = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(50257, (n,), generator=generator).tolist()  # noqa: E731
     contexts = [draw(n) for n in (0, 1, 2, 20, 47, 100)]
@@ -355,14 +355,14 @@ def test_answers_do_not_depend_on_their_batch(model):
     assert command.answers(model, [("a", sampled)] * 4, torch.float32) == drawn[:4]
 
 
-def test_an_answer_longer_than_what_the_model_sees(model):
+def test_an_answer_longer_than_the_context(model):
     (text,) = command.answers(model, [("a b c", {"max_gen_toks": POSITIONS + 20})], torch.float32)
     (start,) = command.answers(model, [("a b c", {"max_gen_toks": POSITIONS - 10})], torch.float32)
     assert text.startswith(start) and len(text) > len(start)
 
 
 @pytest.mark.parametrize("size", [1, 100, 10_000])
-def test_batches_hold_every_prompt_within_their_size(model, size):
+def test_batches_contain_every_prompt_and_keep_the_size_limit(model, size):
     prompts = [[1] * (n * 7 % 60 + 1) for n in range(30)]
     settings = command.GenerationSettings(Sampling(), (), 8)
     model = replace(model, batch_tokens=size)
@@ -374,7 +374,7 @@ def test_batches_hold_every_prompt_within_their_size(model, size):
     assert len(found) == 30 if size == 1 else len(found) < 30
 
 
-def test_where_an_answer_ends(model, monkeypatch):
+def test_an_answer_ends_at_a_stop_string_or_end_of_text(model, monkeypatch):
     encode, end = model.checkpoint.tokenizer.encode, model.text.end_of_text
     written = [encode("one. two") + [end] + encode(" more"), encode("one two") + [60000] + encode("? three? fo")]
     length = max(map(len, written))
@@ -387,7 +387,7 @@ def test_where_an_answer_ends(model, monkeypatch):
 # The command
 
 
-def test_the_table_and_the_file(checkpoint, tasks, tmp_path, capsys):
+def test_the_printed_table_and_the_results_file(checkpoint, tasks, tmp_path, capsys):
     flags = [f"--checkpoint={checkpoint}", f"--include_path={tasks}", "--tasks=like_hellaswag, like_blimp"]
     run(*flags, "--limit=3", "--num_fewshot=1", f"--output={tmp_path}/x.json")
     out = capsys.readouterr().out
@@ -411,12 +411,12 @@ def test_the_table_and_the_file(checkpoint, tasks, tmp_path, capsys):
         ([], "--tasks"),
     ],
 )
-def test_mistakes_in_flags(flags, message):
+def test_user_errors_in_flags(flags, message):
     with pytest.raises(UserError, match=message.replace("--", "(--)?", 1)):
         command.check(command.parser().parse_args(["--checkpoint=run", *flags]))
 
 
-def test_ranks_are_refused(monkeypatch):
+def test_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -424,7 +424,7 @@ def test_ranks_are_refused(monkeypatch):
         command.check(command.parser().parse_args(["--checkpoint=run", "--tasks=x"]))
 
 
-def test_the_library_is_named_if_it_is_missing(monkeypatch):
+def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="lm-eval is not installed; pip install"):
         command.check(command.parser().parse_args(["--checkpoint=run", "--tasks=x"]))
@@ -432,7 +432,7 @@ def test_the_library_is_named_if_it_is_missing(monkeypatch):
 
 @pytest.fixture
 def few_tasks(monkeypatch):
-    """The library without its own tasks, which take ten seconds to list."""
+    """The library without its built-in tasks, which take ten seconds to list."""
     from lm_eval import tasks
 
     real = tasks.TaskManager
@@ -441,7 +441,7 @@ def few_tasks(monkeypatch):
     )
 
 
-def test_names_and_patterns(few_tasks, tasks):
+def test_tasks_by_name_and_pattern(few_tasks, tasks):
     def find(names):
         flags = ["--checkpoint=x", f"--tasks={names}", f"--include_path={tasks}"]
         return command.find_tasks(command.parser().parse_args(flags))[0]
@@ -466,7 +466,7 @@ def test_names_and_patterns(few_tasks, tasks):
         ("dataset_path: json\nunsafe_code: true", "marked as unsafe"),
     ],
 )
-def test_tasks_that_cannot_be_prepared(yaml, message, model, tasks, checkpoint, tmp_path, monkeypatch):
+def test_a_task_that_cannot_be_prepared_is_a_user_error(yaml, message, model, tasks, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     if "unsafe" in yaml:
@@ -479,7 +479,7 @@ def test_tasks_that_cannot_be_prepared(yaml, message, model, tasks, checkpoint, 
     assert str(caught.value).startswith("--tasks=mine: lm-eval cannot prepare it (")
 
 
-def test_a_model_that_is_broken(tasks, checkpoint, monkeypatch):
+def test_a_diverged_model_is_a_user_error(tasks, checkpoint, monkeypatch):
     def fail(*_):
         raise FloatingPointError("the model's logits are not finite")
 
@@ -488,14 +488,13 @@ def test_a_model_that_is_broken(tasks, checkpoint, monkeypatch):
         run(f"--checkpoint={checkpoint}", "--tasks=like_answers", f"--include_path={tasks}")
 
 
-def test_an_error_of_ours_is_not_the_librarys(model, tasks, checkpoint, monkeypatch):
+def test_an_internal_error_keeps_its_traceback(model, tasks, checkpoint, monkeypatch):
     monkeypatch.setattr(command, "loglikelihoods", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(f"--checkpoint={checkpoint}", "--tasks=like_blimp", f"--include_path={tasks}")
 
 
-def test_as_a_command(tasks, tmp_path):
-    """By its path: the file does not stand in the way of the library that it is called like."""
+def test_the_command_file_does_not_hide_the_library_of_the_same_name(tasks, tmp_path):
     flags = ["--checkpoint=nowhere", "--tasks=like_blimp", f"--include_path={tasks}"]
     done = subprocess.run([sys.executable, ROOT / "eval/lm_eval.py", *flags], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: nowhere: no such checkpoint or run directory\n")

@@ -1,4 +1,4 @@
-"""Perplexity: every token scored once, with the context promised, as a plain scorer does it; the command."""
+"""Perplexity: every token is scored once with enough context, as a plain scorer does. And the command."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def model_251(checkpoint):
     return load(checkpoint)
 
 
-# What is scored
+# Windows
 
 
 @unhurried
@@ -74,7 +74,7 @@ def test_every_token_but_the_first_is_scored_once_with_its_context(length, sizes
 
 @unhurried
 @given(length=LENGTHS, window=st.integers(1, 20))
-def test_a_stride_of_the_window_is_lm_evals_rolling(length, window):
+def test_a_stride_of_the_window_equals_lm_evals_rolling_windows(length, window):
     ids = list(range(1000, 1000 + length))
     theirs = get_rolling_token_windows(ids[1:], prefix_token=ids[0], max_seq_len=window, context_len=1)
     scored = [(inputs[: len(inputs) - len(targets) + 1], targets) for inputs, targets in theirs]
@@ -89,7 +89,7 @@ def test_a_stride_of_the_window_is_lm_evals_rolling(length, window):
     segment=st.integers(1, 200),
     block=st.integers(1, 30),
 )
-def test_segments_and_documents_pass_over_nothing(ids, sizes, masked, segment, block):
+def test_segments_and_documents_skip_no_token(ids, sizes, masked, segment, block):
     window, stride = sizes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(perplexity, "BLOCK", block)
@@ -106,7 +106,7 @@ def test_segments_and_documents_pass_over_nothing(ids, sizes, masked, segment, b
         at += len(r.continuations[0])
 
 
-def test_a_window_is_cut_where_documents_begin():
+def test_a_window_is_split_by_document():
     ids = np.array([5, 0, 6, 7, 0, 0, 8, 0])
     cut_up = [(r.context, *r.continuations) for r in split_by_document(ids, 3, 0)]
     assert cut_up == [([0, 6], [7, 0]), ([0], [0]), ([0], [8, 0])]
@@ -114,14 +114,14 @@ def test_a_window_is_cut_where_documents_begin():
 
 @unhurried
 @given(lengths=st.lists(st.integers(0, 9), max_size=5), limit=st.integers(0, 30))
-def test_max_tokens_are_the_first(lengths, limit):
+def test_max_tokens_keeps_the_first_tokens(lengths, limit):
     kept = truncate([text_of(range(n)) for n in lengths], limit)
     scored = sum(max(0, n - 1) for n in lengths)
     assert sum(t.length - 1 for t in kept) == (min(limit, scored) if limit else scored)
     assert all(t.length > 1 for t in kept)
 
 
-def test_bytes_are_the_files_or_those_of_the_tokens():
+def test_bytes_are_counted_from_files_or_from_tokens():
     whole = replace(text_of([9, 1, 2, 3]), bytes=100)
     lengths = np.arange(10)
     assert count_bytes([whole, text_of([9, 1, 2])], lengths) == 103
@@ -129,11 +129,11 @@ def test_bytes_are_the_files_or_those_of_the_tokens():
     assert count_bytes(truncate([whole], 2), lengths) == 3 and count_bytes(truncate([whole], 2), None) is None
 
 
-# What it is scored as
+# Losses
 
 
 def plain_sum(model, ids, window, stride, losses):
-    """One window at a time: its own forward, of whose losses those of the new tokens count."""
+    """Sums the losses of the new tokens of each window, with one forward pass per window."""
     total, first, end = 0.0, 1, min(window + 1, len(ids))
     while first < len(ids):
         total += float(losses(model, ids[max(0, end - window - 1) : end])[0][first - end :].sum())
@@ -147,12 +147,12 @@ def ids():
 
 
 @pytest.mark.parametrize("window, stride", [(24, 24), (24, 12), (24, 1), (7, 3)])
-def test_losses_are_those_of_a_plain_scorer(model, ids, window, stride, plain_losses):
+def test_losses_equal_those_of_a_plain_scorer(model, ids, window, stride, plain_losses):
     expected = plain_sum(model.checkpoint.gpt, ids, window, stride, plain_losses)
     assert measure(model, [text_of(ids)], window, stride) == (pytest.approx(expected, rel=1e-6), 99)
 
 
-def test_losses_depend_neither_on_batches_nor_on_segments(model, ids):
+def test_losses_do_not_depend_on_batches_and_segments(model, ids):
     texts = [text_of(ids), text_of(ids[:5]), text_of(ids[::-1])]
     expected, tokens = measure(model, texts, 24, 9)
     for batch_tokens, segment in ((1, 2**22), (100, 1), (4096, 200)):
@@ -161,12 +161,12 @@ def test_losses_depend_neither_on_batches_nor_on_segments(model, ids):
 
 
 @pytest.mark.parametrize("stride", [24, 5])
-def test_documents_that_were_kept_apart_in_training_are_kept_apart(model, stride, plain_losses):
+def test_attention_stays_within_documents_if_it_did_in_training(model, stride, plain_losses):
     ids = np.random.default_rng(1).integers(0, EOT, 80)
     ids[[0, 3, 4, 40, 77]] = EOT
     ids, expected = ids.tolist(), 0.0
     for start, first, end in strided_windows(80, 24, stride):
-        for t in range(first, end):  # each token by itself, after what it may see
+        for t in range(first, end):  # one token at a time, given its context
             begins = max((i for i in range(start, t) if ids[i] == EOT), default=start)
             expected += float(plain_losses(model.checkpoint.gpt, ids[begins : t + 1])[0][-1])
     masked = replace(model, document_separator=EOT)
@@ -181,11 +181,11 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
-WHOLE = ["--stride=32", "--max_tokens=2976"]  # 93 windows of 32, each after the one before
+WHOLE = ["--stride=32", "--max_tokens=2976"]  # 93 windows of 32 without overlap
 
 
 @pytest.mark.parametrize("doc_mask", [False, True])
-def test_a_stride_of_the_window_is_what_validation_does(model_251, shards, doc_mask):
+def test_a_stride_of_the_window_equals_validation(model_251, shards, doc_mask):
     paths = sorted(shards.glob("*_val_*.bin"))
     rows = Loader([open_shard(path, 251) for path in paths], 32, 1, 0, False, "x").gather(list(range(93))).long()
     model = replace(model_251, document_separator=7 if doc_mask else None)
@@ -214,7 +214,7 @@ def test_shards_without_a_tokenizer(checkpoint, model_251, shards, evaluate, tmp
     assert f"loss {loss:.4f} nats" in out and "bits per byte unknown" in out and "window 32, stride 32" in out
 
 
-def test_shards_are_one_text_and_their_tokens_have_bytes(text_checkpoint, evaluate, tmp_path, plain_losses, model):
+def test_shards_are_one_text_and_their_bytes_are_counted(text_checkpoint, evaluate, tmp_path, plain_losses, model):
     tokenizer = load_tokenizer()
     ids = [
         token for document in ("A first one.", "Zweites 東京", "third") for token in (EOT, *tokenizer.encode(document))
@@ -261,14 +261,14 @@ def test_a_hugging_face_folder_on_text(hf_folder, evaluate, tmp_path, plain_loss
     assert found["loss"] * found["tokens"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_beginning_that_the_tokenizer_puts_there_is_not_put_there_twice(model):
+def test_a_bos_token_that_the_tokenizer_adds_is_not_added_twice(model):
     for prefix in ([EOT], []):
         encoder = replace(model.text, encode=lambda text, prefix=prefix: [*prefix, *map(ord, text)])
         text = texts.document_text("ab", encoder)
         assert text.read(0, text.length).tolist() == [EOT, 97, 98]
 
 
-def test_shards_under_another_model_have_bytes_if_their_manifest_says_whose_they_are(model, tmp_path):
+def test_the_manifest_of_shards_gives_the_bytes_of_tokens_for_a_hugging_face_model(model, tmp_path):
     write_shard(tmp_path / "a.bin", np.array([EOT, 1, 2]), 50257)
     foreign = replace(model, checkpoint=None, byte_lengths=None)
     shard = [tmp_path / "a.bin"]
@@ -281,7 +281,7 @@ def test_shards_under_another_model_have_bytes_if_their_manifest_says_whose_they
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_give_the_same_to_the_last_digit(checkpoint, shards, evaluate, tmp_path, ranks):
+def test_ranks_give_bit_identical_results(checkpoint, shards, evaluate, tmp_path, ranks):
     flags = [f"--checkpoint={checkpoint}", f"--input={shards}/*_val_*.bin", "--batch_tokens=500"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*torchrun, "eval/perplexity.py", *flags, f"--output={tmp_path}/{ranks}.json", "--device=cpu"]
@@ -297,13 +297,13 @@ def test_ranks_give_the_same_to_the_last_digit(checkpoint, shards, evaluate, tmp
 
 
 def without_torch(*flags):
-    """The command in a process that cannot import torch."""
+    """Runs the command in a process that cannot import torch."""
     code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['p', *{flags}]"
     code += "; runpy.run_path('eval/perplexity.py', run_name='__main__')"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
 
 
-def test_help_and_mistakes_in_flags_need_no_torch():
+def test_help_and_user_errors_in_flags_need_no_torch():
     helped = without_torch("--help")
     assert helped.returncode == 0 and "--stride" in helped.stdout
     wrong = without_torch("--checkpoint=x", "--input=x", "--stride=5", "--window=4")
@@ -322,7 +322,7 @@ def damaged(folder):
     (folder / "packed.txt.gz").write_bytes(b"x")
 
 
-SHARD_MISTAKES = {
+SHARD_ERRORS = {
     "none*.bin": "--input=.*none.*matches no file",
     "damaged.bin": "damaged.bin: truncated",
     "foreign.bin": "token id 300 at position 1 is not below",
@@ -332,14 +332,14 @@ SHARD_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", SHARD_MISTAKES)
-def test_mistakes_in_shards(checkpoint, evaluate, tmp_path, name):
+@pytest.mark.parametrize("name", SHARD_ERRORS)
+def test_user_errors_in_shards(checkpoint, evaluate, tmp_path, name):
     damaged(tmp_path)
-    with pytest.raises(UserError, match=SHARD_MISTAKES[name]):
+    with pytest.raises(UserError, match=SHARD_ERRORS[name]):
         evaluate(perplexity, f"--checkpoint={checkpoint}", f"--input={tmp_path}/{name}")
 
 
-TEXT_MISTAKES = {
+TEXT_ERRORS = {
     "empty.txt": (b"", "empty.txt: empty file"),
     "latin.txt": ("caf\xe9 x".encode("latin-1"), r"latin.txt: not UTF-8 text \(invalid continuation byte at byte 3\)"),
     "field.jsonl": (b'{"text": "a"}\n\n{"txt": "b"}\n', "field.jsonl, line 3: .*field 'text'; see --text_key"),
@@ -350,10 +350,10 @@ TEXT_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", TEXT_MISTAKES)
-def test_mistakes_in_text(model, evaluate, tmp_path, name, monkeypatch):
+@pytest.mark.parametrize("name", TEXT_ERRORS)
+def test_user_errors_in_text(model, evaluate, tmp_path, name, monkeypatch):
     monkeypatch.setattr(perplexity, "load_eval_model", lambda args, needs_tokenizer: model)
-    content, complaint = TEXT_MISTAKES[name]
+    content, complaint = TEXT_ERRORS[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=complaint):
         evaluate(perplexity, "--checkpoint=x", f"--input={tmp_path}/{name}")
@@ -371,7 +371,7 @@ def test_mistakes_in_text(model, evaluate, tmp_path, name, monkeypatch):
         (["--tokenizer=gpt2"], "--tokenizer=gpt2 has 50,257 tokens"),
     ],
 )
-def test_mistakes_in_flags(checkpoint, shards, evaluate, flags, complaint):
+def test_user_errors_in_flags(checkpoint, shards, evaluate, flags, complaint):
     with pytest.raises(UserError, match=complaint):
         evaluate(perplexity, f"--checkpoint={checkpoint}", f"--input={shards}/*_val_*.bin", *flags)
 

@@ -1,4 +1,4 @@
-"""Text as tokens come: what whole decoding gives, cut where it should be, and never taken back."""
+"""Incremental decoding: equal to decoding all tokens, ended at a stop string, and never retracted."""
 
 import json
 
@@ -17,7 +17,7 @@ ids = st.lists(st.sampled_from([*b"ab\n", *"é東😀".encode(), 0xFF, END, UNKN
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A token for each byte, and the end of text."""
+    """A tokenizer with a token per byte and end-of-text."""
     file = tmp_path_factory.mktemp("bytes") / "tokenizer.json"
     pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     added = [{"id": END, "content": "<|endoftext|>", "special": True}]
@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spaced(tmp_path_factory):
-    """SentencePiece's kind, which puts a space before the text."""
+    """A tokenizer like SentencePiece, which inserts a space before the text."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     names = ["</s>", *[f"<0x{b:02X}>" for b in range(256)], "▁", "a"]
     data = {
@@ -46,7 +46,7 @@ def pieces(stream, tokens):
 
 
 def first_to_be_complete(text, stop):
-    """Where text is cut, found one character at a time."""
+    """Returns the length of the text before the first stop string, by adding one character at a time."""
     for end in range(1, len(text) + 1):
         for s in sorted(stop, key=len, reverse=True):
             if text[:end].endswith(s):
@@ -57,16 +57,16 @@ def first_to_be_complete(text, stop):
 @few
 @given(tokens=ids)
 @example(tokens=[*"東😀".encode()[:5], UNKNOWN, *"é".encode()])
-def test_the_pieces_are_the_whole(tokenizer, tokens):
+def test_the_pieces_joined_equal_the_decoded_text(tokenizer, tokens):
     assert "".join(pieces(TextStream(tokenizer, [], None, True), tokens)) == tokenizer.decode(tokens)
 
 
 @few
 @given(tokens=ids, stop=st.lists(st.text("ab\né�", min_size=1, max_size=4), max_size=3))
-@example(tokens=[*b"aab"], stop=["ab", "aaa"])  # what looked like the start of one is that of another
+@example(tokens=[*b"aab"], stop=["ab", "aaa"])  # the start of one stop string becomes another one
 @example(tokens=[*b"abab\n"], stop=["abab\n", "bab"])
 @example(tokens=[0xC3], stop=["�"])
-def test_text_ends_before_the_first_stop_string_and_nothing_certain_is_held_back(tokenizer, tokens, stop):
+def test_text_ends_before_the_first_stop_string_and_final_text_is_not_held_back(tokenizer, tokens, stop):
     stream, shown = TextStream(tokenizer, stop, END, True), ""
     seen = tokens[: tokens.index(END)] if END in tokens else tokens
     whole = tokenizer.decode(seen)
@@ -81,29 +81,29 @@ def test_text_ends_before_the_first_stop_string_and_nothing_certain_is_held_back
     assert stream.ended and stream.add(ord("x")) == stream.finish() == ""
 
 
-def test_a_character_comes_when_it_is_whole(tokenizer):
+def test_a_character_is_returned_when_it_is_complete(tokenizer):
     stream = TextStream(tokenizer, [], END, True)
     assert pieces(stream, "a東b".encode()) == ["a", "", "", "東", "b", ""]
 
 
-def test_a_stop_string_over_several_tokens(tokenizer):
+def test_a_stop_string_of_several_tokens(tokenizer):
     stream = TextStream(tokenizer, ["\n\n"], END, True)
     assert pieces(stream, b"a\nb\n\nc") == ["a", "", "\nb", "", "", "", ""]
     assert pieces(TextStream(tokenizer, ["\n\n"], END, True), b"a\n") == ["a", "", "\n"]
 
 
-def test_the_end_of_the_document_ends_the_text(tokenizer):
+def test_end_of_text_ends_the_stream(tokenizer):
     stream = TextStream(tokenizer, [], END, True)
     assert pieces(stream, [*b"a", END, *b"b"]) == ["a", "", "", ""]
     assert "".join(pieces(TextStream(tokenizer, [], None, True), [*b"a", END])) == "a<|endoftext|>"
 
 
-def test_an_empty_stop_string(tokenizer):
+def test_an_empty_stop_string_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="empty"):
         TextStream(tokenizer, [""], END, True)
 
 
-def test_the_space_that_an_encoder_puts_before_a_text(spaced):
+def test_the_space_that_the_encoder_inserts_is_removed(spaced):
     tokens = spaced.encode("a a")
     assert "".join(pieces(TextStream(spaced, [], 0, True), tokens)) == spaced.decode(tokens) == "a a"
     assert "".join(pieces(TextStream(spaced, [], 0, False), tokens)) == " a a"

@@ -1,4 +1,4 @@
-"""Validation loss and bits per byte: exact sums over the targets of the chosen windows, and over nothing else."""
+"""Validation loss and bits per byte: exact sums over the targets of the chosen windows."""
 
 import math
 
@@ -13,7 +13,7 @@ from model.loss import IGNORE_INDEX
 
 VOCAB, T = 50, 8
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 10 * T + 1)
-BYTES = np.arange(VOCAB) ** 2 % 17  # unequal lengths, some 0, as of an end-of-text token
+BYTES = np.arange(VOCAB) ** 2 % 17  # different lengths, some 0 like end-of-text
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def loader(tmp_path_factory):
 
 
 def losses_of(idx, targets, positions=None):
-    """Stands for a model: the loss of a target is the product of the token before it and itself, in whole numbers."""
+    """A stand-in for a model: the loss of a target is the product of the target and the previous token."""
     valid = targets != IGNORE_INDEX
     return (idx * targets)[valid].sum().float(), valid.sum()
 
@@ -42,7 +42,7 @@ def measured(loader, windows, batch_size, rounds):
 
 
 @pytest.mark.parametrize("batch_size, rounds", [(3, 2), (4, 2), (1, 5), (8, 3)])  # up to 19 rows of padding
-def test_losses_tokens_and_bytes_are_those_of_the_targets(loader, batch_size, rounds):
+def test_losses_tokens_and_bytes_are_sums_over_targets(loader, batch_size, rounds):
     windows = [0, 2, 3, 7, 9]
     rows = [TOKENS[w * T : w * T + T + 1] for w in windows]
     expected = [
@@ -53,7 +53,7 @@ def test_losses_tokens_and_bytes_are_those_of_the_targets(loader, batch_size, ro
     assert measured(loader, windows, batch_size, rounds) == expected
 
 
-def test_documents_are_kept_apart_if_their_first_token_is_known(loader):
+def test_positions_restart_at_documents_if_the_end_of_text_token_is_known(loader):
     seen = []
 
     def model(idx, targets, positions=None):
@@ -73,7 +73,7 @@ def test_a_rank_without_windows_adds_nothing(loader):
     assert measured(loader, [], 2, 3) == [0, 0, 0]
 
 
-def test_the_windows_are_spread_over_all_there_are():
+def test_the_windows_are_evenly_spaced():
     assert fixed_windows(10, 4) == [0, 2, 5, 7]
     assert fixed_windows(3, 20) == [0, 1, 2]
 

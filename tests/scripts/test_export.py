@@ -1,4 +1,4 @@
-"""Exporting a checkpoint that two ranks wrote, and models of every kind that transformers has a class for."""
+"""Export of a sharded checkpoint, and of every architecture that transformers has a class for."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def run_command(*words, code=0):
 
 
 def export(*words, code=0):
-    """The same in this process; what it says of a mistake."""
+    """Runs the command in this process. Returns its error message, or ""."""
     args = command.parser().parse_args([str(word) for word in words])
     try:
         command.main(args)
@@ -58,7 +58,7 @@ def export(*words, code=0):
     return ""
 
 
-def test_one_file_holds_what_the_ranks_wrote(sharded, parameters_of, trainer, tmp_path):
+def test_consolidated_has_the_weights_of_all_ranks(sharded, parameters_of, trainer, tmp_path):
     run_command("--checkpoint", sharded, "--to", "consolidated", "--output", tmp_path / "whole")
     tensors, expected = load_file(tmp_path / "whole/model/model.safetensors"), parameters_of(sharded)
     assert tensors.keys() == expected.keys() and all((tensors[n] == t).all() for n, t in expected.items())
@@ -67,7 +67,7 @@ def test_one_file_holds_what_the_ranks_wrote(sharded, parameters_of, trainer, tm
     assert "a model without its optimizer" in refused.stderr
 
 
-def test_mistakes(sharded, tmp_path):
+def test_user_errors(sharded, tmp_path):
     assert "exists; choose another name" in run_command("--checkpoint", sharded, "--output", tmp_path, code=2)
     assert "no such run or checkpoint" in export(
         "--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "x", code=2
@@ -107,7 +107,7 @@ def flags(draw):
 
 
 def source_of(config, seed=0):
-    """A model as `export` has it, with weights far from their start, and the model."""
+    """Returns a model as a `Source`, with weights far from their initial values, and the model."""
     model = GPT(model_config(config.model_dump(), "here")).eval()
     generator = torch.Generator().manual_seed(seed)
     init_weights(model, lambda name, shape: torch.randn(shape, generator=generator) * 0.2)
@@ -119,7 +119,7 @@ def source_of(config, seed=0):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(flags=flags(), limit=st.sampled_from([5e9, 1e4]))
-def test_transformers_opens_it_and_computes_the_same(tmp_path_factory, flags, limit):
+def test_transformers_loads_the_export_and_computes_the_same_logits(tmp_path_factory, flags, limit):
     folder = tmp_path_factory.mktemp("export")
     config = load_config(["--sequence_length=40", *flags], 1)
     source, ours = source_of(config)
@@ -128,7 +128,7 @@ def test_transformers_opens_it_and_computes_the_same(tmp_path_factory, flags, li
     idx = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         got, expected = theirs(idx).logits, ours(idx)
-    assert got.shape == expected.shape  # the true vocabulary
+    assert got.shape == expected.shape  # without padding
     assert (got - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
     back, _, _ = load_model(f"hf:{folder}", torch.device("cpu"))
     named = dict(back.named_parameters())
@@ -152,7 +152,7 @@ def test_transformers_opens_it_and_computes_the_same(tmp_path_factory, flags, li
         ([*FAMILIES["qwen2"], "--bias=1"], "--bias=1: .*--qkv_bias.* only --bias=0"),
     ],
 )
-def test_what_transformers_has_no_class_for_is_refused_with_its_switch(tmp_path, flags, switch):
+def test_an_architecture_that_transformers_lacks_is_refused_and_the_flag_is_named(tmp_path, flags, switch):
     config = load_config(["--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=61", *flags], 1)
     with pytest.raises(UserError, match=switch):
         command.export_hf(source_of(config)[0], tmp_path, torch.float32, 5e9, "")
@@ -161,7 +161,7 @@ def test_what_transformers_has_no_class_for_is_refused_with_its_switch(tmp_path,
 
 @pytest.fixture(scope="module")
 def text_run(trainer, tmp_path_factory):
-    """Two ranks' checkpoint of a model of GPT-2's vocabulary, and what it was exported to."""
+    """A sharded checkpoint of a model with GPT-2's vocabulary, and its export."""
     folder = tmp_path_factory.mktemp("text")
     flags = ["--vocab_size=50257", "--num_iterations=2", "--total_batch_size=128", "--hellaswag_limit=1"]
     trainer.run(folder / "run", "--zero_stage=3", "--n_layer=1", *flags, ranks=2)
@@ -169,7 +169,7 @@ def text_run(trainer, tmp_path_factory):
     return folder / "run", folder / "out"
 
 
-def test_a_run_becomes_a_folder_that_says_the_same(text_run):
+def test_the_export_of_a_run_generates_the_same_text(text_run):
     run, folder = text_run
     model, flags, _ = load_model(run, torch.device("cpu"))
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -183,13 +183,18 @@ def test_a_run_becomes_a_folder_that_says_the_same(text_run):
     with torch.no_grad():
         assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
     card = (folder / "README.md").read_text()
-    said = ["for 2 steps on 256 tokens", "validation perplexity", "total_batch_size | `128`", "_bin | `*_train_*.bin`"]
-    assert not [words for words in said if words not in card]
+    expected = [
+        "for 2 steps on 256 tokens",
+        "validation perplexity",
+        "total_batch_size | `128`",
+        "_bin | `*_train_*.bin`",
+    ]
+    assert not [words for words in expected if words not in card]
 
 
 @pytest.fixture
 def with_begin_of_text(tmp_path):
-    """A tokenizer as Llama's, which puts a token before each text."""
+    """A tokenizer that puts a BOS token before each text, like Llama's."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     files = tokenizer_files(load_tokenizer("gpt2"))
@@ -205,26 +210,26 @@ def with_begin_of_text(tmp_path):
     return folder
 
 
-def test_a_begin_of_text_token_is_put_there_on_both_sides(trainer, with_begin_of_text, tmp_path, capsys):
-    """The run, its export read here and the export in transformers say the same, from the same text."""
+def test_a_bos_token_is_added_by_rawgpt_and_by_transformers(trainer, with_begin_of_text, tmp_path, capsys):
+    """The run, its export in rawgpt and its export in transformers generate the same text."""
     flags = [f"--tokenizer={with_begin_of_text}", "--vocab_size=50258", "--n_layer=1", "--num_iterations=2"]
     trainer.run(tmp_path / "run", *flags, "--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0")
     export("--checkpoint", tmp_path / "run", "--to=hf", "--output", tmp_path / "out")
-    said = []
+    texts = []
     for checkpoint in (tmp_path / "run", f"hf:{tmp_path / 'out'}"):
         words = [f"--checkpoint={checkpoint}", "--prompt=Hello, world", "--temperature=0", "--max_new_tokens=9"]
         capsys.readouterr()
         generating.main(generating.parser().parse_args([*words, "--device=cpu", "--ignore_eot"]))
-        said.append(capsys.readouterr().out)
+        texts.append(capsys.readouterr().out)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer("Hello, world", return_tensors="pt").input_ids
     assert ids[0, 0] == 50257
     written = theirs.generate(ids, max_new_tokens=9, min_new_tokens=9, do_sample=False)
-    assert said[0] == said[1] and said[0].startswith(tokenizer.decode(written[0, 1:]))
+    assert texts[0] == texts[1] and texts[0].startswith(tokenizer.decode(written[0, 1:]))
 
 
-def test_the_import_of_an_export_is_the_checkpoint_bit_for_bit(text_run, parameters_of):
+def test_an_export_is_imported_bit_for_bit(text_run, parameters_of):
     run, folder = text_run
     config = load_config([f"--init_from=hf:{folder}"], 1, open_pretrained)
     assert config.tokenizer == str(folder)
@@ -237,8 +242,8 @@ def test_the_import_of_an_export_is_the_checkpoint_bit_for_bit(text_run, paramet
         assert torch.equal(named[name][:50257], value[:50257])
 
 
-def test_it_is_trained_on_with_another_vocabulary(text_run, trainer, parameters_of, tmp_path):
-    """gpt2-fim has three tokens more, whose rows are the mean of the others."""
+def test_an_export_can_be_trained_with_another_vocabulary(text_run, trainer, parameters_of, tmp_path):
+    """gpt2-fim has three additional tokens. Their embeddings start as the mean of the others."""
     flags = ["--n_layer=1", "--tokenizer=gpt2-fim", "--vocab_size=50260", "--num_iterations=1", "--learning_rate=1e-30"]
     trainer.run(tmp_path / "run", f"--init_from=hf:{text_run[1]}", *flags, "--resize_embeddings=1")
     old, new = (parameters_of(run)["wte.weight"] for run in (text_run[0], tmp_path / "run"))
@@ -246,7 +251,7 @@ def test_it_is_trained_on_with_another_vocabulary(text_run, trainer, parameters_
     assert torch.allclose(new[50257:50260], old[:50257].mean(0).expand(3, -1), atol=1e-7)
 
 
-def test_lm_eval_opens_it(text_run, tmp_path):
+def test_lm_eval_loads_the_export(text_run, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "one two", "good": " three", "bad": " 東京"}\n' * 3)
     (tmp_path / "tiny.yaml").write_text(
         "task: tiny\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
@@ -262,24 +267,24 @@ def test_lm_eval_opens_it(text_run, tmp_path):
     assert results["results"]["tiny"]["acc,none"] in (0.0, 1.0)
 
 
-def test_without_a_tokenizer_it_says_so(sharded, tmp_path, capsys):
+def test_an_export_without_a_tokenizer_prints_the_reason(sharded, tmp_path, capsys):
     export("--checkpoint", sharded, "--to=hf", "--output", tmp_path / "out")
     assert "exporting without a tokenizer: --tokenizer=gpt2 has 50,257 tokens" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("tokenizer*"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id is None
 
 
-def test_bfloat16_in_many_files_and_refusals(text_run, sharded, tmp_path):
+def test_bfloat16_in_several_files_and_user_errors(text_run, sharded, tmp_path):
     run, _ = text_run
     export("--checkpoint", run, "--to=hf", "--dtype=bfloat16", "--max_file_gb=1e-3", "--output", tmp_path / "small")
     files = list((tmp_path / "small").glob("model-*.safetensors"))
     assert len(files) > 1 and all(t.dtype == torch.bfloat16 for f in files for t in load_file(f).values())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").dtype == torch.bfloat16
-    said = export("--checkpoint", sharded, "--to=hf", "--tokenizer=cl100k_base", "--output", tmp_path / "x", code=2)
-    assert "--tokenizer=cl100k_base" in said
+    message = export("--checkpoint", sharded, "--to=hf", "--tokenizer=cl100k_base", "--output", tmp_path / "x", code=2)
+    assert "--tokenizer=cl100k_base" in message
     assert "--max_file_gb=0.0" in export("--checkpoint", run, "--max_file_gb=0", "--output", tmp_path / "x", code=2)
-    said = export("--checkpoint", f"hf:{tmp_path / 'small'}", "--output", tmp_path / "x", code=2)
-    assert "--to=consolidated needs a rawgpt checkpoint" in said and not (tmp_path / "x").exists()
+    message = export("--checkpoint", f"hf:{tmp_path / 'small'}", "--output", tmp_path / "x", code=2)
+    assert "--to=consolidated needs a rawgpt checkpoint" in message and not (tmp_path / "x").exists()
     export("--checkpoint", run, "--to=llmc", "--output", tmp_path / "model.bin")
     ours, back = (
         load_model(run, torch.device("cpu"))[0],

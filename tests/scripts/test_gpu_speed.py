@@ -1,4 +1,4 @@
-"""The speed benchmark of GPU machines, rehearsed without one, and the page made of its report."""
+"""The GPU speed benchmark, rehearsed on the CPU, and the page that is generated from its report."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--device=cpu", "--tiny")
-# What the benchmarks use of nanoGPT's model.py.
+# The part of nanoGPT's model.py that the benchmarks use.
 STAND_IN = """
 from dataclasses import dataclass
 import torch
@@ -32,7 +32,7 @@ class GPTConfig:
 class GPT(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
-        print("nanoGPT says how many parameters it has")
+        print("number of parameters: ...")
         self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
 
     def forward(self, idx, targets):
@@ -69,7 +69,7 @@ def rehearsal(tmp_path_factory, nanogpt):
     return output, done.stdout
 
 
-def test_every_part_runs_and_leaves_its_figures(rehearsal):
+def test_every_part_runs_and_reports_results(rehearsal):
     report = json.loads(rehearsal[0].read_text())
     assert not report["failed"] and not report["left_out"] and len(report["figures"]) == 19
     trained = {name: part for name, part in report["figures"].items() if "tok/s" in part}
@@ -81,7 +81,7 @@ def test_every_part_runs_and_leaves_its_figures(rehearsal):
     assert {"hardware", "driver", "torch", "cuda", "cudnn", "LD_LIBRARY_PATH", "commit", "command"} <= report.keys()
 
 
-def test_killed_half_way_it_keeps_the_figures_it_had(tmp_path, nanogpt):
+def test_a_killed_benchmark_keeps_its_results(tmp_path, nanogpt):
     output = tmp_path / "report.json"
     process = subprocess.Popen(command(*TINY, f"--output={output}", f"--nanogpt={nanogpt}"), stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -104,13 +104,13 @@ def measure(monkeypatch):
     return with_flags
 
 
-def test_a_part_that_lacks_its_input_is_left_out(measure, tmp_path):
+def test_a_part_without_input_is_left_out(measure, tmp_path):
     assert measure(*TINY, f"--output={tmp_path / 'report.json'}", "--only=nanoGPT;attention") == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["figures"]) == ["attention"] and "--nanogpt" in report["left_out"]["nanoGPT"]
 
 
-def test_a_part_that_the_time_is_too_short_for_is_left_out(tmp_path, monkeypatch):
+def test_a_part_that_exceeds_the_time_limit_is_left_out(tmp_path, monkeypatch):
     bench = gpu_speed.Bench(tmp_path / "report.json", seconds=40, device="cpu", tiny=False, nanogpt=None)
     monkeypatch.setattr(gpu_speed, "PARTS", {"long": (80, None), "short": (8, lambda bench: bench.note("x", 1.0))})
     for name in gpu_speed.PARTS:
@@ -119,7 +119,7 @@ def test_a_part_that_the_time_is_too_short_for_is_left_out(tmp_path, monkeypatch
     assert list(report["figures"]) == ["short"] and "s left of --seconds=40" in report["left_out"]["long"]
 
 
-def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(measure, tmp_path, monkeypatch):
+def test_a_failed_part_is_recorded_and_the_next_one_runs(measure, tmp_path, monkeypatch):
     def fail(bench):
         bench.note("first", 1.0)
         raise RuntimeError("no such kernel")
@@ -141,7 +141,7 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(measure, tmp_path, m
         ([*TINY, "--nanogpt=/nowhere"], "--nanogpt=/nowhere: has no model.py"),
     ],
 )
-def test_mistakes_are_named_and_nothing_is_written(measure, tmp_path, monkeypatch, flags, words):
+def test_user_errors_write_nothing(measure, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=words):
         measure(*flags, f"--output={tmp_path / 'report.json'}")
@@ -161,14 +161,14 @@ def test_the_page_gets_a_section_per_report_and_keeps_the_rest(rehearsal, tmp_pa
     assert "tiny shapes" in text and text.count("### cpu") == 1
 
 
-def test_goals_and_ratios_stand_beside_the_figures():
+def test_the_table_has_goals_and_ratios():
     parts = {"nanoGPT": {"tok/s": 500_000.0}, "gpt2-124m, all changes": {"tok/s": 550_000.0, "MFU": 0.5, "GiB": 20.0}}
     row = gpu_table.training_table("NVIDIA H200", parts)[-1]
     assert row == "| gpt2-124m, all changes | 550,000 | 1.100 | 50.0% | 540,000 tok/s | 20.0 |  |"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"figures": 1}', '{"figures": {}}'])
-def test_what_is_no_report_is_refused_by_name(tmp_path, monkeypatch, content):
+def test_a_file_that_is_not_a_report_is_a_user_error(tmp_path, monkeypatch, content):
     (tmp_path / "x.json").write_text(content)
     (tmp_path / "page.md").write_text("without marks")
     monkeypatch.setattr(sys, "argv", ["gpu_table.py", str(tmp_path / "x.json"), "--output", str(tmp_path / "page.md")])
@@ -177,7 +177,7 @@ def test_what_is_no_report_is_refused_by_name(tmp_path, monkeypatch, content):
     assert (tmp_path / "page.md").read_text() == "without marks"
 
 
-def test_a_page_without_marks_is_left_alone(rehearsal, tmp_path, monkeypatch):
+def test_a_page_without_marks_is_not_changed(rehearsal, tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text("without marks")
     monkeypatch.setattr(sys, "argv", ["gpu_table.py", str(rehearsal[0]), "--output", str(tmp_path / "page.md")])
     with pytest.raises(UserError, match="has no lines"):
@@ -186,7 +186,7 @@ def test_a_page_without_marks_is_left_alone(rehearsal, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_is_compared_with_nanogpts_model_too(nanogpt):
+def test_training_is_compared_with_nanogpt(nanogpt):
     small = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=300", "--sequence_length=8", "--batch_size=2"]
     words = [sys.executable, str(ROOT / "scripts" / "bench" / "train.py"), "--rounds=1", "--steps=1", *small]
     done = run([*words, f"--nanogpt={nanogpt}"])

@@ -1,4 +1,4 @@
-"""The launchers: what they would run, and when the SLURM job puts itself back into the queue.
+"""The launchers: the commands that they run, and when the SLURM job requeues itself.
 
 `torchrun`, `srun`, `scontrol` and `nvidia-smi` are stand-ins, first in PATH. tests/e2e/test_launch.py runs them with
 the real torchrun.
@@ -28,7 +28,7 @@ def not_under_nohup():
 
 
 class StandIns:
-    """A folder of commands, each of which notes its arguments, and then does as it is told."""
+    """A folder of fake commands. Each records its arguments and then runs a given script."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -88,21 +88,21 @@ def test_the_launchers_exit_code_is_torchruns(stand_ins):
     "env,workers",
     [({}, 3), ({"CUDA_VISIBLE_DEVICES": "0,2"}, 2), ({"CUDA_VISIBLE_DEVICES": ""}, 1), ({"NPROC": "4"}, 4)],
 )
-def test_a_worker_for_every_gpu_that_may_be_seen(stand_ins, env, workers):
+def test_one_worker_per_visible_gpu(stand_ins, env, workers):
     stand_ins.add("nvidia-smi", "echo GPU 0; echo GPU 1; echo GPU 2")
     stand_ins.run("single_node.sh", **env)
     assert f"--nproc-per-node={workers}" in stand_ins.calls("torchrun")[0]
 
 
-def test_what_is_set_outside_wins(stand_ins):
+def test_environment_variables_override_the_defaults(stand_ins):
     stand_ins.run("single_node.sh", NPROC="2", MAX_RESTARTS="0", OMP_NUM_THREADS="7")
     assert {"--nproc-per-node=2", "--max-restarts=0"} <= set(stand_ins.calls("torchrun")[0])
     assert "OMP_NUM_THREADS=7\n" in (stand_ins.folder / "env").read_text()
     done = stand_ins.run("single_node.sh", NPROC="all")
-    assert (done.returncode, done.stderr) == (2, "error: NPROC=all is no number of workers\n")
+    assert (done.returncode, done.stderr) == (2, "error: NPROC=all must be a number of workers\n")
 
 
-def test_nohup_keeps_its_meaning(stand_ins):
+def test_nohup_is_respected(stand_ins):
     command = ["nohup", *stand_ins.command("single_node.sh")]
     subprocess.run(command, env=stand_ins.env, check=True, capture_output=True)
     assert f"--signals-to-handle={SIGNALS}" in stand_ins.calls("torchrun")[0]
@@ -117,7 +117,7 @@ def test_multi_node(stand_ins):
 
 
 @pytest.mark.parametrize("env,missing", [({}, "NNODES"), ({"NNODES": "2"}, "RDZV_ENDPOINT")])
-def test_multi_node_asks_for_what_it_cannot_know(stand_ins, env, missing):
+def test_multi_node_requires_its_variables(stand_ins, env, missing):
     done = stand_ins.run("multi_node.sh", *FLAGS, **env)
     assert done.returncode == 2 and done.stderr.startswith(f"error: set {missing}") and done.stderr.count("\n") == 1
     assert not stand_ins.calls("torchrun")
@@ -133,7 +133,7 @@ def test_t4x4(stand_ins, model, batch_size):
 
 
 class Slurm(StandIns):
-    """Submits the job in a copy of the repository's root; the run is what `srun` is told to do."""
+    """A fake SLURM that runs the job in a copy of the repository's root. The fake `srun` is the run."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -151,7 +151,7 @@ class Slurm(StandIns):
         }
 
     def leave(self, status: str | None, newest: int | None) -> str:
-        """The command by which a run leaves this status, and this newest checkpoint."""
+        """Returns the script of a run that ends with this status and this newest checkpoint."""
         mark = json.dumps({"status": status, "step": newest, "reason": ""})
         does = f"mkdir -p {self.output_dir}/checkpoints\n"
         does += f"echo '{mark}' > {self.output_dir}/status.json\n" if status else ""
@@ -186,15 +186,15 @@ def test_slurm_starts_one_torchrun_per_node(slurm):
         ("done", 30, 0, False),
         ("done", 30, 1, False),  # a signal came after the last step
         ("out of time", 20, 0, False),
-        ("stopped", 20, 1, False),  # by scancel: nobody has warned us that the time is over
+        ("stopped", 20, 1, False),  # by scancel: there was no warning of the time limit
         ("user error", 20, 1, False),
-        ("running", 20, 1, True),  # crashed after having come further
-        ("running", 10, 1, False),  # crashed where it crashed before
-        (None, None, 1, False),  # did not come to the point of claiming its directory
+        ("running", 20, 1, True),  # crashed after progress
+        ("running", 10, 1, False),  # crashed without progress
+        (None, None, 1, False),  # ended before it locked its directory
     ],
 )
-def test_slurm_goes_on_if_the_run_can(slurm, status, newest, code, again):
-    subprocess.run(["bash", "-c", slurm.leave("stopped", 10)], check=True)  # an earlier start's
+def test_slurm_requeues_a_run_that_can_continue(slurm, status, newest, code, again):
+    subprocess.run(["bash", "-c", slurm.leave("stopped", 10)], check=True)  # of an earlier start
     slurm.add("srun", slurm.leave(status, newest) + f"exit {code}")
     done = slurm.run("slurm.sbatch", "--output_dir=out")
     assert slurm.requeued == again, done.stdout
@@ -205,7 +205,7 @@ def test_slurm_goes_on_if_the_run_can(slurm, status, newest, code, again):
 @pytest.mark.parametrize(
     "status,newest,again", [("stopped", 20, True), ("done", 30, False), ("running", 20, True), ("running", 10, False)]
 )
-def test_slurm_warns_the_run_before_the_time_is_over(slurm, status, newest, again):
+def test_slurm_warns_the_run_before_the_time_limit(slurm, status, newest, again):
     subprocess.run(["bash", "-c", slurm.leave("stopped", 10)], check=True)
     up = slurm.folder / "up"
     on_signal = slurm.leave(status, newest) + "exit 1"
@@ -215,15 +215,15 @@ def test_slurm_warns_the_run_before_the_time_is_over(slurm, status, newest, agai
     job = subprocess.Popen(command, env=slurm.env, stdout=subprocess.PIPE, text=True)
     while not up.exists() and job.poll() is None:
         time.sleep(0.01)
-    job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1 does
+    job.send_signal(signal.SIGUSR1)  # like --signal=B:USR1
     out, _ = job.communicate(timeout=60)
     assert slurm.requeued == again, out
     assert job.returncode == (0 if status == "done" else 1)
 
 
-def test_slurm_needs_to_know_where_the_run_leaves_its_status(slurm):
+def test_slurm_requires_output_dir_and_the_repository_root(slurm):
     done = slurm.run("slurm.sbatch", "--cfg=shakespeare")
-    assert done.returncode == 2 and "error: give --output_dir" in done.stderr
+    assert done.returncode == 2 and "error: set --output_dir" in done.stderr
     done = slurm.run("slurm.sbatch", *FLAGS, SLURM_SUBMIT_DIR=str(slurm.folder))
-    assert done.returncode == 2 and "error: call sbatch in the repository's root" in done.stderr
+    assert done.returncode == 2 and "error: run sbatch in the root of the repository" in done.stderr
     assert not slurm.calls("srun")
