@@ -185,3 +185,12 @@ def test_a_torn_line_is_gone_at_the_next_start(tmp_path, injected):
     metrics.close()
     assert (tmp_path / "metrics.jsonl").read_text() == to_json(record(1)) + to_json(record(2))
     injected(1)
+
+
+def test_a_record_may_hold_any_json_value(tmp_path):
+    metrics = start(tmp_path)
+    metrics.log(record(1, clipped=True, note="x", layers=[1, {"norm": 0.5}]))
+    metrics.close()
+    [found] = read_records(tmp_path / "metrics.jsonl")
+    assert found["clipped"] is True and found["layers"] == [1, {"norm": 0.5}]
+    assert plot_losses(tmp_path) == tmp_path / "loss.png"
