@@ -105,9 +105,7 @@ def test_the_loss_scale_falls_and_survives_a_resume(train, injected, tmp_path):
 def test_a_run_that_stays_bad_after_roll_backs_ends(train, injected, tmp_path):
     run = tmp_path / "run"
     err = train(run, "--max_rollbacks=2", "--rollback_after=3", FAIL="gradient@7-99", code=3).stderr
-    line = (
-        "error: diverged: loss or gradient not finite in step 8, and rolling back to step 5 (2 times, --max_rollbacks)"
-    )
+    line = "diverged: loss or gradient not finite in step 8, and rolling back to step 5 (2 times, --max_rollbacks)"
     assert f"error: {line}" in err and "Traceback" not in err
     assert json.loads((run / "status.json").read_text())["status"] == "diverged"
     assert find_checkpoint(run).name == "step_00000005"

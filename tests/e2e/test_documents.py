@@ -21,7 +21,7 @@ def on_documents(trainer, tmp_path_factory):
     tokens = np.concatenate(documents)
     write_shard(folder / "count_val_000000.bin", tokens[:3000], 50257)
     write_shard(folder / "count_train_000001.bin", tokens[3000:], 50257)
-    return type(trainer)(folder)
+    return type(trainer)(folder, trainer.warm_python)
 
 
 @pytest.fixture(scope="module")
