@@ -72,7 +72,9 @@ def test_a_learned_position_table_cannot_grow(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     config = load(tmp_path)
     assert (config.sequence_length, config.n_positions, config.tokenizer) == (128, 128, "gpt2")
-    with pytest.raises(UserError, match="--sequence_length=256 exceeds --n_positions=128; the position table .* lower it"):
+    with pytest.raises(
+        UserError, match="--sequence_length=256 exceeds --n_positions=128; the position table .* lower it"
+    ):
         load(tmp_path, "--sequence_length=256")
     with pytest.raises(UserError, match="--n_positions=256, but the model of --init_from has 128"):
         load(tmp_path, "--sequence_length=256", "--n_positions=256")
