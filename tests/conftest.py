@@ -81,7 +81,7 @@ class Trainer:
         env: dict[str, str] | None = None,
         **popen: Any,
     ) -> subprocess.Popen[str]:
-        """`fault` is a RAWGPT_FAULT (util/faults.py); `popen` are arguments of subprocess.Popen."""
+        """`fault` is a RAWGPT_FAULT (util/files.py); `popen` are arguments of subprocess.Popen."""
         return subprocess.Popen(
             self.command(output_dir, *flags, ranks=ranks, restarts=restarts, script=script),
             env={**os.environ, "OMP_NUM_THREADS": "1", "RAWGPT_FAULT": fault, **(env or {})},

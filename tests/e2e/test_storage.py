@@ -1,6 +1,6 @@
 """Storage that refuses, loses or damages: the last good checkpoint survives and is found, and one line says why.
 
-Most faults are injected with util/faults.py into the real command. To save time they form a chain: the same command
+Most faults are injected with util/files.py into the real command. To save time they form a chain: the same command
 starts again and again in one directory, each start fails at another point, and the last one finishes the run.
 """
 

@@ -253,7 +253,7 @@ def test_activation_checkpointing_does_not_change_the_gradients(family, recomput
 
 
 def test_selective_checkpointing_with_dropout_recomputes_attention():
-    """On CUDA a saved kernel would not advance the generator; on the CPU only the policy can be checked."""
+    """A saved kernel would not advance the generator on CUDA. The CPU can only check which operations are saved."""
     assert not PRODUCTS & ATTENTION
     for contexts, attention_is_kept in ((save_products_and_attention, True), (save_products, False)):
         policy = contexts()[0].policy_fn
