@@ -1,4 +1,4 @@
-"""Files as llm.c, llama2.c and nanoGPT lay them out, written from their formats' descriptions and not by our code."""
+"""Model files of llm.c, llama2.c and nanoGPT, written from their format descriptions without rawgpt's code."""
 
 import struct
 
@@ -11,12 +11,12 @@ GPT2_KINDS = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
 
 
 def random(*shape, seed):
-    """Far from a fresh model's, so that biases and norms matter."""
+    """Draws numbers larger than initial weights, so that biases and norms matter."""
     return (np.random.default_rng(seed).standard_normal(shape) * 0.3).astype("<f4")
 
 
 def gpt2_weights(bias=True):
-    """Names as in nanoGPT's model without `transformer.`, matrices (out, in)."""
+    """Returns weights under nanoGPT's names without `transformer.`, matrices (out, in)."""
     shapes = {"wte": (V, C), "wpe": (T, C), "ln_f": (C,)}
     for i in range(L):
         sizes = [(C,), (3 * C, C), (C, C), (C,), (4 * C, C), (C, 4 * C)]
@@ -42,7 +42,7 @@ def llmc_bytes(weights, version=3):
 
 
 def nanogpt_checkpoint(weights, prefix="transformer.", masks=False, head=None, **args):
-    """What train.py saves; `head` is one that is not tied. An argument of None is left out."""
+    """Returns what train.py saves. `head` is an untied head. An argument of None is left out."""
     state = {f"{prefix}{name}": torch.tensor(value) for name, value in weights.items()}
     state[f"{prefix.removesuffix('transformer.')}lm_head.weight"] = (
         state[f"{prefix}wte.weight"] if head is None else torch.tensor(head)
@@ -62,7 +62,7 @@ def nanogpt_checkpoint(weights, prefix="transformer.", masks=False, head=None, *
 
 
 def llama2c_weights(kv_heads=KV, tied=True, base=10000.0):
-    """Names as in llama2.c's model.py, the blocks' with `i.`; and the rotary tables."""
+    """Returns weights under llama2.c's names, those of blocks behind `i.`, and the rotary tables."""
     kv, head_dim = C // H * kv_heads, C // H
     shapes = {"tok_embeddings": (V, C), "norm": (C,)} | ({} if tied else {"output": (V, C)})
     for i in range(L):

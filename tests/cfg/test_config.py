@@ -1,4 +1,4 @@
-"""The flags: what is accepted, what is refused and in which words, presets, and the speed of --help."""
+"""Flags, presets, error messages and the speed of --help."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 NUMBERS = [name for name, field in Config.model_fields.items() if field.annotation in (int, float)]
 BOOLEANS = [name for name, field in Config.model_fields.items() if isinstance(field.default, bool)]
 CHOICES = [name for name, field in Config.model_fields.items() if get_args(field.annotation) and name not in BOOLEANS]
-# Zero stands for "derive it" or "off" in the others.
+# In all other flags zero means "derive it" or "off".
 NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length
     learning_rate cooldown_frac adam_eps replicas val_max_steps sample_tokens keep_last log_every
     wandb_log_iters"""
@@ -73,21 +73,21 @@ def test_compile_takes_model_too(tmp_path):
     assert "--compile=model" in refusal("--compile=model", "--zero_stage=3")
 
 
-def test_a_bfloat16_residual_stream_is_for_bfloat16():
+def test_a_bfloat16_residual_stream_needs_dtype_bfloat16():
     assert "--dtype=bfloat16" in refusal("--residual_dtype=bfloat16")
     assert load("--residual_dtype=bfloat16", "--dtype=bfloat16").residual_dtype == "bfloat16"
 
 
-def test_a_batch_size_to_be_chosen_wants_the_size_of_the_whole_batch():
+def test_batch_size_0_needs_total_batch_size():
     assert "--total_batch_size" in refusal("--batch_size=0")
     assert "--flash=0" in refusal("--batch_size=0", "--total_batch_size=4096", "--flash=0")
     assert load("--batch_size=0", "--total_batch_size=4096").batch_size == 0
     assert "1 × 1024 × 1 = 1024" in refusal("--batch_size=0", "--total_batch_size=1000")
 
 
-@pytest.mark.parametrize("name", [n for n in BOOLEANS if n != "resize_embeddings"])  # which wants --init_from
+@pytest.mark.parametrize("name", [n for n in BOOLEANS if n != "resize_embeddings"])  # needs --init_from
 def test_a_bare_flag_is_true(name):
-    stage = "--zero_stage=3"  # which --cpu_offload wants
+    stage = "--zero_stage=3"  # --cpu_offload needs it
     assert getattr(load(stage, f"--{name}"), name) is True
     assert getattr(load(f"--{name}", stage), name) is True
     assert getattr(load(f"--{name}=0"), name) is False
@@ -109,19 +109,19 @@ def test_without_flags_it_is_gpt2_124m():
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "-inf", "1e999", "many", "", "1,5"])
-def test_what_is_no_number_or_out_of_range_is_refused_by_name(name, value):
+def test_a_wrong_number_is_an_error_that_names_the_flag(name, value):
     message = refusal(f"--{name}={value}")
     assert f"--{name}={value}" in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("name", NOT_ZERO.split())
-def test_zero_is_refused_where_it_means_nothing(name):
+def test_zero_is_an_error_where_it_means_nothing(name):
     assert f"--{name}=0" in refusal(f"--{name}=0")
 
 
 @pytest.mark.parametrize("name", [name for name in NUMBERS if Config.model_fields[name].annotation is int])
-def test_a_fraction_is_no_count(name):
+def test_a_fraction_is_not_a_count(name):
     assert f"--{name}=1.5" in refusal(f"--{name}=1.5")
 
 
@@ -132,19 +132,19 @@ def test_upper_limits(flag):
 
 @pytest.mark.parametrize("name", BOOLEANS)
 @pytest.mark.parametrize("value", ["2", "-1", "", "maybe", "nan"])
-def test_what_is_no_boolean_is_refused_by_name(name, value):
+def test_a_wrong_boolean_is_an_error_that_names_the_flag(name, value):
     assert f"--{name}={value}" in refusal(f"--{name}={value}")
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_choice_is_refused_with_what_there_is(name):
+def test_a_wrong_choice_is_an_error_that_lists_the_choices(name):
     message = refusal(f"--{name}=nonsense")
     assert f"--{name}=nonsense" in message
     assert all(repr(choice) in message for choice in get_args(Config.model_fields[name].annotation))
 
 
 @pytest.mark.parametrize("name", ["input_train_bin", "output_dir", "resume"])
-def test_an_empty_path_is_refused(name):
+def test_an_empty_path_is_an_error(name):
     assert f"--{name}=" in refusal(f"--{name}=")
 
 
@@ -153,7 +153,7 @@ def test_negative_values_after_a_space_name_their_flag():
     assert "--learning_rate" in refusal("--learning_rate", "-1e-3")
 
 
-def test_every_mistake_is_named_at_once():
+def test_all_wrong_flags_are_named_at_once():
     message = refusal("--batch_size=-1", "--learning_rate=nan")
     assert "--batch_size" in message and "--learning_rate" in message
 
@@ -176,7 +176,7 @@ def test_every_mistake_is_named_at_once():
         (["--step_timeout_minutes=0"], 1, "--step_timeout_minutes=0"),
     ],
 )
-def test_strategies_that_do_not_exist_are_refused(flags, world_size, message):
+def test_flags_that_do_not_fit_together_are_an_error(flags, world_size, message):
     with pytest.raises(UserError) as refused:
         load_config(flags, world_size)
     assert message in str(refused.value)
@@ -195,11 +195,11 @@ def test_strategies_that_do_not_exist_are_refused(flags, world_size, message):
         ("--wandb_project", "wandb_project_id"),
     ],
 )
-def test_an_unknown_flag_names_the_closest(typed, meant):
+def test_an_unknown_flag_suggests_the_closest(typed, meant):
     assert f"unknown flag {typed.split('=')[0]}; did you mean {meant}?" in refusal(typed)
 
 
-def test_an_unknown_flag_without_a_neighbour_points_to_help():
+def test_an_unknown_flag_without_a_close_one_points_to_help():
     assert "--help" in refusal("--xyzzyx=1")
 
 
@@ -209,11 +209,11 @@ def test_an_argument_without_a_flag_and_a_flag_without_a_value():
 
 
 @pytest.mark.parametrize("name", CONTRACT.split())
-def test_every_settled_flag_exists(name):
+def test_every_documented_flag_exists(name):
     assert name in Config.model_fields
 
 
-def test_groups_hold_every_flag_once_and_described():
+def test_every_flag_is_in_one_group_and_has_a_description():
     names = [name for group in GROUPS for name in group.model_fields]
     assert sorted(names) == sorted(set(Config.model_fields) - {"cfg"})
     assert all(field.description for field in Config.model_fields.values())
@@ -224,7 +224,7 @@ def test_groups_hold_every_flag_once_and_described():
 
 @few
 @given(batch=st.integers(1, 8), length=st.integers(1, 64), ranks=st.integers(1, 8), total=st.integers(1, 20_000))
-def test_the_total_batch_sizes_that_a_refusal_suggests_are_accepted(batch, length, ranks, total):
+def test_suggested_total_batch_sizes_are_accepted(batch, length, ranks, total):
     flags = [f"--batch_size={batch}", f"--sequence_length={length}"]
     micro = batch * length * ranks
     if total % micro == 0:
@@ -243,7 +243,7 @@ def test_the_total_batch_size_follows_from_the_ranks():
     assert [load(*flags, world_size=w).total_batch_size for w in (1, 2, 4)] == [16, 32, 64]
 
 
-def test_the_number_of_ranks_is_what_the_launcher_says(monkeypatch):
+def test_the_number_of_ranks_comes_from_torchrun(monkeypatch):
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value)
     assert load_config(["--batch_size=2", "--sequence_length=8"]).total_batch_size == 64
@@ -254,7 +254,7 @@ def test_the_number_of_ranks_is_what_the_launcher_says(monkeypatch):
 @few
 @given(embd=st.integers(1, 300), head=st.integers(1, 24), positions=st.sampled_from(["learned", "rotary"]))
 @example(embd=100, head=12, positions="rotary")
-def test_the_widths_that_a_refusal_suggests_are_accepted(embd, head, positions):
+def test_suggested_widths_are_accepted(embd, head, positions):
     flags = [f"--n_head={head}", f"--positions={positions}"]
     fits = embd % head == 0 and (positions == "learned" or embd // head % 2 == 0)
     if fits:
@@ -268,7 +268,7 @@ def test_the_widths_that_a_refusal_suggests_are_accepted(embd, head, positions):
 
 @few
 @given(head=st.integers(1, 24), kv=st.integers(1, 30))
-def test_the_key_value_heads_that_a_refusal_suggests_are_accepted(head, kv):
+def test_suggested_key_value_heads_are_accepted(head, kv):
     flags = [f"--n_head={head}", f"--n_embd={head * 4}"]
     if head % kv == 0:
         assert load(*flags, f"--n_kv_head={kv}").n_kv_head == kv
@@ -278,23 +278,23 @@ def test_the_key_value_heads_that_a_refusal_suggests_are_accepted(head, kv):
     assert load(*flags, f"--n_kv_head={message.split('nearest: ')[1]}")
 
 
-def test_documents_cannot_be_told_apart_without_a_tokenizer():
+def test_doc_mask_needs_a_tokenizer():
     assert load("--doc_mask=1").doc_mask
     assert "--tokenizer" in refusal("--doc_mask=1", "--tokenizer=none")
 
 
-def test_rotary_positions_refuse_an_odd_head_size():
+def test_rotary_positions_need_an_even_head_size():
     flags = ["--n_head=4", "--n_embd=20"]
     assert load(*flags).n_embd == 20
     message = refusal(*flags, "--positions=rotary")
     assert "rotary" in message and "16 or 24" in message
 
 
-def test_a_sequence_longer_than_the_model_sees_is_refused():
+def test_a_sequence_longer_than_the_context_is_an_error():
     flags = ["--sequence_length=128", "--n_positions=64"]
     message = refusal(*flags)
     assert "--sequence_length=128" in message and "--n_positions=64" in message
-    assert "raise --n_positions" in refusal(*flags, "--positions=rotary")  # what evaluation would see at once
+    assert "raise --n_positions" in refusal(*flags, "--positions=rotary")  # the context of evaluation
     assert load("--sequence_length=64", "--n_positions=128").n_positions == 128
 
 
@@ -331,31 +331,31 @@ def test_an_unknown_key_in_a_preset_names_the_closest(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["n_layer: [1\n", "a: b: c\n", "\tn_layer: 3\n", "? n_layer\n? [1, 2]\n", "a: =\n"])
-def test_a_broken_preset_is_refused_by_name(tmp_path, text):
+def test_a_broken_preset_is_an_error_that_names_it(tmp_path, text):
     assert "preset.yaml" in refusal(preset(tmp_path, text))
 
 
 @pytest.mark.parametrize("text", ["sample_prompt: 2020-13-45\n", "n_layer: 0x_\n", "seed: 0b_\n"])
-def test_a_preset_that_the_yaml_library_stumbles_over_is_refused_by_name(tmp_path, text):
+def test_a_preset_that_breaks_the_yaml_library_is_an_error_that_names_it(tmp_path, text):
     assert "--cfg=" in refusal(preset(tmp_path, text))
 
 
 @few
 @given(text=st.text(st.characters(codec="utf-8"), max_size=40))
-def test_any_text_as_a_preset_is_read_or_refused(tmp_path, text):
+def test_any_text_as_a_preset_is_read_or_an_error(tmp_path, text):
     try:
         load(preset(tmp_path, text))
     except UserError as e:
         assert "--cfg=" in str(e) or str(e).startswith("--")
 
 
-def test_a_preset_that_is_not_text_is_refused(tmp_path):
+def test_a_preset_that_is_not_text_is_an_error(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00n_layer: 3")
     assert "bytes.yaml" in refusal(f"--cfg={tmp_path / 'bytes.yaml'}")
 
 
 @pytest.mark.parametrize("text", ["- n_layer\n", "3\n", "n_layer\n"])
-def test_a_preset_that_is_no_mapping_is_refused(tmp_path, text):
+def test_a_preset_that_is_not_a_mapping_is_an_error(tmp_path, text):
     assert "flag: value" in refusal(preset(tmp_path, text))
 
 
@@ -365,13 +365,13 @@ def test_a_wrong_value_in_a_preset_names_its_flag(tmp_path):
     assert "--learning_rate" in refusal(preset(tmp_path, "learning_rate: .nan\n"))
 
 
-def test_a_missing_preset_names_the_closest_or_all():
+def test_a_missing_preset_suggests_the_closest_or_lists_all():
     assert "did you mean gpt2-124m?" in refusal("--cfg=gpt2-124")
     assert "shakespeare" in refusal("--cfg=xyzzyx")
     assert "no such preset or file" in refusal("--cfg=nowhere/preset.yaml")
 
 
-def test_resolved_flags_read_back_alike(tmp_path):
+def test_resolved_flags_can_be_read_back(tmp_path):
     flags = ["--mlp=swiglu", "--n_kv_head=4", "--compile", "--learning_rate=1e-5", "--wandb_project_id=123", "--seed=7"]
     c = load(*flags, world_size=2)
     again = load(preset(tmp_path, to_yaml(c)), world_size=2)
@@ -384,7 +384,7 @@ def test_resolved_flags_read_back_alike(tmp_path):
 @example(prompt="yes", rate=1e22)
 @example(prompt="2020-01-01", rate=1.0)
 @example(prompt="\x00\x85\u2028\r\n ", rate=0.1)
-def test_any_text_and_number_read_back_alike(tmp_path, prompt, rate):
+def test_any_text_and_number_can_be_read_back(tmp_path, prompt, rate):
     c = load(f"--sample_prompt={prompt}", f"--learning_rate={rate!r}")
     again = load(preset(tmp_path, to_yaml(c)))
     assert (again.sample_prompt, again.learning_rate) == (prompt, rate)
@@ -437,7 +437,7 @@ def test_help_shows_every_flag_by_group_in_under_a_second():
 
 
 @pytest.mark.parametrize("flag", ["--batch_size=-1", "--bacth_size=4", "--total_batch_size=1000", "--batch_size"])
-def test_a_mistake_is_one_line_and_exit_code_2(flag):
+def test_a_wrong_flag_is_one_line_and_exit_code_2(flag):
     done = train(flag)
     assert done.returncode == 2 and not done.stdout
     assert re.fullmatch(r"error: .*--\w+.*\n", done.stderr)

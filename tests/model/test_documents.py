@@ -1,4 +1,4 @@
-"""Several documents in a row are computed as each would be alone."""
+"""Several documents in one row are computed as if each were alone."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from model.gpt import GPT, init_weights
 from train.parallel import compile_model
 
 VOCAB, END = 301, 300
-LENGTHS = ((20, 1, 43), (33, 30, 1), (64,))  # of the documents of each row, their end-of-text token counted
+LENGTHS = ((20, 1, 43), (33, 30, 1), (64,))  # tokens of the documents in each row, with their end-of-text tokens
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=64", f"--vocab_size={VOCAB}"]
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
 WINDOW = [*LLAMA, "--sliding_window=7", "--head_dim=20", "--qkv_bias=1"]
@@ -24,7 +24,7 @@ def make(*flags):
     model = GPT(config)
     init_weights(model, 0)
     with torch.no_grad():
-        for p in model.parameters():  # far from the start, where attention hardly tells one token from another
+        for p in model.parameters():  # far from the initial values, with which attention is almost uniform
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
     return model
 
@@ -39,7 +39,7 @@ def packed():
 
 
 def documents():
-    """(row, slice of its columns) of every document."""
+    """Returns (row, slice of columns) for every document."""
     for row, lengths in enumerate(LENGTHS):
         stop = 0
         for length in lengths:
@@ -68,12 +68,12 @@ def test_the_packed_loss_is_the_sum_over_the_documents_alone(family, flash):
     assert count == sum(n for _, n in alone) == idx.numel()
     assert (loss / count).item() == pytest.approx((sum(x for x, _ in alone) / count).item(), abs=1e-5)
     without, _ = model(idx, targets)
-    assert abs((loss - without) / count) > 1e-2  # the documents do matter
+    assert abs((loss - without) / count) > 1e-2  # the mask matters
 
 
 @FAMILIES
 @ATTENTIONS
-def test_gradients_are_those_of_the_documents_alone(family, flash):
+def test_packed_gradients_are_the_gradients_of_the_documents_alone(family, flash):
     model = make(*family, flash)
     idx, targets, positions = packed()
     _, together = loss_and_gradients(model, idx, targets, positions)
@@ -99,7 +99,7 @@ def test_no_gradient_reaches_another_document(family, flash):
 
 
 @FAMILIES
-def test_one_document_a_row_is_no_mask(family):
+def test_one_document_per_row_needs_no_mask(family):
     model = make(*family)
     idx, _, _ = packed()
     positions = torch.arange(idx.size(1)).expand_as(idx)
@@ -118,7 +118,7 @@ def test_compiled_gives_the_same_numbers_as_eager(family):
 
 
 def long_batch(cut=150):
-    """Longer than a tile of FlexAttention and no multiple of it, with tiles that are empty, mixed and full."""
+    """A length that is not a multiple of FlexAttention's tile, with empty, mixed and full tiles."""
     rows = torch.randint(END, (2, 301), generator=torch.Generator().manual_seed(cut))
     starts = torch.tensor([[0] * cut + [cut] * (300 - cut), [0] * 290 + [290] * 10])
     return rows[:, :-1], rows[:, 1:], torch.arange(300) - starts
@@ -126,7 +126,7 @@ def long_batch(cut=150):
 
 @FAMILIES
 def test_flex_attention_gives_the_same_numbers_as_the_mask(family, monkeypatch):
-    # On the CPU it is an unfused version, whose backward pass is there but held to be unwanted.
+    # On the CPU torch has an unfused version whose backward pass exists but is disabled by default.
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
     model = make(*family, "--sequence_length=300")
     masked_loss, masked = loss_and_gradients(model, *long_batch())
@@ -136,7 +136,7 @@ def test_flex_attention_gives_the_same_numbers_as_the_mask(family, monkeypatch):
     flex_loss, flex = loss_and_gradients(model, *long_batch())
     assert isinstance(seen[0], BlockMask)
     mixed, full = seen[0].kv_num_blocks.sum(), seen[0].full_kv_num_blocks.sum()
-    # The tiles of a causal mask are 6 a row; one as wide as a tile has no place in a window of 7.
+    # A causal mask has 6 tiles per row; with a window of 7 none of them is full.
     assert (full > 0) == (not model.config.sliding_window) and mixed + full < 12
     assert abs(flex_loss - masked_loss) < 1e-5
     assert largest_difference(flex, masked) < 1e-5
@@ -153,7 +153,7 @@ def test_a_window_without_documents_is_the_same_in_every_row_of_flex_attention(m
     assert largest_difference(flex, masked) < 1e-5
 
 
-def test_new_documents_neither_break_the_graph_nor_compile_again(monkeypatch):
+def test_new_documents_do_not_break_the_graph_or_recompile_it(monkeypatch):
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
     graphs = []
 
@@ -173,7 +173,7 @@ def test_new_documents_neither_break_the_graph_nor_compile_again(monkeypatch):
     assert len(graphs) == 1
 
 
-def test_short_rows_go_without_flex_attention():
+def test_short_rows_do_not_use_flex_attention():
     model = make()
     seen = []
     model.h[0].register_forward_pre_hook(lambda module, args: seen.append(args[2]))
@@ -184,7 +184,7 @@ def test_short_rows_go_without_flex_attention():
     assert isinstance(seen[0], torch.Tensor) and seen[1] is None
 
 
-def test_positions_of_another_shape_are_refused():
+def test_positions_of_another_shape_are_an_error():
     idx, _, positions = packed()
     with pytest.raises(ValueError, match="positions are"):
         make()(idx, positions=positions[0])

@@ -1,4 +1,4 @@
-"""The decoder: switches, initial values, sizes, and what it refuses."""
+"""The decoder: switches, initial values, sizes and errors."""
 
 import math
 from functools import partial
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cfg.config import ModelConfig, load_config
 from eval.generate import Sampling, generate
-from model.gpt import ATTENTION, GPT, PRODUCTS, init_weights, initial_value, keep_products, keep_products_only
+from model.gpt import ATTENTION, GPT, PRODUCTS, init_weights, initial_value, save_products, save_products_and_attention
 from model.layers import apply_rotary, rotary_table
 from model.loss import chunk_loss_and_grad
 from train.parallel import compile_model
@@ -87,7 +87,7 @@ def compile_with(model, family, how, recompute="none"):
 
 @pytest.fixture
 def without_inductor(monkeypatch):
-    """torch.compile traces as ever, and runs what it traced as it is."""
+    """torch.compile traces as usual and runs the traced graph without Inductor."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
@@ -101,7 +101,7 @@ def without_inductor(monkeypatch):
     ],
 )
 def test_the_whole_forward_pass_is_one_graph(without_inductor, family, given, recompute):
-    """fullgraph=True raises where there would be a break."""
+    """fullgraph=True raises at a graph break."""
     family = [*family, "--sliding_window=7"] if given == "window" else family
     model, (idx, targets) = make(*family), batch()
     positions = torch.arange(48).remainder(13).expand_as(idx) if given == "documents" else None
@@ -113,7 +113,7 @@ def test_the_whole_forward_pass_is_one_graph(without_inductor, family, given, re
 
 
 def test_evaluation_and_samples_of_any_length_compile_once(without_inductor):
-    """The forward pass of training, that without gradients, and nothing for the lengths of texts."""
+    """One graph for training, one without gradients, none for other text lengths."""
     model, (idx, targets) = make(), batch()
     compile_with(model, [], "model")
     torch._dynamo.utils.counters.clear()
@@ -157,7 +157,7 @@ def test_no_position_sees_the_future(family):
     assert not torch.equal(model(x)[0, 30:], model(changed)[0, 30:])
 
 
-def test_logits_of_one_position_a_row():
+def test_logits_of_one_position_per_row():
     model = make().eval()
     last = torch.tensor([3, 0])
     x = batch(rows=2)[0]
@@ -190,8 +190,8 @@ def test_initial_scales_are_gpt2s():
 
 
 @pytest.mark.parametrize("width", [128, 384, 768])
-def test_first_loss_is_that_of_a_uniform_guess_plus_half_the_variance_of_the_logits(width):
-    """Normalised states of width C times rows of variance 0.02² give logits of variance C·0.02²."""
+def test_the_first_loss_is_a_uniform_guess_plus_half_the_variance_of_the_logits(width):
+    """Logits have variance C·0.02²: normalised states of width C times weights of variance 0.02²."""
     config = load_config([f"--n_embd={width}", "--n_head=4", "--n_layer=2", "--sequence_length=128"], world_size=1)
     model = GPT(config)
     init_weights(model, 0)
@@ -230,7 +230,7 @@ def test_flops_follow_the_formula():
     assert untied.flops_per_token(48) == model.flops_per_token(48)
 
 
-def test_wrong_shapes_are_refused():
+def test_wrong_shapes_are_an_error():
     model = make()
     with pytest.raises(ValueError, match="position table has 48 rows"):
         model(torch.zeros(1, 49, dtype=torch.long))
@@ -241,7 +241,7 @@ def test_wrong_shapes_are_refused():
 @FAMILIES
 @pytest.mark.parametrize("recompute", ["block", "selective"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_what_is_computed_again_changes_nothing(family, recompute, dropout):
+def test_activation_checkpointing_does_not_change_the_gradients(family, recompute, dropout):
     plain, recomputing = (make(*family, f"--dropout={dropout}") for _ in range(2))
     for block in recomputing.h:
         block.activation_checkpointing = recompute
@@ -252,17 +252,17 @@ def test_what_is_computed_again_changes_nothing(family, recompute, dropout):
     assert found[0][0] == found[1][0] and largest_difference(found[0][1], found[1][1]) == 0
 
 
-def test_with_dropout_attention_which_draws_its_own_is_computed_again():
-    """On CUDA a kernel that is kept would leave the generator behind; only its kind can be told here."""
+def test_selective_checkpointing_with_dropout_recomputes_attention():
+    """A saved kernel would not advance the generator on CUDA. The CPU can only check which operations are saved."""
     assert not PRODUCTS & ATTENTION
-    for contexts, attention_is_kept in ((keep_products, True), (keep_products_only, False)):
+    for contexts, attention_is_kept in ((save_products_and_attention, True), (save_products, False)):
         policy = contexts()[0].policy_fn
         kept = {policy(None, op) is CheckpointPolicy.MUST_SAVE for op in ATTENTION}
         assert kept == {attention_is_kept}
         assert all(policy(None, op) is CheckpointPolicy.MUST_SAVE for op in PRODUCTS)
 
 
-def test_compiling_one_model_leaves_the_loss_of_another_as_it_was(without_inductor):
+def test_compiling_one_model_does_not_change_the_loss_of_another(without_inductor):
     first, second = make(), make()
     compile_with(first, [], "1")
     assert first.chunk_loss is not chunk_loss_and_grad and second.chunk_loss is chunk_loss_and_grad

@@ -69,7 +69,7 @@ def test_without_gradients_the_value_is_the_same(softcap):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_each_token_has_its_loss_and_whether_it_is_the_likeliest(softcap):
+def test_token_losses_are_the_plain_ones_with_the_likeliest_tokens(softcap):
     hidden, weight, targets = (t.detach() for t in inputs(ignored=3))
     logits = (hidden @ weight.t())[:, :VOCAB]
     targets[5:15] = logits[5:15].argmax(-1)
@@ -89,7 +89,7 @@ def test_of_equally_likely_tokens_the_first_is_the_likeliest():
 def test_padding_rows_get_no_gradient_and_no_probability():
     hidden, weight, targets = inputs()
     with torch.no_grad():
-        weight[VOCAB:] = 100.0  # would dominate if it counted
+        weight[VOCAB:] = 100.0  # would dominate if it were not masked
     loss, _ = linear_cross_entropy(hidden, weight, targets, VOCAB)
     assert loss.item() == pytest.approx(plain(hidden, weight, targets).item(), rel=1e-6)
     loss.backward()
@@ -99,7 +99,7 @@ def test_padding_rows_get_no_gradient_and_no_probability():
 @pytest.mark.parametrize("ignored", [0, 9, ROWS])
 @pytest.mark.parametrize("chunk_rows", [None, 10])
 def test_bfloat16_gives_the_gradients_of_cross_entropy_within_its_rounding(ignored, chunk_rows):
-    """In rows of ignored targets the hidden state is large: a leak into the weight's gradient would show."""
+    """Hidden states of ignored targets are large, so that a leak into the gradient of the weight is visible."""
     hidden, weight, targets = inputs(ignored)
     with torch.no_grad():
         hidden[:ignored] *= 50
@@ -130,7 +130,7 @@ def test_the_largest_tensor_is_a_chunk_of_logits(monkeypatch):
     assert {shape[0] for shape in shapes} == {4, 1} and sum(shape[0] for shape in shapes) == ROWS
 
 
-def test_the_gradients_are_handed_out_once():
+def test_a_second_backward_is_an_error():
     hidden, weight, targets = inputs()
     loss, _ = linear_cross_entropy(hidden, weight, targets, VOCAB)
     loss.backward(retain_graph=True)
@@ -143,8 +143,8 @@ def test_the_gradients_are_handed_out_once():
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0, MOST_CAP, 2 * MOST_CAP])
 @pytest.mark.parametrize("ignored", [0, 9, ROWS])
-@pytest.mark.parametrize("scale", [1, 30])  # with logits that reach the cap
-def test_the_form_to_compile_gives_the_numbers_of_the_eager_one(softcap, ignored, scale):
+@pytest.mark.parametrize("scale", [1, 30])  # 30: logits that reach the cap
+def test_the_fused_form_gives_the_numbers_of_the_eager_form(softcap, ignored, scale):
     hidden, weight, targets = (t.detach() for t in inputs(ignored))
     logits = scale * hidden @ weight.t()
     expected, gradient = chunk_loss_and_grad(logits, targets, VOCAB, softcap)
@@ -155,7 +155,7 @@ def test_the_form_to_compile_gives_the_numbers_of_the_eager_one(softcap, ignored
 
 
 def test_a_cap_far_above_all_logits_does_not_underflow():
-    """exp(logit - cap) is 0 in fp32 for a cap of 1000; the maximum of the logits is subtracted instead."""
+    """exp(logit - 1000) is 0 in fp32, so the maximum of the logits is subtracted instead of the cap."""
     logits, targets = torch.zeros(2, PADDED), torch.tensor([0, 1])
     loss, gradient = fused_chunk_loss_and_grad(logits, targets, VOCAB, 1000.0)
     assert loss.item() == pytest.approx(2 * torch.tensor(float(VOCAB)).log().item()) and gradient.isfinite().all()
@@ -198,8 +198,8 @@ def test_a_model_learns_the_same_from_the_chunked_and_from_the_plain_loss(flags,
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0, 2 * MOST_CAP])
-def test_compiled_no_fp32_tensor_as_large_as_the_logits_exists(softcap, monkeypatch):
-    """In Inductor's code; a scatter makes it store the fp32 gradient, which is why the compiled form has none.
+def test_the_compiled_loss_has_no_fp32_tensor_of_the_size_of_the_logits(softcap, monkeypatch):
+    """Checks Inductor's code. A scatter would make it store the fp32 gradient, so the fused form has none.
 
     On CPUs alone Inductor stores a tanh that is used twice, so the test lets it decide as it does on GPUs.
     """
@@ -226,5 +226,5 @@ def test_a_chunk_takes_a_small_part_of_the_memory(gigabytes, rows):
     assert rows * 50304 * 24 < 0.4 * gigabytes * 1e9  # bytes per logit, eager with a softcap
 
 
-def test_a_device_that_cannot_multiply_into_an_fp32_sum_is_noticed():
+def test_a_device_that_cannot_multiply_into_an_fp32_sum_is_detected():
     assert not accumulates_in_fp32(torch.device("cpu"), torch.bfloat16)

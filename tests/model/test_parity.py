@@ -1,4 +1,4 @@
-"""The model computes what transformers' GPT-2 and Llama compute from the same weights."""
+"""The model gives the logits of transformers' GPT-2 and Llama for equal weights."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def make(*flags):
 
 
 def randomize(module):
-    """Weights far from their start, so that biases and norms matter."""
+    """Draws weights far from the initial ones, so that biases and norms matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
@@ -44,7 +44,7 @@ def test_gpt2(tied):
             if name in ("wte.weight", "lm_head.weight"):
                 continue
             value = source[name]
-            conv1d = name.endswith("weight") and ("c_" in name)  # transformers keeps these transposed
+            conv1d = name.endswith("weight") and ("c_" in name)  # transformers stores these transposed
             parameter.copy_(value.t() if conv1d else value)
     idx = torch.randint(211, (3, 40))
     assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-5
@@ -84,7 +84,7 @@ def test_llama(kv_heads, tied):
     assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-5
 
 
-def test_gpt2_sizes_are_the_published_ones():
+def test_gpt2_has_the_published_sizes():
     published = {(12, 12, 768): 124_439_808, (24, 16, 1024): 354_823_168, (48, 25, 1600): 1_557_611_200}
     for (layers, heads, width), count in published.items():
         config = load_config([f"--n_layer={layers}", f"--n_head={heads}", f"--n_embd={width}"], world_size=1)

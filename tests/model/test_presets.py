@@ -6,8 +6,8 @@ import torch
 from cfg.config import PRESETS, load_config
 from model.gpt import GPT
 
-# GPT-2: Radford et al. 2019, as the released weights have them. Llama and Mistral: the sums of the shapes in the
-# released weights. code-1b is ours: its comment must be right.
+# GPT-2: Radford et al. 2019, counted in the released weights. Llama and Mistral: the sums of the shapes in the released
+# weights. code-1b is rawgpt's: its comment must be right.
 PARAMETERS = {
     "gpt2-124m": 124_439_808,
     "gpt2-350m": 354_823_168,
@@ -38,6 +38,6 @@ def test_a_preset_runs_on_one_node_and_on_eight(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if name != "gpt2-124m"])
-def test_a_preset_sees_twenty_tokens_a_parameter(name):
+def test_a_preset_trains_on_twenty_tokens_per_parameter(name):
     config = load_config([f"--cfg={name}"], world_size=8)
     assert config.num_iterations * config.total_batch_size == pytest.approx(20 * PARAMETERS[name], rel=1e-3)

@@ -38,7 +38,7 @@ few = settings(max_examples=150, deadline=None)
 INT32 = st.integers(-(2**31), 2**31 - 1)
 SIZE = st.one_of(st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 2**16, 2**31 - 1]), st.integers(1, 64), INT32)
 SMALL = st.integers(1, 9)
-# Numbers at random, or such as a model could have.
+# Random numbers, or sizes that a model could have.
 LLMC_SIZES = st.lists(SIZE, min_size=6, max_size=6) | st.tuples(*[SMALL] * 6).map(
     lambda n: [n[0], n[1], n[2], n[3], n[3] * n[4], n[1] + n[5] - 2]
 )
@@ -136,7 +136,7 @@ def test_llmc(tmp_path, version):
 
 
 @pytest.mark.parametrize("flags", [llmc_flags, llama2c_flags, nanogpt_flags])
-def test_what_is_no_file_with_numbers(tmp_path, flags):
+def test_a_missing_empty_or_random_file_is_an_error(tmp_path, flags):
     assert refusal(flags, tmp_path / "none.bin") == "No such file or directory"
     assert refusal(flags, tmp_path) == "Is a directory"
     assert refusal(flags, put(tmp_path / "empty.bin", b"")) == "empty file"
@@ -145,7 +145,7 @@ def test_what_is_no_file_with_numbers(tmp_path, flags):
 
 
 @pytest.mark.parametrize("cut", [1, 1000, -1, -4096])
-def test_a_file_of_another_length(tmp_path, cut):
+def test_a_file_of_another_length_is_an_error(tmp_path, cut):
     for flags, content in [
         (llmc_flags, llmc_bytes(gpt2_weights())),
         (llmc_flags, llmc_bytes(gpt2_weights(), 5)),
@@ -179,7 +179,7 @@ def test_a_file_of_another_length(tmp_path, cut):
         (7, V - 1, f"{V - 1} rows of embedding"),
     ],
 )
-def test_a_header_of_llmcs_that_is_refused(tmp_path, place, value, message):
+def test_a_wrong_header_of_llmc_is_an_error(tmp_path, place, value, message):
     content = bytearray(llmc_bytes(gpt2_weights()))
     content[4 * place : 4 * place + 4] = struct.pack("<i", value)
     assert message in refusal(llmc_flags, put(tmp_path / "x.bin", content))
@@ -187,17 +187,17 @@ def test_a_header_of_llmcs_that_is_refused(tmp_path, place, value, message):
 
 @few
 @given(sizes=LLMC_SIZES, version=st.sampled_from([3, 5]), right=st.booleans())
-def test_any_header_of_llmcs_gets_an_answer_or_a_refusal(folder, sizes, version, right):
+def test_any_header_of_llmc_is_read_or_an_error(folder, sizes, version, right):
     positions, vocab, layers, heads, width, rows = sizes
     numbers = rows * width + positions * width + layers * (12 * width**2 + 13 * width) + 2 * width
     size = 1024 + numbers * (4 if version == 3 else 2)
     path = put(folder / "x.bin", struct.pack("<8i", 20240326, version, *sizes).ljust(1024, b"\0"))
-    os.truncate(path, size if right and 1024 < size < 2**26 else 5000)  # a file with holes takes no room
+    os.truncate(path, size if right and 1024 < size < 2**26 else 5000)  # a sparse file takes no space
     try:
         flags = llmc_flags(path)
     except UserError as e:
         assert str(path) in str(e) and "\n" not in str(e)
-        if path.stat().st_size == size:  # only an impossible number is a reason
+        if path.stat().st_size == size:  # only impossible numbers are an error
             assert min(sizes) < 1 or vocab < 2 or rows < vocab or width % heads
     else:
         assert path.stat().st_size == size and min(sizes) > 0 and width % heads == 0
@@ -217,18 +217,18 @@ def test_llama2c(tmp_path, version, tied):
 
 
 @pytest.mark.parametrize("base", [10000.0, 500.0, 500000.0, 1e6, 1234567.0])
-def test_the_base_of_the_rotary_tables_is_read_off_them(tmp_path, base):
+def test_the_rotary_base_is_computed_from_the_tables(tmp_path, base):
     path = put(tmp_path / "x.bin", llama2c_bytes(llama2c_weights(base=base)))
     assert llama2c_flags(path)["rope_base"] == (pytest.approx(base, rel=1e-6) if base == 1234567.0 else base)
 
 
-def test_tables_of_zeros_mean_that_the_reader_computes_them(tmp_path):
+def test_tables_of_zeros_mean_base_10000(tmp_path):
     weights = llama2c_weights()
     weights["cos"], weights["sin"] = weights["cos"] * 0, weights["sin"] * 0
     assert llama2c_flags(put(tmp_path / "x.bin", llama2c_bytes(weights)))["rope_base"] == 10000.0
 
 
-def test_rotary_tables_of_no_base_are_refused(tmp_path):
+def test_rotary_tables_without_a_base_are_an_error(tmp_path):
     weights = llama2c_weights()
     scaled = np.outer(np.arange(T) / 4, 10000.0 ** -(np.arange(0, 8, 2) / 8))
     for cos, sin in [
@@ -245,7 +245,7 @@ def test_rotary_tables_of_no_base_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "version, message", [(2, "version 2 (int8, Q8_0)"), (3, "version 3 of"), (-1, "version -1 of")]
 )
-def test_other_versions_of_llama2c(tmp_path, version, message):
+def test_other_versions_of_llama2c_are_an_error(tmp_path, version, message):
     path = put(tmp_path / "x.bin", llama2c_bytes(llama2c_weights(), version))
     assert message in refusal(llama2c_flags, path) and "0 and 1 (fp32) are read" in refusal(llama2c_flags, path)
 
@@ -258,7 +258,7 @@ def test_a_negative_vocabulary_is_for_version_0_only(tmp_path):
 
 @few
 @given(sizes=LLAMA2C_SIZES, version=st.sampled_from([0, 1]), right=st.booleans())
-def test_any_header_of_llama2cs_gets_an_answer_or_a_refusal(folder, sizes, version, right):
+def test_any_header_of_llama2c_is_read_or_an_error(folder, sizes, version, right):
     width, hidden, layers, heads, kv_heads, vocab, positions = sizes
     head_dim, start = width // heads if heads else 0, 28 if version == 0 else 256
     numbers = abs(vocab) * width * (2 if vocab < 0 else 1) + width
@@ -284,7 +284,7 @@ def test_any_header_of_llama2cs_gets_an_answer_or_a_refusal(folder, sizes, versi
         assert [flags[n] for n in names] == [*sizes[:5], abs(vocab), positions]
 
 
-def test_hostile_headers_take_no_memory(folder):
+def test_hostile_headers_take_little_memory(folder):
     most = 2**31 - 1
     headers = [
         struct.pack("<8i", 20240326, 3, *sizes).ljust(1024, b"\0") for sizes in ([most] * 6, [most, 2, 10000] * 2)
@@ -315,13 +315,13 @@ def test_nanogpt(tmp_path, bias, prefix):
     assert ModelConfig(**flags).mlp == "gelu_exact"
 
 
-def test_nanogpts_first_versions(tmp_path):
-    """Of January 2023 and before: no choice of bias, so tanh-GELU; neither vocab_size in model_args nor a tied head."""
+def test_the_first_versions_of_nanogpt(tmp_path):
+    """Before 27 January 2023: no `bias` and no vocab_size in model_args, tanh-GELU, an untied head."""
     first = nanogpt_checkpoint(gpt2_weights(), masks=True, head=random(V, C, seed=7), bias=None, vocab_size=None)
     assert nanogpt_flags(saved(tmp_path / "ckpt.pt", first)) == GPT2 | {"tie_embeddings": False}
 
 
-def test_a_head_that_is_the_embedding_in_another_place_is_tied(tmp_path):
+def test_a_head_that_is_a_copy_of_the_embedding_is_tied(tmp_path):
     weights = gpt2_weights()
     copied = nanogpt_checkpoint(weights, head=weights["wte.weight"].copy())
     assert nanogpt_flags(saved(tmp_path / "ckpt.pt", copied))["tie_embeddings"]
@@ -337,7 +337,7 @@ class Evil:
 
 @pytest.mark.parametrize("place", ["top", "model", "model_args", "optimizer", "tensor"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, place, packed):
+def test_a_pickle_with_code_is_an_error(tmp_path, place, packed):
     evil, checkpoint = Evil(f"touch {tmp_path}/pwned"), nanogpt_checkpoint(gpt2_weights())
     if place == "tensor":
         checkpoint["model"]["transformer.wpe.weight"] = evil
@@ -351,7 +351,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, place, packed):
         path.write_bytes(pickle.dumps(evil if place == "top" else checkpoint))
         refusal(nanogpt_flags, path)
     assert not (tmp_path / "pwned").exists()
-    pickle.loads(pickle.dumps(evil))  # it would have
+    pickle.loads(pickle.dumps(evil))  # this would run it
     assert (tmp_path / "pwned").exists()
 
 
@@ -384,7 +384,7 @@ def changed(**tensors):
         ),
         (nanogpt_checkpoint(gpt2_weights(), bias=False), "model_args say bias=False"),
         (nanogpt_checkpoint(gpt2_weights(), head=random(V, C + 1, seed=0)), "lm_head.weight has shape"),
-        (changed(h__1__attn__q_norm__weight=torch.ones(8)), "41 parameters"),  # a model of someone's own
+        (changed(h__1__attn__q_norm__weight=torch.ones(8)), "41 parameters"),  # a modified model
         (changed(h__1__attn__q_norm__weight=torch.ones(8), h__1__ln_1__bias=None), "h.1.ln_1.bias is missing"),
         (changed(h__1__ln_1__bias=None), "39 parameters"),
         (changed(h__0__mlp__c_fc__weight=torch.zeros(C, 4 * C)), "h.0.mlp.c_fc.weight has shape (32, 128)"),
@@ -395,11 +395,11 @@ def changed(**tensors):
         (changed(wpe__weight=torch.zeros(10**9, C, device="meta")), "wpe.weight is not a plain tensor"),
     ],
 )
-def test_what_is_not_nanogpts_model(tmp_path, checkpoint, message):
+def test_other_models_are_an_error(tmp_path, checkpoint, message):
     assert message in refusal(nanogpt_flags, saved(tmp_path / "ckpt.pt", checkpoint))
 
 
-def test_zip_files_that_are_not_torchs(tmp_path):
+def test_other_zip_files_are_an_error(tmp_path):
     with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as archive:
         archive.writestr("ckpt/data.pkl", pickle.dumps({"model": {}, "model_args": {}}))
     refusal(nanogpt_flags, tmp_path / "ckpt.pt")
@@ -410,7 +410,7 @@ def test_zip_files_that_are_not_torchs(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_damaged_checkpoint_gets_an_answer_or_a_refusal(folder, data):
+def test_a_damaged_checkpoint_is_read_or_an_error(folder, data):
     path = saved(folder / "ckpt.pt", nanogpt_checkpoint(gpt2_weights()))
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):

@@ -1,4 +1,4 @@
-"""Models of Hugging Face folders compute here what they compute in transformers, and what is not so is refused."""
+"""Models from Hugging Face folders give the logits of transformers; unsupported ones are an error."""
 
 import json
 import struct
@@ -39,7 +39,7 @@ QWEN2 = {"model_type": "qwen2", "architectures": None, "use_sliding_window": Tru
 
 
 def randomize(module):
-    """Weights far from their start, so that biases and norms matter."""
+    """Draws weights far from the initial ones, so that biases and norms matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
@@ -140,7 +140,7 @@ def test_a_folder_in_many_files_and_in_bfloat16(tmp_path):
 
 
 def test_gpt2_as_it_was_released(tmp_path):
-    """Without the head around it, with buffers of masks, and with a configuration of 2019."""
+    """Names without "transformer.", mask buffers, and a configuration of 2019."""
     theirs = save(small_gpt2(), tmp_path / "new")
     old = tmp_path / "old"
     old.mkdir()
@@ -154,7 +154,7 @@ def test_gpt2_as_it_was_released(tmp_path):
     same(old, theirs, 61)
 
 
-def test_a_tied_head_that_is_written_all_the_same(tmp_path):
+def test_a_folder_may_contain_a_tied_head(tmp_path):
     theirs = save(small_llama(tie_word_embeddings=True), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(
@@ -207,15 +207,15 @@ def test_a_tied_head_that_is_written_all_the_same(tmp_path):
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
     ],
 )
-def test_what_is_not_computed_here_is_refused_by_name(tmp_path, family, change, named):
+def test_an_unsupported_option_is_an_error_that_names_it(tmp_path, family, change, named):
     config = (small_gpt2() if family == "gpt2" else small_llama()).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=named):
         load_model(f"hf:{tmp_path}", CPU)
 
 
-def test_a_window_that_is_not_used():
-    """transformers' classes pass over it: Llama's always, Qwen's without use_sliding_window or without a size."""
+def test_an_unused_window_is_ignored():
+    """Llama's class in transformers always ignores it, Qwen's without use_sliding_window or without a size."""
     for change in ({"sliding_window": 5}, {**QWEN2, "sliding_window": None, "max_window_layers": 0}):
         assert read_flags({**small_llama().to_dict(), "layer_types": None, **change}, "here")["sliding_window"] == 0
     change = QWEN2 | {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}
@@ -223,7 +223,7 @@ def test_a_window_that_is_not_used():
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
-def test_a_configuration_that_lacks_something(tmp_path, missing):
+def test_a_missing_option_is_an_error(tmp_path, missing):
     config = small_llama().to_dict()
     del config[missing]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -232,14 +232,14 @@ def test_a_configuration_that_lacks_something(tmp_path, missing):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "[" * 100_000])
-def test_a_damaged_configuration(tmp_path, content):
+def test_a_damaged_configuration_is_an_error(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         open_pretrained(f"hf:{tmp_path}")
 
 
 def broken(folder, name, change):
-    """A small Llama whose tensors `change` has altered."""
+    """Checks that a small Llama whose tensors `change` has altered is an error."""
     save(small_llama(), folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -248,7 +248,7 @@ def broken(folder, name, change):
         load_model(f"hf:{folder}", CPU)
 
 
-def test_tensors_that_are_not_the_models(tmp_path):
+def test_tensors_of_another_model_are_an_error(tmp_path):
     gate, norm = "model.layers.1.mlp.gate_proj.weight", "model.norm.weight"
     broken(tmp_path / "a", gate, lambda t: t.pop(gate))
     broken(tmp_path / "b", "layers.2", lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(1)}))
@@ -258,15 +258,15 @@ def test_tensors_that_are_not_the_models(tmp_path):
     broken(tmp_path / "f", "embed_tokens", lambda t: t.update({"model.embed_tokens.weight": torch.zeros(60, 16)}))
 
 
-def test_parts_that_only_add_up(tmp_path):
-    """Gate and up, or query, key and value, of other sizes than they should be, though the whole is as large."""
+def test_parts_of_wrong_sizes_with_the_right_sum_are_an_error(tmp_path):
+    """Gate and up, or query, key and value, have wrong sizes, but their sum is right."""
     gate, up = ("model.layers.0.mlp.gate_proj.weight", torch.zeros(30, 16)), "model.layers.0.mlp.up_proj.weight"
     broken(tmp_path / "a", gate[0], lambda t: t.update({gate[0]: gate[1], up: torch.zeros(50, 16)}))
     query, key = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
     broken(tmp_path / "b", query, lambda t: t.update({query: torch.zeros(24, 16), key: torch.zeros(8, 16)}))
 
 
-def test_files_that_mean_harm(tmp_path):
+def test_corrupt_or_malicious_files_are_an_error(tmp_path):
     save(small_llama(), tmp_path)
     weights, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
     whole = weights.read_bytes()
@@ -275,7 +275,7 @@ def test_files_that_mean_harm(tmp_path):
         with pytest.raises(UserError, match=name):
             load_model(f"hf:{tmp_path}", CPU)
 
-    for header in (2**63, 2**40, len(whole), 2**25):  # more than there is, and more than a model has
+    for header in (2**63, 2**40, len(whole), 2**25):  # larger than the file, or than the header of any model
         weights.write_bytes(struct.pack("<Q", header) + whole[8:] + bytes(2**25 if header == 2**25 else 0))
         refused("claims a header|not a safetensors file")
     huge = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
@@ -303,7 +303,7 @@ def test_files_that_mean_harm(tmp_path):
 
 
 def test_no_code_of_a_folder_is_run(tmp_path):
-    """Neither what `auto_map` names nor what lies beside is imported."""
+    """The classes in `auto_map` and the files of the folder are not imported."""
     save(small_llama(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
@@ -314,7 +314,7 @@ def test_no_code_of_a_folder_is_run(tmp_path):
     assert not ran.exists()
 
 
-def test_what_is_not_a_folder_of_a_model(tmp_path, monkeypatch):
+def test_a_missing_or_empty_folder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, said in [
         (str(tmp_path / "nowhere"), "no such folder"),

@@ -45,7 +45,7 @@ def flags_of(module, path):
 
 @torch.no_grad()
 def filled(module, path, dtype=torch.float32):
-    """Our model from a file, through the interface that an import uses."""
+    """Returns our model with the weights of a file, read by the reader of its format."""
     config = ModelConfig(**flags_of(module, path))
     model, read = GPT(config).eval(), module.reader(path, config)
     for name, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def filled(module, path, dtype=torch.float32):
 
 @torch.no_grad()
 def assert_same_logits(model, expected):
-    """`expected` takes ids (B, T)."""
+    """Compares logits with those of `expected`, a function of ids (B, T)."""
     idx = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(0))
     logits = expected(idx)
     assert (model(idx) - logits).abs().max() < 1e-5 * (logits.max() - logits.min())
@@ -70,7 +70,7 @@ def transformers_gpt2(weights, activation, head=None):
         tie_word_embeddings=head is None,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).eval()
-    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}  # where there is no bias
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}  # missing biases are zero
     for name, value in weights.items():
         transposed = name.endswith("weight") and ".c_" in name
         state[f"transformer.{name}"] = torch.tensor(value.T if transposed else value)
@@ -94,7 +94,7 @@ def test_llmc_in_bf16(tmp_path):
 
 
 @pytest.mark.parametrize("version, dtype", [(3, torch.float32), (5, torch.bfloat16)])
-def test_llmcs_file_is_written_again_byte_for_byte(tmp_path, version, dtype):
+def test_an_llmc_file_is_written_byte_for_byte(tmp_path, version, dtype):
     path = put(tmp_path / "x.bin", llmc_bytes(gpt2_weights(), version))
     config = ModelConfig(**llmc.open_file(path).flags)
     llmc.write_file(tmp_path / "sub" / "y.bin", config, llmc.reader(path, config), dtype)
@@ -103,7 +103,7 @@ def test_llmcs_file_is_written_again_byte_for_byte(tmp_path, version, dtype):
 
 
 def of_model(model):
-    """A reader of a model's own parameters."""
+    """Returns a reader of the parameters of a model."""
     named = dict(model.named_parameters())
     return lambda name: named[name][:V] if name == "wte.weight" else named[name]
 
@@ -112,7 +112,7 @@ GPT2 = dict(n_layer=L, n_head=H, n_kv_head=H, n_embd=C, vocab_size=V, n_position
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_of_ours_goes_out_and_comes_back(tmp_path, dtype):
+def test_a_model_can_be_written_and_read_back(tmp_path, dtype):
     config = ModelConfig(**GPT2, dropout=0.1, vocab_pad=1, zero_init=True)
     model = GPT(config)
     init_weights(model, 0)
@@ -139,7 +139,7 @@ def test_a_model_of_ours_goes_out_and_comes_back(tmp_path, dtype):
         {"n_kv_head": 2},
     ],
 )
-def test_what_llmcs_format_cannot_hold_is_named(tmp_path, flags):
+def test_a_flag_that_llmc_does_not_have_is_an_error(tmp_path, flags):
     config = ModelConfig(**(GPT2 | flags))
     with pytest.raises(UserError) as caught:
         llmc.write_file(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float32)
@@ -148,19 +148,19 @@ def test_what_llmcs_format_cannot_hold_is_named(tmp_path, flags):
     assert not list(tmp_path.iterdir())
 
 
-def test_llmcs_files_are_of_two_dtypes(tmp_path):
+def test_llmc_files_have_two_dtypes(tmp_path):
     config = ModelConfig(**GPT2)
     with pytest.raises(UserError, match="float32 or bfloat16, not float16"):
         llmc.write_file(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float16)
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_an_existing_file_is_not_overwritten(tmp_path):
     config = ModelConfig(**GPT2)
     put(tmp_path / "x.bin", b"mine")
     with pytest.raises(UserError, match="already there"):
         llmc.write_file(tmp_path / "x.bin", config, of_model(GPT(config)), torch.float32)
 
-    def slow(name):  # while another writes the same file
+    def slow(name):  # another process writes this file meanwhile
         put(tmp_path / "y.bin", b"yours")
         return of_model(GPT(config))(name)
 
@@ -169,7 +169,7 @@ def test_nothing_is_overwritten(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x.bin": b"mine", "y.bin": b"yours"}
 
 
-def test_a_file_that_could_not_be_finished_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_no_file(tmp_path):
     config = ModelConfig(**GPT2)
 
     def broken(name):
@@ -188,7 +188,7 @@ def test_a_file_that_could_not_be_finished_leaves_nothing(tmp_path):
 
 
 def llama2c_forward(w, ids, kv_heads, base):
-    """llama2.c's model as its run.c computes it: ids (T,) to logits (T, V), in fp64; rotary pairs are adjacent."""
+    """Returns the logits (T, V) of llama2.c's run.c for ids (T,), in fp64. Rotary pairs are adjacent."""
     w = {name: value.astype(np.float64) for name, value in w.items()}
     size = C // H
     angles = np.outer(np.arange(len(ids)), base ** -(np.arange(0, size, 2) / size))
@@ -243,7 +243,7 @@ def test_nanogpt(tmp_path, bias, prefix):
     assert_same_logits(filled(nanogpt, path), transformers_gpt2(weights, "gelu"))
 
 
-def test_nanogpts_first_versions(tmp_path):
+def test_the_first_versions_of_nanogpt(tmp_path):
     weights, head = gpt2_weights(), random(V, C, seed=7)
     path = saved(tmp_path / "ckpt.pt", nanogpt_checkpoint(weights, head=head, bias=None))
     assert_same_logits(filled(nanogpt, path), transformers_gpt2(weights, "gelu_new", head))
@@ -256,7 +256,7 @@ def test_the_two_gelus_differ(tmp_path):
         assert_same_logits(model, transformers_gpt2(weights, "gelu_new"))
 
 
-def test_nanogpts_checkpoint_in_bf16(tmp_path):
+def test_a_nanogpt_checkpoint_in_bf16(tmp_path):
     checkpoint = nanogpt_checkpoint(gpt2_weights())
     checkpoint["model"] = {name: value.bfloat16() for name, value in checkpoint["model"].items()}
     filled(nanogpt, saved(tmp_path / "ckpt.pt", checkpoint), torch.bfloat16)
@@ -271,7 +271,7 @@ def files(folder):
     yield nanogpt, saved(folder / "ckpt.pt", nanogpt_checkpoint(gpt2_weights()))
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_another_model_is_an_error(tmp_path):
     for module, path in files(tmp_path):
         fits = flags_of(module, path)
         with pytest.raises(UserError, match="has no parameter h.0.attn.q_norm.weight"):
@@ -289,7 +289,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
                 module.reader(path, ModelConfig(**(fits | change)))(name)
 
 
-def test_a_file_that_shrinks_under_the_reader(tmp_path):
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     for module, path in list(files(tmp_path))[:2]:
         read = module.reader(path, ModelConfig(**flags_of(module, path)))
         os.truncate(path, 5000)
@@ -300,8 +300,8 @@ def test_a_file_that_shrinks_under_the_reader(tmp_path):
             read("ln_f.weight")
 
 
-def test_only_what_is_asked_for_is_read(tmp_path):
-    """From a file of GPT-2 1558M, of holes: 6 GB that take no room."""
+def test_only_the_requested_tensor_is_read(tmp_path):
+    """Reads from a sparse file of GPT-2 1558M: 6 GB that take no disk space."""
     sizes = dict(n_layer=48, n_head=25, n_kv_head=25, n_embd=1600, vocab_size=50257, n_positions=1024, mlp_hidden=6400)
     header = struct.pack("<8i", 20240326, 3, 1024, 50257, 48, 25, 1600, 50304).ljust(1024, b"\0")
     path = put(tmp_path / "gpt2_1558M.bin", header)
