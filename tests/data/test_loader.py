@@ -211,7 +211,7 @@ def test_data_smaller_than_one_batch_is_an_error(folder, tokens, fits):
     if fits:
         assert make_loader(folder, tokens).windows == 4
         return
-    with pytest.raises(UserError, match=rf"^--input_train_bin holds {tokens} tokens, too few for one batch of 33;"):
+    with pytest.raises(UserError, match=rf"^--input_train_bin has {tokens} tokens, too few for one batch of 33;"):
         make_loader(folder, tokens)
 
 
