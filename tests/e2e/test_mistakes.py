@@ -70,7 +70,7 @@ def test_shards(trainer, good, tmp_path, name):
         (["--zero_stage=4"], "--zero_stage=4: input should be less than or equal to 3"),
         (["--replicas=2"], "--replicas=2 is for --zero_stage=2 or 3"),
         (["--doc_mask=1", "--tokenizer=none"], "--doc_mask=1 must know the end-of-text token"),
-        (["--doc_mask=1"], "--vocab_size=251 is not that of tokenizer gpt2"),
+        (["--doc_mask=1"], "--vocab_size=251 does not fit tokenizer gpt2"),
         (["--cfg=shakespear"], "did you mean shakespeare?"),
     ],
 )
