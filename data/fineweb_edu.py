@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.prepare.cli import add_flags, check, check_flags, folder, run
-from data.prepare.job import MANIFEST, PARTIAL, RECIPE, read_json
+from data.prepare.job import MANIFEST, PARTIAL, RECIPE, read_object
 from data.prepare.sources import input_files
 from util.errors import CommandParser, UserError, closest, run_command
 
@@ -31,7 +31,7 @@ def files_of_earlier_command(output_dir: Path, name: str) -> list[str]:
     """
     for place in (output_dir, *sorted(output_dir.glob("part_*_of_*"))):
         for path in (place / MANIFEST, place / PARTIAL / RECIPE):
-            content = read_json(path)
+            content = read_object(path)
             recipe = content.get("recipe", content)
             if recipe.get("configuration") == name:
                 return [row["name"] for row in recipe["source"]]

@@ -138,7 +138,7 @@ def read_eval_file(path: Path) -> list[TokenExample]:
     with user_errors(path):
         content = path.read_bytes()
     if len(content) < HEADER_BYTES:
-        raise UserError(f"{path}: {len(content)} bytes are less than the header's {HEADER_BYTES}; make it again")
+        raise UserError(f"{path}: {len(content)} bytes are less than a header of {HEADER_BYTES}; make it again")
     magic, version, count, longest = np.frombuffer(content, "<i4", 4).tolist()
     if magic != MAGIC:
         raise UserError(f"{path}: magic {magic} is not the magic of an evaluation file ({MAGIC})")

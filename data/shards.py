@@ -110,7 +110,7 @@ def _headerless(path: Path, size: int, header: np.ndarray) -> Shard | None:
 
 def _with_header(path: Path, size: int, header: np.ndarray) -> Shard:
     if len(header) < HEADER_BYTES:
-        raise UserError(f"{path}: {size} bytes are less than the header's {HEADER_BYTES}; truncated, make it again")
+        raise UserError(f"{path}: {size} bytes are less than a header of {HEADER_BYTES}; truncated, make it again")
     magic, version, count = (int(n) for n in header.view("<i4")[:3])
     if magic not in FORMATS:
         names = " or ".join(HEADERLESS_NAMES)

@@ -12,7 +12,7 @@ import numpy as np
 from data.fingerprint import same_tokenizer
 from data.prepare.job import Job, prepare, read_manifest, summary
 from data.prepare.parts import checked_files, join_parts, parse_part, part_of
-from data.prepare.sources import identify, plan
+from data.prepare.sources import file_fingerprint, plan
 from data.prepare.workers import EncodeOptions
 from data.shards import find_shards, open_shard
 from data.tokenizers.load import load_tokenizer
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
         output_dir=args.output_dir,
         name=name,
         recipe={
-            "source": [identify(path) for path in files],
+            "source": [file_fingerprint(path) for path in files],
             "tokenizer": tokenizer.sha256,  # its path may differ between machines
             "name": name,
             **{key: getattr(args, key) for key in decisive},

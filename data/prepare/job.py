@@ -33,8 +33,7 @@ from data.shards import ShardWriter, open_shard
 from data.tokenizers.fim import sentinels
 from data.tokenizers.tokenizer import Tokenizer
 from util.errors import MACHINE_REFUSES, UserError, user_errors
-from util.files import read_json as value_in
-from util.files import take_lock, write_atomically
+from util.files import read_json, take_lock, write_atomically
 
 PARTIAL, RECUT, MANIFEST, RECIPE, JOURNAL = ".partial", "recut", "manifest.json", "recipe.json", "journal.json"
 JOURNAL_SECONDS = 2.0
@@ -111,7 +110,7 @@ def resume_job(job: Job, partial: Path) -> tuple[Progress, ShardWriter]:
     writer = ShardWriter(partial, job.layout(job.val_tokens), job.tokenizer.vocab_size)
     for stale in partial.glob("unit_*"):
         stale.unlink()
-    journal = read_json(partial / JOURNAL)
+    journal = read_object(partial / JOURNAL)
     if not journal:
         write_atomically(partial / RECIPE, json.dumps(job.recipe).encode())
         return Progress(), writer
@@ -264,7 +263,7 @@ def open_job(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
     if list(output_dir.glob("*.bin")):
         raise UserError(f"{output_dir} holds .bin files without a manifest; choose another --output_dir or remove them")
     # --- unfinished, or new ---
-    unfinished = read_json(partial / RECIPE) if (partial / JOURNAL).exists() else recipe
+    unfinished = read_object(partial / RECIPE) if (partial / JOURNAL).exists() else recipe
     if unfinished != recipe:
         raise UserError(
             f"{output_dir} holds the unfinished work of a command with other input or options"
@@ -281,17 +280,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = read_json(path)
+    manifest = read_object(path)
     kinds = {"recipe": dict, "tokenizer": dict, "files": list, "tokens": int, "documents": int}
     if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path}: not a manifest that rawgpt wrote; choose another --output_dir")
     return manifest
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file, or {} if it cannot be read or is not an object."""
     try:
-        content = value_in(path)
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

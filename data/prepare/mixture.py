@@ -36,7 +36,7 @@ from data.prepare.job import (
     read_manifest,
     tokens_in,
 )
-from data.prepare.sources import identify, input_files, plan
+from data.prepare.sources import file_fingerprint, input_files, plan
 from data.shards import ShardWriter
 from util.errors import UserError
 from util.files import read_yaml
@@ -102,7 +102,7 @@ def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
         for name, source in mixture.sources.items()
     }
     described = {
-        name: {**source.model_dump(exclude={"input"}), "source": [identify(path) for path in files[name]]}
+        name: {**source.model_dump(exclude={"input"}), "source": [file_fingerprint(path) for path in files[name]]}
         for name, source in mixture.sources.items()
     }
     job = replace(job, recipe={**job.recipe, "mixture": {"tokens": mixture.tokens, "sources": described}})

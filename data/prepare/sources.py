@@ -86,7 +86,7 @@ def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
 
 
-def identify(path: str) -> dict[str, Any]:
+def file_fingerprint(path: str) -> dict[str, Any]:
     """Returns name, size and hash of a file. A remote file is identified by its address, which names a revision.
 
     Files above 4 MiB are hashed by sample, so that a repeated command returns quickly.

@@ -1,4 +1,4 @@
-"""Loading a tokenizer by name or from a file."""
+"""Loader of tokenizers, by name or from a file."""
 
 from __future__ import annotations
 

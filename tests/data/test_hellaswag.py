@@ -129,8 +129,8 @@ SECOND = 1024 + 2 * 17  # ONE takes 17 words
         (patched(8, 0, "<i"), "too long"),
         (patched(8, -1, "<i"), "too long"),
         (patched(12, 33, "<i"), "up to 33 bytes, but the largest has 34"),
-        (lambda content: b"", "0 bytes are less than the header's"),
-        (lambda content: content[:1000], "less than the header's"),
+        (lambda content: b"", "0 bytes are less than a header"),
+        (lambda content: content[:1000], "less than a header"),
         (lambda content: content[:1024], "truncated: ends within example 0"),
         (lambda content: content[:-1], "odd number of bytes"),
         (lambda content: content[:-2], "truncated: ends within example 1"),
@@ -253,7 +253,7 @@ def test_the_command(tmp_path, run):
     (out / "mine.bin").unlink()  # as if it had been interrupted in between
     assert "4 examples" in run()
     (out / "mine.bin").write_bytes(b"short")
-    with pytest.raises(UserError, match="mine.bin: 5 bytes are less than the header's"):
+    with pytest.raises(UserError, match="mine.bin: 5 bytes are less than a header"):
         run()
     write_eval_file(out / "mine.bin", [ONE])
     with pytest.raises(UserError, match="mine.bin was not made from out/mine.jsonl"):

@@ -108,7 +108,7 @@ def test_mistakes_are_found_before_anything_is_written(trainer, examples, tmp_pa
     out = tmp_path / "run"
     for flags, message in (
         (["--hellaswag_every=1", "--tokenizer=none"], "--hellaswag_every encodes text"),
-        (["--hellaswag_every=1", "--vocab_size=251"], "--vocab_size=251 is not that of tokenizer gpt2"),
+        (["--hellaswag_every=1", "--vocab_size=251"], "--vocab_size=251 does not fit tokenizer gpt2"),
         (["--hellaswag_every=1", f"--hellaswag_data={tmp_path}/no.jsonl"], "--hellaswag_data="),
         (["--hellaswag_every=1", f"--hellaswag_data={broken}"], "broken.jsonl, line 1: no field 'ctx_b'"),
     ):

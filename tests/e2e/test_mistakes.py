@@ -66,7 +66,7 @@ def test_a_broken_shard_is_an_error_that_names_it(trainer, good, tmp_path, name)
         (["--zero_stage=4"], "--zero_stage=4: input should be less than or equal to 3"),
         (["--replicas=2"], "--replicas=2 needs --zero_stage=2 or 3"),
         (["--doc_mask=1", "--tokenizer=none"], "--doc_mask=1 needs the end-of-text token"),
-        (["--doc_mask=1"], "--vocab_size=251 is not that of tokenizer gpt2"),
+        (["--doc_mask=1"], "--vocab_size=251 does not fit tokenizer gpt2"),
         (["--cfg=shakespear"], "did you mean shakespeare?"),
     ],
 )

@@ -256,7 +256,7 @@ def test_unfinished_work_of_another_command_is_not_resumed(tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(preparing, "_finish", lambda *args: (_ for _ in ()).throw(Interrupted))
         prepare(make_job(tmp_path / "out"), units)
-    with pytest.raises(UserError, match="unfinished work of a command with other input or options .of.; give that"):
+    with pytest.raises(UserError, match="unfinished work of a command with other input or options .of.; repeat that"):
         prepare(make_job(tmp_path / "out", recipe={"of": "other"}), units)
 
 

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.prepare import sources, workers
-from data.prepare.sources import WorkUnit, documents, identify, input_files, plan
+from data.prepare.sources import WorkUnit, documents, file_fingerprint, input_files, plan
 from util.errors import UserError
 
 few = settings(max_examples=100, deadline=None)
@@ -82,13 +82,13 @@ def test_a_file_is_identified_by_its_content(tmp_path, monkeypatch):
     for size in (0, 100, 2**22 + 7):
         content = random.Random(size).randbytes(size)
         path.write_bytes(content)
-        assert identify(str(path)) == identify(str(path))
-        assert (identify(str(path))["name"], identify(str(path))["size"]) == ("a.txt", size)
+        assert file_fingerprint(str(path)) == file_fingerprint(str(path))
+        assert (file_fingerprint(str(path))["name"], file_fingerprint(str(path))["size"]) == ("a.txt", size)
         for at in (0, size - 1) if size else ():
             path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-            changed = identify(str(path))
+            changed = file_fingerprint(str(path))
             path.write_bytes(content)
-            assert changed != identify(str(path))
+            assert changed != file_fingerprint(str(path))
 
 
 # Documents

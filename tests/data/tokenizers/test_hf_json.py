@@ -277,10 +277,10 @@ def test_the_end_of_text_token_is_found(tmp_path):
         folder = save(tmp_path / str(end), data, config)
         tokenizer = load_tokenizer(str(folder))
         assert tokenizer.end_of_text == load_tokenizer(str(folder / "tokenizer.json")).end_of_text == end
-    with pytest.raises(UserError, match="'<end>' is not one of its special tokens .there are </s>, <s>, <unk>"):
+    with pytest.raises(UserError, match="'<end>' is not one of its special tokens .it has </s>, <s>, <unk>"):
         load_tokenizer(str(save(tmp_path / "x", data, {"eos_token": "<end>"})))
     data["added_tokens"] = data["added_tokens"][:2]
-    with pytest.raises(UserError, match="no end-of-text token .there are <s>, <unk>"):
+    with pytest.raises(UserError, match="no end-of-text token .it has <s>, <unk>"):
         load_tokenizer(str(save(tmp_path / "y", data)))
 
 
@@ -325,10 +325,10 @@ def model(**changes):
         (model(merges=[["a"]]), "not a usable tokenizer.json"),
         (model(vocab=[1, 2]), "not a usable tokenizer.json"),
         (unlike(pre_tokenizer={"type": "Nonsense"}), "not byte-level and without byte fallback"),
-        (unlike(post_processor=template("<s>") | {"special_tokens": {}}), "used .no '<s>'"),
-        (unlike(post_processor=template("<s>") | {"single": [{}]}), "used .no 'SpecialToken'"),
+        (unlike(post_processor=template("<s>") | {"special_tokens": {}}), "'<s>' is missing"),
+        (unlike(post_processor=template("<s>") | {"single": [{}]}), "'SpecialToken' is missing"),
         (unlike(post_processor=[1]), "not a usable tokenizer.json"),
-        (unlike(post_processor={"type": "Sequence"}), "used .no 'processors'"),
+        (unlike(post_processor={"type": "Sequence"}), "'processors' is missing"),
         (
             unlike(post_processor=template(END) | {"special_tokens": {END: {"ids": [9999]}}}),
             "its post_processor puts the unknown id 9999 before a text",

@@ -117,9 +117,9 @@ GOOD = pack(FIRST + LEARNED)
     "content, message",
     [
         (b"", "does not start with the length of its longest piece"),
-        (b"\x07\x00", "does not begin with"),
-        (struct.pack("<i", -1) + GOOD[4:], "does not begin with"),
-        (struct.pack("<3i", 20240520, 1, 100), "does not begin with"),  # a shard of tokens
+        (b"\x07\x00", "does not start with"),
+        (struct.pack("<i", -1) + GOOD[4:], "does not start with"),
+        (struct.pack("<3i", 20240520, 1, 100), "does not start with"),  # a shard of tokens
         (struct.pack("<i", 3) + GOOD[4:], "piece 0 at byte 4 has length 5, but the longest should have 3"),
         (GOOD[:-1], "piece 275 at byte 3,787 is cut off"),
         (GOOD[:7], "piece 0 at byte 4 is cut off"),
