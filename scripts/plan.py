@@ -105,8 +105,8 @@ def strategies(config: Config, given: dict[str, Any], args: argparse.Namespace) 
     for stage in (s for s in stages if s < 2 or config.compile != "model"):  # FSDP compiles blocks only
         for replicas in sorted(replica_counts) if stage >= 2 else [1]:
             for offload in (False, True) if stage >= 2 else (False,):
-                for recompute in ("none", "selective", "block"):
-                    values = (stage, replicas, recompute, offload)
+                for checkpointing in ("none", "selective", "block"):
+                    values = (stage, replicas, checkpointing, offload)
                     changes = dict(zip(CHOICES, values, strict=False))
                     useless = args.gpus == 1 and stage == 3 and not offload  # one rank has nothing to shard
                     if not useless and all(given.get(name, value) == value for name, value in changes.items()):
@@ -258,7 +258,7 @@ def recommendation(best: Setting, base: Config, flags: list[str], args: argparse
         f"recommended: stage {c.zero_stage}"
         + (f" × {c.replicas} replicas" if c.replicas > 1 else "")
         + f", {c.batch_size} × {c.sequence_length} tokens × {steps} micro-step{'s' * (steps > 1)},"
-        f" {best.memory.peak / 1e9:.1f} GB at the peak ({best.memory.moment})"
+        f" {best.memory.peak / 1e9:.1f} GB at the peak ({best.memory.peak_at})"
         + (host if c.cpu_offload else "")
         + "".join(f"\n({note})" for note in notes)
         + f"\n{command(c, base, flags, args)}"

@@ -31,7 +31,7 @@ class Memory:
 
     parts: Parts  # the largest value of each part within a step
     peak: int  # the largest sum at one time
-    moment: str  # the time of the peak
+    peak_at: str  # the part of the step with the peak
     host: int  # in CPU memory, with --cpu_offload
 
 
@@ -104,10 +104,10 @@ def stream_size(config: Config) -> int:
     return 2 if config.residual_dtype == "bfloat16" else 4
 
 
-def block_activations(config: Config, recompute: str) -> int:
+def block_activations(config: Config, checkpointing: str) -> int:
     """Returns the bytes per token that one block saves for its backward pass.
 
-    `recompute` is a value of --activation_checkpointing. The norms save the residual stream (4 bytes, or 2 with
+    `checkpointing` is a value of --activation_checkpointing. The norms save the residual stream (4 bytes, or 2 with
     --residual_dtype=bfloat16) at the start and in the middle of the block. The rest is in the compute dtype: each
     matrix product saves its input, attention saves q, k, v, its output, and fp32 log-sums. torch.compile saves the
     output of attention's projection instead of the middle of the stream, and does not save the silu of SwiGLU, as the
@@ -117,9 +117,9 @@ def block_activations(config: Config, recompute: str) -> int:
     C, q, kv = c.n_embd, c.n_head * c.head_size, c.n_kv_head * c.head_size
     qkv, wide = q + 2 * kv, c.mlp_hidden
     fc = 2 * wide if c.mlp == "swiglu" else wide
-    if recompute == "block":
+    if checkpointing == "block":
         return stream * C
-    if recompute == "selective":  # saves the outputs of qkv, attention, its projection and both products of the MLP
+    if checkpointing == "selective":  # saves the outputs of attention and of all matrix products
         last = 0 if c.compile else e * C
         return stream * C + e * (qkv + q + C + fc) + 4 * c.n_head + last
     attention = e * (C + q + qkv) + 4 * c.n_head
@@ -173,7 +173,7 @@ def backward_activations(config: Config, blocks: int) -> int:
     return tokens * (blocks * kept + max(0, whole - kept)) + backward_bytes(config)
 
 
-def sharded_moments(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
+def sharded_peaks(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
     """Returns the bytes that are alive at possible peaks of the last micro-step, for stages 2 and 3.
 
     FSDP2 gathers a block into a flat buffer and copies it out. The buffer lives until the next block is gathered.
@@ -190,7 +190,7 @@ def sharded_moments(config: Config, world_size: int, capacity: float) -> dict[st
     at_end = max(on_device * n.own_blocks, 0 if wait else before)
     keeps = c.zero_stage == 2  # all blocks stay gathered
     gathered = e * (n.total if keeps else n.root + n.block)
-    moments = {
+    peaks = {
         "loss": {
             "gradients": before,
             "activations": loss_activations(c),
@@ -219,10 +219,10 @@ def sharded_moments(config: Config, world_size: int, capacity: float) -> dict[st
         },
         "optimizer": {"gradients": on_device * n.own},
     }
-    return {name: states | parts for name, parts in moments.items()}
+    return {name: states | parts for name, parts in peaks.items()}
 
 
-def replicated_moments(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
+def replicated_peaks(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
     """Returns the bytes that are alive at possible peaks of the last micro-step, for stages 0 and 1 and one process.
 
     The gradients of DDP are its buckets, which live as long as the run. Autocast keeps the cast weights of each block
@@ -237,7 +237,7 @@ def replicated_moments(config: Config, world_size: int, capacity: float) -> dict
     recomputes = c.activation_checkpointing != "none"
     tied = 4 * n.head if c.tie_embeddings else 0  # of the head, added to the embeddings' at the end
     at_work = tied + (cast + 4) * n.widest
-    moments = {
+    peaks = {
         "loss": {
             "gradients": before,
             "activations": loss_activations(c),
@@ -257,12 +257,12 @@ def replicated_moments(config: Config, world_size: int, capacity: float) -> dict
         "gradients of the embeddings": {"gradients": 4 * (n.total if before else n.total - n.root + n.head) + tied},
         "optimizer": {"gradients": 4 * n.total},
     }
-    return {name: states | parts for name, parts in moments.items()}
+    return {name: states | parts for name, parts in peaks.items()}
 
 
-def moments(config: Config, world_size: int, capacity: float = inf) -> dict[str, Parts]:
+def possible_peaks(config: Config, world_size: int, capacity: float = inf) -> dict[str, Parts]:
     """Returns the bytes by part at each possible peak of a step, on the rank that needs most."""
-    return (sharded_moments if config.zero_stage >= 2 else replicated_moments)(config, world_size, capacity)
+    return (sharded_peaks if config.zero_stage >= 2 else replicated_peaks)(config, world_size, capacity)
 
 
 def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Memory:
@@ -271,11 +271,11 @@ def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Mem
     The CUDA context and fragmentation are not included. `config` must be resolved for this world size. `capacity` is
     the total memory of a GPU in bytes; the size of the loss chunks depends on it.
     """
-    at = moments(config, world_size, capacity)
-    moment = max(at, key=lambda name: sum(at[name].values()))
-    parts = {part: max(alive.get(part, 0) for alive in at.values()) for part in PARTS}
+    peaks = possible_peaks(config, world_size, capacity)
+    highest = max(peaks, key=lambda name: sum(peaks[name].values()))
+    parts = {part: max(alive.get(part, 0) for alive in peaks.values()) for part in PARTS}
     host = 16 * count(config, world_size // config.replicas).own if config.cpu_offload else 0
-    return Memory(parts, sum(at[moment].values()), moment, host)
+    return Memory(parts, sum(peaks[highest].values()), highest, host)
 
 
 def usable_bytes(capacity: float) -> float:

@@ -54,7 +54,7 @@ from torch import Tensor
 
 from model.gpt import GPT
 from model.loss import CHUNK_ELEMENTS
-from train.memory import MOST_ROWS_ON_CPU, micro_steps, moments, planned_bytes
+from train.memory import MOST_ROWS_ON_CPU, micro_steps, planned_bytes, possible_peaks
 from train.optim import make_optimizer
 from train.parallel import ParallelModel, shard
 from util.ranks import Ranks
@@ -168,9 +168,9 @@ def compare(flags: list[str], world_size: int, steps: int) -> list[tuple[str, in
         config = load_config([*flags, f"--batch_size={MOST_ROWS_ON_CPU}"], world_size)  # the choice needs a GPU
     config = config.model_copy(update={"total_batch_size": config.total_batch_size * steps})
     found, plan = simulate(config, world_size), planned_bytes(config, world_size)
-    resident = moments(config, world_size)["optimizer"]
+    resident = possible_peaks(config, world_size)["optimizer"]
     rows = [(part, found[part], resident.get(part, 0)) for part in NAMES]
-    return [*rows, (f"peak, at {plan.moment}", found["peak"], plan.peak)]
+    return [*rows, (f"peak, at {plan.peak_at}", found["peak"], plan.peak)]
 
 
 def main(rank_counts: list[int], steps: int, flags: list[str]) -> None:

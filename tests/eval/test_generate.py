@@ -1,4 +1,4 @@
-"""Generation: neither the cache nor other rows change a row. And the command."""
+"""Generation: a row does not depend on the cache and on other rows. And the command."""
 
 import io
 import json
@@ -119,7 +119,7 @@ def test_training_mode_and_gradients_are_restored_between_steps():
 
 @FAMILIES
 def test_bfloat16_under_autocast(family):
-    """With and without cache, logits differ by rounding only, which is much less than between tokens."""
+    """Logits with and without cache differ by rounding only, which is much less than between tokens."""
     model, texts = make(*family), [tokens_of(n, seed=n) for n in (11, 6)]
     cache = KVCache(24)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -186,7 +186,7 @@ def test_slurm_starts_one_torchrun_per_node(slurm):
         ("done", 30, 0, False),
         ("done", 30, 1, False),  # a signal came after the last step
         ("out of time", 20, 0, False),
-        ("stopped", 20, 1, False),  # by scancel: there was no warning of the time limit
+        ("stopped", 20, 1, False),  # by scancel, without a warning of the time limit
         ("user error", 20, 1, False),
         ("running", 20, 1, True),  # crashed after progress
         ("running", 10, 1, False),  # crashed without progress

@@ -90,7 +90,7 @@ def test_a_model_compiled_as_a_whole_is_not_sharded(answer):
 
 def test_time_and_cost_follow_from_the_flops(answer):
     out = answer("--cfg=llama3-8b --gpus=64 --price=2 --mfu=0.5 --tokens=1e11")
-    # PaLM's count by hand: 6 × (N - V·C) + 12·L·C·T a token; 989 TFLOP/s.
+    # The PaLM formula: 6 × (N - V·C) + 12·L·C·T per token; 989 TFLOP/s.
     flops = 6 * (8_030_261_248 - 128256 * 4096) + 12 * 32 * 4096 * 8192
     tokens = -(-(10**11) // 4194304) * 4194304
     hours = tokens * flops / (64 * 989e12 * 0.5) / 3600

@@ -20,8 +20,8 @@ from train.memory import (
     deviation,
     fitting_batch_size,
     largest_partition,
-    moments,
     planned_bytes,
+    possible_peaks,
     usable_bytes,
 )
 from util.errors import UserError
@@ -132,7 +132,7 @@ def test_closed_forms_of_the_8b_model():
     for name, flags in {"0": "", "1": "", "2": "", "3": "", "hybrid": "--zero_stage=3 --replicas=8"}.items():
         stage = [f"--zero_stage={name}"] if not flags else flags.split()
         c = load_config(["--cfg=llama3-8b", "--total_batch_size=524288", *stage], 64)
-        state[name] = moments(c, 64)["optimizer"]
+        state[name] = possible_peaks(c, 64)["optimizer"]
     n = 8_030_261_248
     assert state["0"] == {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
     assert state["1"]["parameters"] == 4 * n and state["1"]["optimizer"] == 8 * 128256 * 4096  # one embedding
