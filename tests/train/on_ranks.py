@@ -120,12 +120,18 @@ def check_imported_weights(ranks, folder):
 
 
 def check_numbers(ranks, folder):
-    """Norms, parameters and moments of three steps: stage 1 equals stage 0 bit for bit, other stages up to rounding."""
+    """Norms, parameters and moments of three steps: stage 1 equals stage 0 bit for bit, other stages up to rounding.
+
+    The settings alternate between the families, on 2 ranks the other way round than on 4. Every stage on 2 ranks is
+    also in tests/e2e/test_reference.py.
+    """
     variants = {"gpt2": ["--sync_every_microbatch=1"], "llama": ["--activation_checkpointing=selective"]}
-    for family, more in variants.items():  # check_load runs without these flags
+    for turn, (family, more) in enumerate(variants.items()):  # check_load runs without these flags
         reference = Setting(ranks, *FAMILIES[family])
         norms = [reference.step(k) for k in range(3)]
-        for name, flags in settings(ranks.world_size).items():
+        for k, (name, flags) in enumerate(settings(ranks.world_size).items()):
+            if (k + turn + (ranks.world_size == 2)) % 2:
+                continue
             setting = Setting(ranks, *flags, *more, *FAMILIES[family])
             apart = max(abs(setting.step(k) - norms[k]) for k in range(3))
             limit = 0 if name in ("stage0", "stage1") else 5e-6
@@ -226,13 +232,13 @@ def check_save(ranks, folder):
 def check_load(ranks, folder):
     """Every setting loads checkpoints of all kinds bit for bit and continues from them.
 
-    Each checkpoint is loaded by every third setting. All combinations are in tests/e2e/test_strategies.py, marked slow.
+    Each checkpoint is loaded by every fifth setting. All combinations are in tests/e2e/test_strategies.py, marked slow.
     """
     norms = []
     for i, saved in enumerate(sorted(folder.iterdir())):
         expected = load_file(saved / "whole.safetensors")
         for k, flags in enumerate(settings(ranks.world_size).values()):
-            if (i + k) % 3 == 0:
+            if (i + k) % 5 == 0:
                 setting = Setting(ranks, *flags)
                 load_checkpoint(list_checkpoints(saved)[0], setting.model, setting.optimizer)
                 assert_equal(setting.whole(), expected)
