@@ -77,10 +77,10 @@ def test_a_failed_evaluation_is_reported_and_skipped(trainer, examples, metrics,
     lines, _ = undisturbed(2, *flags)
     (tmp_path / "samples" / "step_00000003.txt").mkdir(parents=True)  # a folder, so that the sample cannot be written
     err = trainer.run(tmp_path, *flags, *hellaswag_flags(examples), ranks=2, script=FAILING).stderr
-    assert "warning: HellaSwag failed on rank 1, and is left out: OSError: the disk is gone" in err
-    assert "warning: sample failed on rank 0, and is left out: IsADirectoryError" in err
+    assert "warning: HellaSwag failed on rank 1 and is skipped: OSError: the disk is gone" in err
+    assert "warning: sample failed on rank 0 and is skipped: IsADirectoryError" in err
     for what in ("validation", "HellaSwag", "sample"):
-        assert f"warning: {what} failed on rank 0, and is left out: RuntimeError: a kernel failed" in err
+        assert f"warning: {what} failed on rank 0 and is skipped: RuntimeError: a kernel failed" in err
     assert [{k: v for k, v in r.items() if k != "val_loss"} for r in lines] == [
         {k: r[k] for k in ("step", "tokens", "loss", "lr", "grad_norm")} for r in metrics(tmp_path)
     ]

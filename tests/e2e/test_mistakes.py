@@ -89,7 +89,7 @@ def test_a_bad_token_id_beyond_the_sample_is_found_when_it_is_read(trainer, tmp_
 
 def test_a_directory_that_is_not_a_run_is_left_alone(trainer, tmp_path):
     (tmp_path / "config.yaml").write_text("mine")
-    assert "holds a config.yaml that is no run's" in one_line(trainer, tmp_path)
+    assert "contains config.yaml but no checkpoints" in one_line(trainer, tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "mine"
 
 

@@ -45,4 +45,4 @@ def test_a_resumed_run_is_bit_equal(trainer, parameters_of, trace, mixture, shar
 def test_training_on_the_validation_shard_gives_a_warning(trainer, mixture, shards, tmp_path):
     flag = f"{mixture},three=1:{shards}/*_val_*.bin"
     done = trainer.run(tmp_path / "run", flag, "--num_iterations=1")
-    assert "warning: " in done.stdout and "count_val_000000.bin is trained on and validated on" in done.stdout
+    assert "warning: " in done.stdout and "count_val_000000.bin is used for both training and validation" in done.stdout
