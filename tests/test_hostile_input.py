@@ -49,7 +49,7 @@ cases = settings(
 )
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 50
-PROMISE = "taken, or refused in one line that names the file or flag; nothing is written elsewhere"
+PROMISE = "accepted, or rejected with one line that names the file or flag; nothing is written elsewhere"
 broken = pytest.mark.fault  # (what is broken, PROMISE)
 
 
@@ -187,7 +187,7 @@ def shard(tmp_path_factory):
     return path.read_bytes()
 
 
-@broken("bytes of token shards, and manifests beside them", PROMISE)
+@broken("bytes of token shards, and their manifests", PROMISE)
 def test_shards(place, shard, injected):
     folder = place / "shards"
     folder.mkdir()
@@ -281,7 +281,7 @@ def resumed(config):
         assert state["record"]["elapsed_s"] >= 0 and state["step"] >= 0
 
 
-@broken("manifests of checkpoints", PROMISE)
+@broken("checkpoint manifests", PROMISE)
 def test_manifests(place, saved, injected):
     run = shutil.copytree(saved, place / "run")
     config = load_config([*SHAPE, f"--output_dir={run}"], world_size=1)
@@ -524,7 +524,7 @@ def arguments(draw):
     return [flag for flag in flags if flag not in ("-h",) and not "--help".startswith(flag[:6] or "x")]
 
 
-@broken("flags: odd values, unknown names, loose words", PROMISE)
+@broken("flags: odd values, unknown names, stray words", PROMISE)
 def test_flags(place, monkeypatch, injected):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -581,7 +581,7 @@ READERS = {
 }
 
 
-@broken("jsonl of HellaSwag, LAMBADA, perplexity and data/text.py", PROMISE)
+@broken(".jsonl files for HellaSwag, LAMBADA, perplexity and data/text.py", PROMISE)
 def test_jsonl(place, injected):
     path = place / "x.jsonl"
 
@@ -598,7 +598,7 @@ def test_jsonl(place, injected):
     injected(CASES)
 
 
-@broken("metrics.jsonl of a run that goes on", PROMISE)
+@broken("metrics.jsonl of a resumed run", PROMISE)
 def test_metrics(place, monkeypatch, injected):
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # a thousand times, of what no power cut is to spare
     (place / "logs").mkdir()

@@ -40,7 +40,9 @@ def test_a_run_without_a_console_ends_with_a_checkpoint_or_continues_under_nohup
     injected(1)
 
 
-@pytest.mark.fault("out of memory during a save in the background", "the checkpoint is finished; one line, exit code 2")
+@pytest.mark.fault(
+    "out of memory during a save in the background", "the checkpoint is completed; one line, exit code 2"
+)
 def test_running_out_of_memory_during_a_save_keeps_the_checkpoint(trainer, injected, tmp_path):
     run = tmp_path / "run"
     flags = ["--async_save=1", "--save_every_niter=7"]

@@ -67,7 +67,7 @@ def without_the_bad_data(train, trace, parameters_of, tmp_path_factory):
 
 
 @pytest.mark.fault(
-    "not finite 5 times in a row",
+    "loss or gradient not finite in 5 steps in a row",
     "rolls back to the last good checkpoint and skips that data, also if it is killed then",
 )
 @pytest.mark.parametrize("resumed", [False, slow(True)])
@@ -90,7 +90,7 @@ def test_bad_data_is_skipped(train, shards, assert_same_run, without_the_bad_dat
     injected(5, "6 steps and their data")
 
 
-@pytest.mark.fault("the gradient overflows in float16", "the loss scale halves; scale and count survive a kill")
+@pytest.mark.fault("the gradient overflows in float16", "the loss scale is halved; scale and count survive a kill")
 def test_the_loss_scale_falls_and_survives_a_resume(train, injected, tmp_path):
     run, flags = tmp_path / "run", ["--dtype=float16", "--num_iterations=10", "--val_loss_every=0"]
     train(run, *flags, FAIL="gradient@3-3", RAWGPT_FAULT="metrics#7=KILL", code=-9)
@@ -101,7 +101,7 @@ def test_the_loss_scale_falls_and_survives_a_resume(train, injected, tmp_path):
     injected(1, "1 step")
 
 
-@pytest.mark.fault("not finite with all data", "exit code 3 after --max_rollbacks; the last checkpoint stays good")
+@pytest.mark.fault("not finite with all data", "exit code 3 after --max_rollbacks; the last good checkpoint is kept")
 def test_a_run_that_stays_bad_after_roll_backs_ends(train, injected, tmp_path):
     run = tmp_path / "run"
     err = train(run, "--max_rollbacks=2", "--rollback_after=3", FAIL="gradient@7-99", code=3).stderr
@@ -120,7 +120,9 @@ def test_a_run_that_stays_bad_after_roll_backs_ends(train, injected, tmp_path):
     injected(9 + 7 + 5, "the steps since the checkpoint")
 
 
-@pytest.mark.fault("a spike beyond --skip_spikes", "the step is skipped; the recent norms survive a resume")
+@pytest.mark.fault(
+    "a gradient norm above the limit of --skip_spikes", "the step is skipped; the recent norms survive a resume"
+)
 @pytest.mark.parametrize("resumed", [slow(False), True])
 def test_a_spike_is_skipped(train, metrics, injected, tmp_path, resumed):
     run = tmp_path / "run"

@@ -59,7 +59,7 @@ def test_a_stopped_rank_is_named_and_the_restart_continues(
 
 @pytest.mark.slow  # torchrun waits half a minute before it kills
 @pytest.mark.fault(
-    "SIGSTOP of one rank while it saves", "all ranks end within --start_timeout_minutes and name the rank"
+    "SIGSTOP of one rank during a save", "all ranks end within --start_timeout_minutes and name the rank"
 )
 def test_a_rank_stopped_in_a_save_is_named(trainer, injected, tmp_path):
     flags = ["--start_timeout_minutes=0.2", "--num_iterations=10", "--val_loss_every=0"]
@@ -68,7 +68,7 @@ def test_a_rank_stopped_in_a_save_is_named(trainer, injected, tmp_path):
     injected(1, "the steps since the checkpoint")
 
 
-@pytest.mark.fault("one rank hangs but lives", "all ranks end and name the step and its place in the code")
+@pytest.mark.fault("one rank hangs without dying", "all ranks end and name the step and its place in the code")
 def test_a_stuck_rank_is_named_with_its_place_in_the_code(trainer, injected, tmp_path):
     run = tmp_path / "run"
     done = trainer.run(run, *FLAGS, ranks=2, code=1, script=FAILING, env={"FAIL": "stuck@8-8"})

@@ -28,7 +28,10 @@ def soak(stage, folder, *flags, plan=None):
     return kills, max(kill.repeated for kill in kills)
 
 
-@pytest.mark.fault("SIGKILL of a worker, all, or the launcher", "bit-equal; no orphans; at most the steps since a save")
+@pytest.mark.fault(
+    "SIGKILL of one worker, all workers, or the launcher",
+    "bit-equal; no orphan processes; only the steps since the last save are repeated",
+)
 @pytest.mark.parametrize("stage", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_killed_at_start_up_and_in_save_prune_and_evaluation(injected, tmp_path, stage):
     kills, most = soak(stage, tmp_path, "--n_embd=32", "--val_max_steps=10", plan=SHORT[stage])
@@ -39,7 +42,10 @@ def test_killed_at_start_up_and_in_save_prune_and_evaluation(injected, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.fault("SIGKILL, 15 a run, stages 0 to 3", "bit-equal; no orphans; at most the steps since a save")
+@pytest.mark.fault(
+    "15 SIGKILLs per run, stages 0 to 3",
+    "bit-equal; no orphan processes; only the steps since the last save are repeated",
+)
 @pytest.mark.parametrize("stage", range(4))
 def test_killed_fifteen_times(injected, tmp_path, stage):
     kills, most = soak(stage, tmp_path)

@@ -117,7 +117,7 @@ def finished(ten_steps, tmp_path):
 
 
 @pytest.mark.fault(
-    "the newest checkpoint has a shard cut short, a flipped byte, a lost shard or half a manifest",
+    "the newest checkpoint has a truncated shard, a flipped byte, a missing shard or half a manifest",
     "it is reported, renamed, and the one before is used; bit-equal",
 )
 @pytest.mark.parametrize(

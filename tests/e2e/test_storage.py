@@ -159,7 +159,7 @@ def test_an_error_in_a_save_or_in_pruning_keeps_the_last_checkpoint(chain, injec
 @pytest.mark.fault(
     "metrics.jsonl cannot be written; a file is too large for the system; the newest checkpoint cannot be read,"
     " when it is chosen or when it is loaded",
-    "exit code 5 and one line, nothing changed on disk, or the one before is used; bit-equal",
+    "exit code 5 and one line with nothing changed on disk, or the checkpoint before is used; bit-equal",
 )
 def test_an_error_of_the_log_of_a_large_file_or_of_a_read_keeps_the_last_checkpoint(chain, metrics, injected):
     flags = ["--keep_last=3"]
@@ -187,7 +187,7 @@ def test_an_error_of_the_log_of_a_large_file_or_of_a_read_keeps_the_last_checkpo
 @pytest.mark.slow
 @pytest.mark.fault(
     "the folder of checkpoints cannot be written to, or cannot be listed",
-    "exit code 5 and one line, nothing changed on disk; bit-equal",
+    "exit code 5 and one line; nothing on disk changes; bit-equal",
 )
 def test_a_folder_of_checkpoints_without_permission_is_an_error(chain, injected):
     chain.start(fault="save make room#4=ENOSPC", code=5)
@@ -252,7 +252,7 @@ def test_a_disk_error_on_one_rank_ends_all_ranks(
 @pytest.mark.slow
 @pytest.mark.fault(
     "one rank of two cannot read the checkpoint, or rank 0 cannot write its files at the start",
-    "all ranks end with one line; nothing is changed; bit-equal",
+    "all ranks end with one line; nothing on disk changes; bit-equal",
 )
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_disk_error_on_one_rank_at_the_start_ends_all_ranks(
@@ -285,9 +285,7 @@ def test_a_disk_error_on_one_rank_at_the_start_ends_all_ranks(
     injected(len(faults))
 
 
-@pytest.mark.fault(
-    "a second run is started on an --output_dir in use", "exit code 2 and one line; the first run continues"
-)
+@pytest.mark.fault("a second run starts on an --output_dir in use", "exit code 2 and one line; the first run continues")
 def test_two_runs_do_not_share_an_output_dir(trainer, injected, wait_for, kill_all, tmp_path):
     output_dir = tmp_path / "run"
     first = trainer.start(output_dir, "--num_iterations=100000", "--save_every_niter=0")

@@ -308,8 +308,8 @@ def two(tmp_path):
 
 
 @pytest.mark.fault(
-    "a byte of a checkpoint is flipped, in any of its files and at any place of the manifest; a file is cut or lost",
-    "the checkpoint is passed over with a line that names the file, and the one before is found",
+    "a flipped byte in any file of a checkpoint, and at any place of the manifest; a truncated or missing file",
+    "the checkpoint is skipped with a line that names the file; the one before is used",
 )
 def test_damage_to_any_file_is_found(two, injected):
     newest, older = list_checkpoints(two)
@@ -366,8 +366,8 @@ def flip_all(path):
 
 
 @pytest.mark.fault(
-    "the disk refuses to list, open or read checkpoints when one is looked for",
-    "passed over with a line, or the run ends: never taken for no checkpoint",
+    "checkpoints cannot be listed, opened or read at a resume",
+    "reported and skipped, or the run ends; it never starts from scratch",
 )
 @pytest.mark.parametrize("point,times", [("read hash", 1), ("read hash", 5), ("read manifest", 1), ("read list", 1)])
 def test_what_cannot_be_read_is_passed_over_or_an_end(two, monkeypatch, injected, point, times):

@@ -85,7 +85,7 @@ def test_a_line_cut_just_before_its_end_stays_a_line_of_its_own(tmp_path):
 
 
 @pytest.mark.fault(
-    "metrics.jsonl cut at any byte, or with records twice", "whole lines of the steps that count, each once"
+    "metrics.jsonl truncated at any byte, or with repeated records", "complete lines of the valid steps, each once"
 )
 def test_wherever_a_kill_cuts_the_file_each_step_is_there_once(tmp_path, monkeypatch, injected):
     """What was whole and belongs stays, bit for bit; what does not is set aside."""
@@ -160,7 +160,7 @@ def test_a_plot_needs_something_to_draw(tmp_path):
 
 
 @pytest.mark.fault(
-    "the disk is full in the middle of a line of metrics.jsonl", "the next start has neither half nor twice"
+    "the disk is full in the middle of a line of metrics.jsonl", "the next start has every line once and complete"
 )
 def test_a_torn_line_is_gone_at_the_next_start(tmp_path, injected):
     metrics = start(tmp_path)

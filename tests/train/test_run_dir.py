@@ -74,8 +74,8 @@ def test_an_output_dir_that_is_not_shared_is_refused(tmp_path):
 
 
 @pytest.mark.fault(
-    ".lock is left from a run that is gone, or names a process that lives but does not hold it",
-    "it does not hinder; who holds it is asked of the system",
+    ".lock is left from an earlier run, or names a running process that does not hold it",
+    "it is ignored; only the kernel's lock counts",
 )
 def test_a_stale_lock_is_ignored(tmp_path, injected, capsys):
     contents = ["4194999", str(os.getpid()), "1", "no number", ""]
@@ -88,7 +88,9 @@ def test_a_stale_lock_is_ignored(tmp_path, injected, capsys):
     injected(len(contents))
 
 
-@pytest.mark.fault("the file system has no locks", "the run goes on, with a warning that nothing keeps others out")
+@pytest.mark.fault(
+    "the file system has no locks", "the run continues, with a warning that a second run is not detected"
+)
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys, injected, number):
     def refuse(*args):
