@@ -11,7 +11,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from util.errors import CommandParser, UserError, one_line_errors, run_command
+from util.command import parse_first
+from util.errors import CommandParser, UserError, run_command
 from util.launcher import launched_world_size
 
 HOLE = "<FILL_ME>"
@@ -107,9 +108,8 @@ def read_flags() -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        args = read_flags()  # before torch is imported, so that --help and typos are answered at once
+# Before torch is imported, so that --help and typos are answered at once.
+args = parse_first(__name__, read_flags)
 
 import numpy as np
 import torch

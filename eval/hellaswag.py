@@ -22,7 +22,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import cli
-from util.errors import CommandParser, UserError, one_line_errors, run_command
+from util.command import parse_first
+from util.errors import CommandParser, UserError, run_command
 
 
 def parser() -> CommandParser:
@@ -32,10 +33,8 @@ def parser() -> CommandParser:
     return parser
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        args = parser().parse_args()  # before torch is imported, so that --help and typos are answered at once
-        cli.check(args)
+# Before torch is imported, so that --help and typos are answered at once.
+args = parse_first(__name__, lambda: parser().parse_args(), cli.check)
 
 from data.hellaswag import DEFAULT_OUTPUT, OFFICIAL, Example, find_source, read_hellaswag
 from eval.encoding import Encode, TextEncoder, encode_pair

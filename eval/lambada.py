@@ -24,7 +24,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import cli
-from util.errors import CommandParser, UserError, one_line_errors, run_command
+from util.command import parse_first
+from util.errors import CommandParser, UserError, run_command
 
 
 def parser() -> CommandParser:
@@ -34,10 +35,8 @@ def parser() -> CommandParser:
     return parser
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        args = parser().parse_args()  # before torch is imported, so that --help and typos are answered at once
-        cli.check(args)
+# Before torch is imported, so that --help and typos are answered at once.
+args = parse_first(__name__, lambda: parser().parse_args(), cli.check)
 
 from eval.encoding import TextEncoder, encode_pair
 from eval.model import load_eval_model

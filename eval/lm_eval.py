@@ -25,7 +25,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # also because this file has the name of the library
 
 from eval import cli
-from util.errors import CommandParser, UserError, closest, one_line_errors, run_command
+from util.command import parse_first
+from util.errors import CommandParser, UserError, closest, run_command
 from util.launcher import launched_world_size
 
 
@@ -71,10 +72,8 @@ def task_names(args: Namespace) -> list[str]:
     return [name.strip() for name in args.tasks.split(",") if name.strip()]
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        args = parser().parse_args()  # before torch is imported, so that --help and typos are answered at once
-        check(args)
+# Before torch is imported, so that --help and typos are answered at once.
+args = parse_first(__name__, lambda: parser().parse_args(), check)
 
 import torch
 

@@ -36,7 +36,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import cli
-from util.errors import CommandParser, UserError, one_line_errors, run_command
+from util.command import parse_first
+from util.errors import CommandParser, UserError, run_command
 
 
 def parser() -> CommandParser:
@@ -64,10 +65,8 @@ def check(args: Namespace) -> None:
         raise UserError(f"--stride={args.stride} exceeds --window={args.window}, so tokens would be skipped")
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        args = parser().parse_args()  # before torch is imported, so that --help and typos are answered at once
-        check(args)
+# Before torch is imported, so that --help and typos are answered at once.
+args = parse_first(__name__, lambda: parser().parse_args(), check)
 
 import numpy as np
 

@@ -39,6 +39,7 @@ def parser() -> CommandParser:
     return parser
 
 
+# Before torch is imported, so that --help and typos are answered at once.
 args = parse_first(__name__, lambda: parser().parse_args())
 
 import json

@@ -17,7 +17,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.config import Config, load_config
 from model.formats.pretrained import open_pretrained
-from util.errors import CommandParser, UserError, closest, one_line_errors, run_command
+from util.command import parse_first
+from util.errors import CommandParser, UserError, closest, run_command
 from util.gpus import GPU_MEMORY_GB, peak_flops
 
 OLD_GPUS = ("V100", "T4")  # without bfloat16 and flash attention
@@ -54,9 +55,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     return args, flags
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        ARGS, FLAGS = parse()  # before torch is imported, so that --help and typos are answered at once
+# Before torch is imported, so that --help and typos are answered at once.
+ARGS, FLAGS = parse_first(__name__, parse)
 
 import math
 import shlex

@@ -21,17 +21,22 @@ from util.errors import one_line_errors
 T = TypeVar("T")
 
 
-def parse_first(name: str, parse: Callable[[], T]) -> T:
-    """Returns `parse()` if `name` is "__main__", with errors in one line; does nothing in a module that is imported.
+def parse_first(name: str, parse: Callable[[], T], check: Callable[[T], object] | None = None) -> T:
+    """Returns `parse()`, checked, if `name` is "__main__"; does nothing in a module that is imported.
+
+    Errors are printed as one line.
 
     A command calls it between the definition of its flags and the import of torch, which takes seconds, so that --help
     and wrong flags are answered at once:
 
-        args = parse_first(__name__, parse)
+        args = parse_first(__name__, lambda: parser().parse_args(), check)
 
         import torch
     """
     if name != "__main__":
         return cast(T, None)
     with one_line_errors():
-        return parse()
+        args = parse()
+        if check is not None:
+            check(args)
+        return args

@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from cfg.config import Config, load_config
-from util.errors import CommandParser, UserError, one_line_errors, run_command
+from util.command import parse_first
+from util.errors import CommandParser, UserError, run_command
 
 
 def parse(argv: list[str] | None = None) -> tuple[list[int], int, list[str]]:
@@ -37,9 +38,8 @@ def parse(argv: list[str] | None = None) -> tuple[list[int], int, list[str]]:
     return [int(word) for word in words], args.micro_steps, flags
 
 
-if __name__ == "__main__":
-    with one_line_errors():
-        RANKS, STEPS, FLAGS = parse()  # before torch is imported, so that --help and typos are answered at once
+# Before torch is imported, so that --help and typos are answered at once.
+RANKS, STEPS, FLAGS = parse_first(__name__, parse)
 
 import contextlib
 import time
