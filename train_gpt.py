@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py --cfg=gpt2-124m --zero_stage=2
 
 Start reading at `train`: ranks, data, output directory, model, resume, loop. `--help` lists the flags; cfg/ holds the
-presets. Steps count from 1: step k is the k-th update of the weights, and checkpoint k holds the weights after it.
+presets. Steps count from 1. Step k is the k-th optimizer step, skipped ones included, and checkpoint k holds the
+weights after it.
 """
 
 from train.startup import read_config
@@ -34,7 +35,7 @@ from train.summary import print_banner, print_summary
 from util.errors import run_command
 from util.ranks import Ranks, close_ranks, init_ranks
 
-EXIT_CODES = {"done": 0, "out of time": 0, "stopped": 4}  # errors have theirs in util/errors.py
+EXIT_CODES = {"done": 0, "out of time": 0, "stopped": 4}  # exit codes of errors: util/errors.py
 
 
 def train(config: Config) -> int:
@@ -42,14 +43,15 @@ def train(config: Config) -> int:
 
     # --- ranks and device ------------------------------------------------------------------------------------------
     output_dir = Path(config.output_dir)
-    ranks = init_ranks(config.device, config.start_timeout_minutes, config.zero_stage >= 2, output_dir / "logs")
+    sharded, logs = config.zero_stage >= 2, output_dir / "logs"
+    ranks = init_ranks(config.device, config.start_timeout_minutes, sharded=sharded, logs=logs)
     if config.batch_size == 0:
-        config = choose_batch_size(config, ranks)
+        config = choose_batch_size(config, ranks)  # from the free GPU memory
     parallel.set_math_mode(config, ranks.device)
 
     # --- data: all input files are checked before anything is written ----------------------------------------------
     tokenizer = inputs.open_tokenizer(config, ranks)  # None if the shards' tokenizer is unknown
-    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
+    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # the token before each document
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
     pretrained = inputs.load_pretrained(config, ranks)  # None: random weights from --seed
@@ -58,15 +60,13 @@ def train(config: Config) -> int:
     ranks.on_main(lambda: run_dir.lock_output_dir(output_dir))
     run_dir.check_shared(output_dir, ranks)
     ranks.on_all(lambda: rank_log.keep_log(output_dir, ranks))
-    watchdog.set_default_minutes(config.start_timeout_minutes)
-    watchdog.progress("the start")
-    watchdog.start(ranks)
+    watchdog.start(ranks, config.start_timeout_minutes)
     if config.record_memory:
         rank_log.record_memory(ranks.device)
 
     # --- model and optimizer ---------------------------------------------------------------------------------------
     model = parallel.parallelize(config, ranks, pretrained)  # activation checkpointing → compile → DDP or FSDP
-    model.set_timeout(config.start_timeout_minutes)
+    model.set_timeout(config.start_timeout_minutes)  # of its process groups
     optimizer = optim.make_optimizer(model.gpt, config, ranks.world_size)
     scaler = stability.LossScaler(config)
     guard = stability.SpikeGuard(config)
@@ -79,30 +79,31 @@ def train(config: Config) -> int:
     )
     step, last_record = checkpointer.resume()  # (0, {}) without a checkpoint
     ranks.on_main(lambda: run_dir.write_config(output_dir, to_yaml(config)))
-    model.check_replicas()
-    model.warm_up()
+    model.check_replicas()  # ranks that hold copies of a parameter hold the same values
+    model.warm_up()  # DDP arranges its gradient buckets now, so that a resumed run adds gradients in the same order
     metrics.start(step, last_record.get("elapsed_s", 0.0))
     stop = interrupt.StopRequest(config.max_minutes, STARTED)  # SIGTERM, SIGINT, SIGUSR1, SIGHUP, or out of time
-    # The record of the last step, until that step is evaluated and logged. The previous run may have been interrupted
-    # between the checkpoint and the evaluation.
+    # `pending` is the record of the previous step until that step is evaluated and logged. A resumed run takes it from
+    # the checkpoint if the previous run ended before that.
     pending = last_record if step and not metrics.has(step) else None
 
     # --- the training loop -----------------------------------------------------------------------------------------
     first_step = step + 1
     stopping = False
     batches = Prefetcher(
-        lambda k: train_data.batch(1 if config.overfit_single_batch else k, ranks.rank, ranks.world_size),
+        lambda index: train_data.batch(1 if config.overfit_single_batch else index, ranks.rank, ranks.world_size),
         pin=ranks.device.type == "cuda",
     )
-    with checkpointer:
+    with checkpointer:  # if training fails, waits for a save in the background
         while True:
-            # 1. Evaluate and log the last step. When stopping, skip the evaluation; the next start runs it.
+            # 1. Evaluate what is due after the previous step, and log that step. When stopping, skip the evaluation;
+            #    the next start runs it.
             if pending and not (stopping and evaluator.due(step)):
                 try:
                     pending |= evaluator.run(model, step, stop)
                 except interrupt.Interrupted:  # one rank was asked to stop
                     stopping = True
-                    checkpointer.save(step, pending)
+                    checkpointer.save(step, pending)  # unless it has just been saved below
                 else:
                     metrics.log(pending)
                     pending = None
@@ -116,7 +117,7 @@ def train(config: Config) -> int:
             watchdog.progress(f"step {step}")
             started = time.perf_counter()
             batch = batches.get(step + guard.data_offset)
-            # On MPS the copy must be waited for: the source may be freed before it ends (pytorch#189690).
+            # Asynchronous on CUDA only: MPS may free the source before the copy ends (pytorch#189690).
             batch = batch.to(ranks.device, non_blocking=ranks.device.type == "cuda").long()
             result = train_step(step, batch, model, optimizer, scaler, guard, config, ranks, end_of_text)
             pending = metrics.record(step, result, time.perf_counter() - started)
@@ -124,20 +125,20 @@ def train(config: Config) -> int:
                 watchdog.set_default_minutes(config.step_timeout_minutes)
                 model.set_timeout(config.step_timeout_minutes)
 
-            # 3. Do all ranks continue? One may have been asked to stop, or failed to write in the background.
+            # 3. All ranks stop after the same step if one was asked to stop or failed to write in the background.
             stopping, failed = ranks.any(stop.requested(), checkpointer.failed or metrics.problem is not None)
             if failed:
                 watchdog.progress("the end", config.start_timeout_minutes)
-                checkpointer.wait()  # these raise the error, on all ranks after the same step
+                checkpointer.wait()  # wait and flush raise the error on all ranks
                 metrics.flush()
 
-            # 4. Save. Weights that are not finite are never saved: roll back to the last good checkpoint instead.
+            # 4. Roll back after too many skipped steps, or if weights to be saved are not finite. Otherwise save.
             save_due = stopping or evaluate.due(config.save_every_niter, step, config)
             problem = result.skipped if guard.should_roll_back() else ""
             if save_due and not problem and not stability.all_finite(model, optimizer, ranks):
                 problem = "weights not finite"
             if problem:
-                step = checkpointer.roll_back(pending, problem)
+                step = checkpointer.roll_back(pending, problem)  # logs the record too
                 pending = None
             elif save_due:
                 checkpointer.save(step, pending)
@@ -145,12 +146,12 @@ def train(config: Config) -> int:
     # --- the end ---------------------------------------------------------------------------------------------------
     watchdog.progress("the end", config.start_timeout_minutes)
     batches.close()
-    # If the last step has been logged the run is complete, even if a stop was requested.
+    # Once the last step is logged the run is complete: a stop request is then ignored.
     complete = step == config.num_iterations and pending is None
     status, reason = stop.outcome(ranks) if stopping and not complete else ("done", "")
     checkpointer.close()
     metrics.close()
-    ranks.on_main(lambda: run_dir.write_status(output_dir, status, step, reason))  # before any rank has ended
+    ranks.on_main(lambda: run_dir.write_status(output_dir, status, step, reason))  # before any rank ends
     print_summary(config, ranks, first_step, step, guard.skipped, reason)
     close_ranks()
     return EXIT_CODES[status]
@@ -167,11 +168,11 @@ def train_step(
     ranks: Ranks,
     end_of_text: int | None,
 ) -> StepResult:
-    """Updates the weights with this rank's rows of the global batch, (rows, T + 1).
+    """Makes one optimizer step from this rank's rows of the global batch, (rows, sequence_length + 1).
 
-    `end_of_text` is the token at which documents begin, for --doc_mask.
+    `end_of_text` is the token before each document, for --doc_mask.
     """
-    # Dropout is the only user of the global generator: seeded per step and rank, it leaves no state to save.
+    # In training only dropout uses the global generator. Seeded by step and rank, it has no state to save.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
 
     # Forward and backward, one micro-batch at a time. The loss is a sum over tokens. Divided by the tokens of the whole
@@ -189,17 +190,18 @@ def train_step(
         (loss * (scaler.value * ranks.world_size / config.total_batch_size)).backward()
         loss_sum += loss.detach()
 
-    # One all-reduce: every rank gets the same two numbers, and takes the same branch below.
+    # One all-reduce of each rank's share: every rank gets the same two numbers, and takes the same branch below.
     total, squared_norm = ranks.sum(loss_sum, model.squared_grad_norm())
     mean_loss, grad_norm = total / config.total_batch_size, math.sqrt(squared_norm) / scaler.value
 
-    # Clip and update, unless loss or gradient is not finite or the norm is a spike.
+    # Clip and update, unless loss or gradient is not finite or the norm is a spike. With a loss scale, fp16 gradients
+    # overflow now and then.
     lr = optim.learning_rate(step, config)
     optim.set_learning_rate(optimizer, lr)
     skipped = guard.reason_to_skip(mean_loss, grad_norm, overflow_expected=scaler.value > 1)
     if not skipped:
         clip = min(1.0, config.grad_clip / (grad_norm + 1e-6)) if config.grad_clip else 1.0
-        model.scale_gradients(clip / scaler.value)
+        model.scale_gradients(clip / scaler.value)  # clips, and removes the loss scale
         optimizer.step()
     scaler.update(mean_loss, grad_norm)
     optimizer.zero_grad(set_to_none=True)
@@ -207,7 +209,7 @@ def train_step(
 
 
 def main(config: Config) -> int:
-    """Trains, and records in status.json how it ended."""
+    """Trains; an error is also written to status.json."""
     output_dir = Path(config.output_dir)
     run_dir.refuse_restart_after_divergence(output_dir)
     with run_dir.status_on_error(output_dir):

@@ -49,8 +49,10 @@ def set_default_minutes(minutes: float) -> None:
     default_minutes = minutes
 
 
-def start(ranks: Ranks) -> None:
-    """Starts the watchdog thread. A single rank cannot wait for another, so it has none."""
+def start(ranks: Ranks, minutes: float) -> None:
+    """Starts the watchdog thread with a default time limit. A single rank never waits for another, so it has none."""
+    set_default_minutes(minutes)
+    progress("the start")
     if ranks.store is not None:
         threading.Thread(target=_watch, args=(ranks, ranks.store), name="watchdog", daemon=True).start()
 
