@@ -1,10 +1,10 @@
 """Flags, presets, error messages and the speed of --help."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -425,13 +425,12 @@ def test_the_known_long_command_line_is_accepted():
 
 
 def test_help_shows_every_flag_by_group_in_under_a_second():
-    times = []
-    for _ in range(3):
-        start = time.monotonic()
-        done = train("--help")
-        times.append(time.monotonic() - start)
-        assert done.returncode == 0 and not done.stderr
-    assert min(times) < 1, times
+    before = os.times()
+    done = train("--help")
+    after = os.times()
+    assert done.returncode == 0 and not done.stderr
+    # CPU time: other tests run at the same time.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
     assert all((group.__doc__ or "").strip() in done.stdout for group in GROUPS)
     assert all(f"--{name} " in done.stdout for name in Config.model_fields)
 
