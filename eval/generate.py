@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from util.command import parse_first
-from util.errors import CommandParser, UserError, run_command
+from util.errors import CommandParser, UserError, run_command, user_errors
 from util.launcher import launched_world_size
 
 HOLE = "<FILL_ME>"
@@ -24,11 +24,10 @@ TOP_P_CANDIDATES = 1024  # the number of most likely tokens that top_p looks at 
 
 def read_prompt_file(name: str) -> str:
     """Reads a UTF-8 file; "-" is stdin."""
-    try:
+    with user_errors(f"--prompt_file={name}"):
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
         text = content.decode()
-    except OSError as e:
-        raise UserError(f"--prompt_file={name}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"--prompt_file={name}: not UTF-8 at byte {e.start}; convert it first") from e
     if not text:

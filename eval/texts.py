@@ -18,7 +18,7 @@ from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS
 from eval.encoding import TextEncoder
 from eval.model import EvalModel
-from util.errors import UserError
+from util.errors import UserError, user_errors
 
 COMPRESSED = (".parquet", ".gz", ".zst")
 BLOCK = 2**20  # tokens that are read at a time
@@ -132,10 +132,8 @@ def byte_lengths_for(paths: list[Path], model: EvalModel) -> np.ndarray | None:
 
 def read_text(path: Path) -> str:
     """Reads a UTF-8 file without changing its line ends. An empty file is an error."""
-    try:
+    with user_errors(path):
         content = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
     if not content:
         raise UserError(f"{path}: empty file")
     try:
