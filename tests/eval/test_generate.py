@@ -136,7 +136,7 @@ def test_a_full_cache_is_an_error():
     model, cache = make(), KVCache(4)
     prefill(model, [[1, 2, 3]], cache)
     decode_step(model, [[1, 2, 3, 4]], cache)
-    with pytest.raises(ValueError, match="room for 4"):
+    with pytest.raises(ValueError, match="space for 4"):
         decode_step(model, [[1, 2, 3, 4, 5]], cache)
 
 
