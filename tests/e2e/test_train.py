@@ -96,13 +96,15 @@ def test_one_batch_is_memorized(trainer, metrics, tmp_path):
 
 
 def test_the_quickstart_memorizes_one_batch_of_shakespeare(command, tmp_path):
-    """The preset, the real tokens and the sample of scripts/quickstart.sh, without its installation."""
+    """The preset, the real tokens and the sample of scripts/quickstart.sh, without its installation. 50 of 80 steps."""
     command("data/tiny_shakespeare.py", "--output_dir", tmp_path / "data")
     data = f"--input_train_bin={tmp_path}/data/*_train.bin"
-    command("train_gpt.py", "--cfg=overfit", "--device=cpu", data, f"--output_dir={tmp_path}/run")
+    command(
+        "train_gpt.py", "--cfg=overfit", "--num_iterations=50", "--device=cpu", data, f"--output_dir={tmp_path}/run"
+    )
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(math.log(50257), abs=0.1)
-    assert losses[-1] < 0.1
+    assert losses[-1] < 0.5
     text = command("eval/generate.py", "--checkpoint", tmp_path / "run", "--temperature", 0, "--device", "cpu").stdout
     assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n")
 
