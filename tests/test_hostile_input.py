@@ -55,7 +55,7 @@ broken = pytest.mark.fault  # (what is broken, PROMISE)
 
 @pytest.fixture
 def place(tmp_path):
-    """An output directory beside a file that is none of ours; both are looked at when the test is over."""
+    """An output directory beside a file of the user. Both are checked after the test."""
     (tmp_path / "beside").write_text("mine")
     (tmp_path / "out").mkdir()
     before = set(os.listdir())
@@ -66,7 +66,7 @@ def place(tmp_path):
 
 @contextmanager
 def refused_in_one_line(*names):
-    """What happens within is nothing, or a UserError: one line, as it is printed, with one of the names in it."""
+    """Allows the block to raise a UserError, which must be one line that contains one of the names."""
     try:
         yield
     except UserError as error:
@@ -81,7 +81,7 @@ def check_line(error, *names):
 
 @contextmanager
 def refused(*names):
-    """As before, but it must be refused."""
+    """Expects a UserError of one line that contains one of the names."""
     with pytest.raises(UserError) as caught:
         yield
     check_line(caught.value, *names)

@@ -1,4 +1,4 @@
-"""What the training step hands to the optimizer."""
+"""The gradients that the training step gives to the optimizer."""
 
 import pytest
 import torch

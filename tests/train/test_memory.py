@@ -147,7 +147,7 @@ def test_a_measured_peak_is_compared_with_the_planned():
 
 
 def test_parts_peak_and_host_fit_together():
-    """On random strategies and shapes: no part exceeds the peak, nor the peak their sum; more ranks take no more."""
+    """Random strategies and shapes: each part <= peak <= sum of the parts. More ranks never need more memory."""
     draw = random.Random(0)
     for _ in range(100):
         flags = [f"--zero_stage={draw.choice([2, 3])}", f"--compile={draw.choice([0, 1])}"]

@@ -88,15 +88,15 @@ def test_a_line_cut_just_before_its_end_stays_a_line_of_its_own(tmp_path):
     "metrics.jsonl truncated at any byte, or with repeated records", "complete lines of the valid steps, each once"
 )
 def test_wherever_a_kill_cuts_the_file_each_step_is_there_once(tmp_path, monkeypatch, injected):
-    """What was whole and belongs stays, bit for bit; what does not is set aside."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # 300 times, of what no power cut is to spare
+    """Complete lines of valid steps stay, bit for bit; other lines are moved to logs/."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # 300 examples; no power cut is tested
     lines = [to_json(record(k, **({"val_loss": 1 / k} if k % 3 == 0 else {}))) for k in range(1, 9)]
     whole, path = "".join(lines), tmp_path / "metrics.jsonl"
 
     @settings(max_examples=300, deadline=None)
     @given(cut=st.integers(0, len(whole)), step=st.integers(0, 9), twice=st.integers(0, 3), torn=st.integers(0, 40))
     def holds(cut, step, twice, torn):
-        """As two kills leave it: lines, `twice` of them once more, then a line cut short."""
+        """The file after two kills: lines, `twice` of them repeated, then a truncated line."""
         content = whole[:cut]
         complete = content.count("\n") + (not content.endswith("\n") and content.endswith("}"))
         content += ("\n" if content and not content.endswith("\n") else "") + "".join(lines[: min(twice, complete)])

@@ -65,7 +65,7 @@ def test_only_the_process_with_the_lock_writes_the_status(tmp_path):
 def test_an_output_dir_that_is_not_shared_is_refused(tmp_path):
     class Two(Ranks):
         def gather(self, value):
-            return [value, False]  # the other node has a disk of its own
+            return [value, False]  # the other node has a separate disk
 
     check_shared(tmp_path, Ranks(0, 0, 1, torch.device("cpu")))
     with pytest.raises(UserError, match="rank 1 and rank 0 see different folders"):

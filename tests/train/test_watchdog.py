@@ -1,4 +1,4 @@
-"""Which rank blocks the others, according to the last heartbeats."""
+"""Finding the rank that blocks the others from the last heartbeats."""
 
 from train.watchdog import OVERDUE, _diagnose
 
