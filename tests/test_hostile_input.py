@@ -223,7 +223,7 @@ def test_shards(place, shard, injected):
 
 
 @pytest.mark.parametrize("kind", ["folder", "loop", "nothing", "fifo"])
-def test_what_bears_a_shards_name_and_is_no_file(tmp_path, kind):
+def test_a_path_that_is_not_a_shard_file_is_refused(tmp_path, kind):
     path = tmp_path / "x.bin"
     if kind == "folder":
         path.mkdir()
@@ -351,7 +351,7 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(saved, tmp_path, name):
 
 
 @pytest.mark.parametrize("resume", ["x" * 300, "loop", "\n", "/dev/null", "/proc/self/mem"])
-def test_resume_from_what_is_no_place(tmp_path, saved, monkeypatch, resume):
+def test_resume_from_a_path_that_is_not_a_run_is_refused(tmp_path, saved, monkeypatch, resume):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     with refused("--resume"):
@@ -443,7 +443,7 @@ def test_mixtures(place, injected):
     injected(CASES)
 
 
-def test_a_pipe_is_no_preset(tmp_path):
+def test_a_pipe_is_not_a_preset(tmp_path):
     os.mkfifo(tmp_path / "x.yaml")
     with pytest.raises(UserError, match="--cfg="):
         load_config([f"--cfg={tmp_path / 'x.yaml'}"], world_size=1)
@@ -452,7 +452,7 @@ def test_a_pipe_is_no_preset(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["n_layer", "seed", "learning_rate", "weight_decay", "dropout", "max_minutes"])
-def test_a_whole_number_may_be_written_as_a_fraction_but_a_truth_is_no_number(tmp_path, name):
+def test_2_0_is_accepted_for_2_but_true_is_not_a_number(tmp_path, name):
     """2.0 is 2, as programs write it; `true` for a count or a rate is a mistake, not 1."""
     path = tmp_path / "preset.yaml"
     for word in ("true", "false", "yes", "off"):
@@ -634,7 +634,7 @@ def test_the_configuration_of_a_data_set_is_a_name(monkeypatch, tmp_path, name):
 @pytest.mark.parametrize(
     "address", ["nope://x/y.parquet", "://", "file:///etc/passwd", "https://x.y/z.jsonl", "shell://x.parquet"]
 )
-def test_an_address_that_no_reader_is_for_is_refused_at_once(address):
+def test_an_address_without_a_reader_is_refused_at_once(address):
     with refused(address):
         input_files([address])
 
@@ -672,7 +672,7 @@ def runs_what_it_reads(tree):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
-def test_nothing_that_is_read_is_run(path):
+def test_no_file_that_is_read_is_executed(path):
     assert list(runs_what_it_reads(ast.parse(path.read_text()))) == []
 
 

@@ -63,7 +63,7 @@ def state_of(number):
     return {"record": {"loss": 1.0, "elapsed_s": 1.0, "step": number}, "data": {}, "scaler": {}, "wandb_id": None}
 
 
-def test_round_trip_is_exact_and_training_goes_on_alike(tmp_path):
+def test_a_saved_run_is_restored_exactly_and_continues_equally(tmp_path):
     config, model, optimizer = setup(tmp_path)
     for k in range(3):
         step(model, optimizer, k)
@@ -85,7 +85,7 @@ def test_a_checkpoint_with_more_or_fewer_layers_is_refused(tmp_path, layers):
         load_checkpoint(list_checkpoints(tmp_path)[0], other, other_optimizer)
 
 
-def test_the_state_of_a_step_that_was_not_taken_can_be_read(tmp_path):
+def test_the_state_of_a_skipped_step_can_be_read(tmp_path):
     config, model, optimizer = setup(tmp_path)
     state = state_of(3) | {"guard": SpikeGuard(config).state_dict()}
     state["record"] |= {"skipped": "loss or gradient not finite", "loss": math.nan}
@@ -370,7 +370,7 @@ def flip_all(path):
     "reported and skipped, or the run ends; it never starts from scratch",
 )
 @pytest.mark.parametrize("point,times", [("read hash", 1), ("read hash", 5), ("read manifest", 1), ("read list", 1)])
-def test_what_cannot_be_read_is_passed_over_or_an_end(two, monkeypatch, injected, point, times):
+def test_an_unreadable_checkpoint_is_skipped_or_ends_the_run(two, monkeypatch, injected, point, times):
     newest, older = list_checkpoints(two)
     order(monkeypatch, f"{point}#{times}=EIO")
     said = []
@@ -389,7 +389,7 @@ def order(monkeypatch, fault):
     monkeypatch.setattr(files, "_times_passed", 0)
 
 
-def test_links_to_what_is_gone_are_no_reason_to_start_over(two):
+def test_dangling_links_to_checkpoints_do_not_start_a_new_run(two):
     for path in list_checkpoints(two):
         path.rename(two / path.name)
         path.symlink_to(two / "gone" / path.name)

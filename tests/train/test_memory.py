@@ -62,7 +62,7 @@ def test_the_plan_is_what_the_real_code_holds(family, ranks, steps, flags):
     "flags",
     ["--ranks=0", "--ranks=a,8", "--ranks=8,", "--micro_steps=0", "--zero_stage=3 --cpu_offload=1", "--dropout=0.1"],
 )
-def test_what_the_simulation_does_not_know_is_refused_by_name(flags):
+def test_flags_that_are_not_simulated_are_refused(flags):
     with pytest.raises(UserError, match=flags.split()[-1].split("=")[0]):
         ranks, steps, rest = parse(flags.split())
         compare([*SHAPE, *rest], ranks[0], steps)
@@ -208,7 +208,7 @@ def test_the_gpu_with_the_least_free_memory_decides_for_all_ranks(monkeypatch, c
     )
 
 
-def test_a_model_that_does_not_fit_is_said_to_and_tried_with_one_sequence(monkeypatch, capsys):
+def test_a_model_that_does_not_fit_gives_a_warning_and_one_sequence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (15.8e9, 15.8e9))
     ranks = Ranks(0, 0, 1, torch.device("cuda", 0))
     assert choose_batch_size(load_config(["--cfg=gpt2-1558m", "--zero_stage=0"], 1), ranks).batch_size == 1

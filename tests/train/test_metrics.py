@@ -40,7 +40,7 @@ def test_numbers_keep_all_their_digits(tmp_path):
     assert read_records(tmp_path / "metrics.jsonl")[0]["val_loss"] == 1 / 3
 
 
-def test_what_is_not_a_number_is_null_and_the_file_stays_json(tmp_path, capsys):
+def test_nan_is_written_as_null(tmp_path, capsys):
     metrics = start(tmp_path)
     metrics.log(record(1, skipped="loss or gradient not finite") | {"loss": math.nan, "grad_norm": math.inf})
     metrics.close()
@@ -65,7 +65,7 @@ def test_a_resume_drops_later_and_torn_lines_and_keeps_a_copy(tmp_path):
     assert [r["step"] for r in read_records(tmp_path / "logs" / "metrics_superseded.jsonl")] == [4, 5]
 
 
-def test_a_step_that_was_not_taken_stays_logged(tmp_path):
+def test_a_skipped_step_stays_logged(tmp_path):
     metrics = start(tmp_path)
     for k in range(1, 5):
         metrics.log(record(k, **({"skipped": "norm 9, a spike above 3"} if k == 3 else {})))
@@ -76,7 +76,7 @@ def test_a_step_that_was_not_taken_stays_logged(tmp_path):
     ]
 
 
-def test_a_line_cut_just_before_its_end_stays_a_line_of_its_own(tmp_path):
+def test_a_line_without_its_line_end_stays_complete(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(to_json(record(1)) + to_json(record(2)).rstrip("\n"))
     resumed = start(tmp_path, 2)
     resumed.log(record(3))
@@ -115,7 +115,7 @@ def test_wherever_a_kill_cuts_the_file_each_step_is_there_once(tmp_path, monkeyp
     injected(300)
 
 
-def test_a_long_history_is_taken_up_quickly(tmp_path):
+def test_a_long_history_is_read_quickly(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(to_json(record(k)) for k in range(1, 38_147)))
     began = time.perf_counter()
     start(tmp_path, 38_000).close()
@@ -137,7 +137,7 @@ def test_other_ranks_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_console_line_says_it_all(tmp_path, capsys):
+def test_the_console_line_shows_every_value(tmp_path, capsys):
     metrics = start(tmp_path, 0, "--num_iterations=3601", "--log_every=1")
     metrics.log(record(1, mfu=0.5) | {"memory_bytes": 2**30, "val_loss": 1.0, "val_bpb": 0.5})
     metrics.close()
