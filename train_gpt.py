@@ -103,7 +103,8 @@ def train(config: Config) -> int:
                     pending |= evaluator.run(model, step, stop)
                 except interrupt.Interrupted:  # one rank was asked to stop
                     stopping = True
-                    checkpointer.save(step, pending)  # unless it has just been saved below
+                    if step >= first_step:  # not the checkpoint that this start has resumed from
+                        checkpointer.save(step, pending)
                 else:
                     metrics.log(pending)
                     pending = None

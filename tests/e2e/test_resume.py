@@ -3,9 +3,11 @@
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
+INTERRUPTED = str(Path(__file__).with_name("interrupted_evaluation.py"))
 # Resume must restore dropout, accumulation (256 tokens = 4 micro-steps of 2 × 32) and the schedule after warm-up.
 FLAGS = ["--dropout=0.1", "--num_iterations=30", "--save_every_niter=5"]
 
@@ -170,6 +172,14 @@ def test_resume_takes_never_and_a_path(trainer, trace, finished, tmp_path):
     branch = tmp_path / "branch"
     trainer.run(branch, f"--resume={older}", "--num_iterations=10")
     assert trace(branch) == trace(finished)[4:]  # from step 5 on, which both runs have
+
+
+def test_a_branch_interrupted_before_its_first_step_saves_nothing(trainer, trace, finished, tmp_path):
+    flags = [f"--resume={finished / 'checkpoints' / 'step_00000005'}", "--num_iterations=10"]
+    trainer.run(tmp_path / "branch", *flags, script=INTERRUPTED, code=4)
+    assert not list((tmp_path / "branch" / "checkpoints").iterdir())
+    trainer.run(tmp_path / "branch", *flags)
+    assert trace(tmp_path / "branch") == trace(finished)[4:]
 
 
 def test_a_changed_model_or_changed_data_is_an_error_that_names_the_change(trainer, finished, tmp_path):
