@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_a_package_imports_only_packages_below_it(package, path):
     names = set(imports(parse(path)))
     assert not [name for name in names if name.startswith(".")]  # absolute imports can be searched for
     assert {name.split(".")[0] for name in names} & OURS <= MAY_IMPORT[package]
+
+
+def without_type_checking(tree):
+    tree.body = [node for node in tree.body if not for_types_only(node)]
+    return tree
+
+
+def test_there_are_no_import_cycles():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for _, path in SOURCES}
+    graph = {}
+    for name, path in modules.items():
+        dotted = set(imports(without_type_checking(parse(path))))
+        graph[name] = ({d for d in dotted} | {d.rpartition(".")[0] for d in dotted}) & modules.keys()
+    assert len(list(TopologicalSorter(graph).static_order())) == len(modules)  # a cycle raises CycleError
 
 
 @pytest.mark.parametrize("package", ["model", "data"])
