@@ -49,9 +49,9 @@ def train(config: Config) -> int:
         config = choose_batch_size(config, ranks)  # from the free GPU memory
     parallel.set_math_mode(config, ranks.device)
 
-    # --- data: all input files are checked before anything is written ----------------------------------------------
+    # --- data: data, tokenizer and pretrained weights are checked before anything is written ------------------------
     tokenizer = inputs.open_tokenizer(config, ranks)  # None if the shards' tokenizer is unknown
-    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # the token before each document
+    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # --doc_mask needs a tokenizer
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
     pretrained = inputs.load_pretrained(config, ranks)  # None: random weights from --seed
@@ -83,8 +83,8 @@ def train(config: Config) -> int:
     model.warm_up()  # DDP arranges its gradient buckets now, so that a resumed run adds gradients in the same order
     metrics.start(step, last_record.get("elapsed_s", 0.0))
     stop = interrupt.StopRequest(config.max_minutes, STARTED)  # SIGTERM, SIGINT, SIGUSR1, SIGHUP, or out of time
-    # `pending` is the record of the previous step until that step is evaluated and logged. A resumed run takes it from
-    # the checkpoint if the previous run ended before that.
+    # `pending` is the record of the last step made, until that step is evaluated and logged. A resumed run takes it
+    # from the checkpoint if this step is not in its metrics.jsonl.
     pending = last_record if step and not metrics.has(step) else None
 
     # --- the training loop -----------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ def train(config: Config) -> int:
     )
     with checkpointer:  # if training fails, waits for a save in the background
         while True:
-            # 1. Evaluate what is due after the previous step, and log that step. When stopping, skip the evaluation;
-            #    the next start runs it.
+            # 1. Evaluate what is due after the last step, and log that step. When stopping with an evaluation due,
+            #    leave the record pending; the next start evaluates and logs it.
             if pending and not (stopping and evaluator.due(step)):
                 try:
                     pending |= evaluator.run(model, step, stop)
@@ -133,9 +133,9 @@ def train(config: Config) -> int:
                 checkpointer.wait()  # wait and flush raise the error on all ranks
                 metrics.flush()
 
-            # 4. Roll back after too many skipped steps, or if weights to be saved are not finite. Otherwise save.
+            # 4. Roll back after too many skipped steps, or if what would be saved is not finite. Otherwise save.
             save_due = stopping or evaluate.due(config.save_every_niter, step, config)
-            problem = result.skipped if guard.should_roll_back() else ""
+            problem = result.skip_reason if guard.should_roll_back() else ""
             if save_due and not problem and not stability.all_finite(model, optimizer, ranks):
                 problem = "weights not finite"
             if problem:
@@ -177,7 +177,7 @@ def train_step(
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
 
     # Forward and backward, one micro-batch at a time. The loss is a sum over tokens. Divided by the tokens of the whole
-    # global batch it gives the same gradient for any number of ranks and micro-steps.
+    # global batch it gives the same gradient (without dropout) for any number of ranks and micro-steps.
     loss_sum = torch.zeros((), device=batch.device)
     micro_batches = batch.split(config.batch_size)
     for i, micro_batch in enumerate(micro_batches):
@@ -199,14 +199,14 @@ def train_step(
     # overflow now and then.
     lr = optim.learning_rate(step, config)
     optim.set_learning_rate(optimizer, lr)
-    skipped = guard.reason_to_skip(mean_loss, grad_norm, overflow_expected=scaler.value > 1)
-    if not skipped:
+    skip_reason = guard.reason_to_skip(mean_loss, grad_norm, overflow_expected=scaler.value > 1)
+    if not skip_reason:
         clip = min(1.0, config.grad_clip / (grad_norm + 1e-6)) if config.grad_clip else 1.0
         model.scale_gradients(clip / scaler.value)  # clips, and removes the loss scale
         optimizer.step()
     scaler.update(mean_loss, grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean_loss, grad_norm, optimizer.param_groups[0]["lr"], skipped)
+    return StepResult(mean_loss, grad_norm, optimizer.param_groups[0]["lr"], skip_reason)
 
 
 def main(config: Config) -> int:

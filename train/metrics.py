@@ -67,7 +67,7 @@ class StepResult(NamedTuple):
     loss: float  # mean over the tokens of the global batch, in nats
     grad_norm: float  # before clipping
     lr: float
-    skipped: str  # why the update was skipped, or ""
+    skip_reason: str  # why the update was skipped, or ""
 
 
 class Metrics:
@@ -202,7 +202,7 @@ class Metrics:
             "mfu": tok_per_s * self._flops_per_token / peak if peak else None,
             "elapsed_s": time.perf_counter() - self._started,
             "memory_bytes": peak_memory(self.ranks.device),
-            **({"skipped": result.skipped} if result.skipped else {}),
+            **({"skipped": result.skip_reason} if result.skip_reason else {}),
         }
 
     def log(self, record: dict[str, Any]) -> None:
