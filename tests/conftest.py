@@ -25,6 +25,10 @@ from tests.soak.trace import read_trace
 
 pytest_plugins = ["tests.fault_table"]
 
+# A shell starts background jobs with SIGINT ignored, and so would be every process that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train_gpt.py")
 VOCAB = 251
