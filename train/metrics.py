@@ -39,7 +39,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and type(record.get("step")) is int and "loss" in record:
+            if not isinstance(record, dict):
+                continue
+            if type(record.get("step")) is int and isinstance(record.get("loss", ""), int | float | None):
                 records.append(record)
     return records
 
