@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 
 
 # Before torch is imported, so that --help and typos are answered at once.
-ARGS, FLAGS = parse_first(__name__, parse)
+PARSED = parse_first(__name__, parse)
 
 import math
 import shlex
@@ -326,4 +326,4 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(ARGS, FLAGS))
+    run_command(lambda: main(*PARSED))

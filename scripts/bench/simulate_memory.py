@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> tuple[list[int], int, list[str]]:
 
 
 # Before torch is imported, so that --help and typos are answered at once.
-RANKS, STEPS, FLAGS = parse_first(__name__, parse)
+PARSED = parse_first(__name__, parse)
 
 import contextlib
 import time
@@ -184,4 +184,4 @@ def main(rank_counts: list[int], steps: int, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(RANKS, STEPS, FLAGS), teardown=False)
+    run_command(lambda: main(*PARSED), teardown=False)
