@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfg.config import load_config
@@ -61,6 +61,7 @@ def test_skipped_norms_do_not_raise_the_threshold():
     assert all(judge(steps, [50.0, math.nan, math.inf] * 50)) and steps.threshold() == before
 
 
+@settings(deadline=None)  # other tests run at the same time
 @given(NORMS, NORMS, st.integers(0, 3))
 def test_the_history_survives_a_resume(first, then, rollback_after):
     flags = "--skip_spikes=3", f"--rollback_after={rollback_after}"
