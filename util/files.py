@@ -148,7 +148,7 @@ def take_lock(path: Path) -> tuple[IO[str], str | None]:
 
 
 def fault_point(name: str, path: Path | None = None) -> None:
-    """Injects the fault that RAWGPT_FAULT names, for tests. Does nothing if the variable is not set.
+    """Injects the fault given in RAWGPT_FAULT, for tests. Does nothing if the variable is not set.
 
     RAWGPT_FAULT=POINT[@RANK][#TIME]=WHAT makes the TIME-th call (default: the first) for POINT on RANK (default: any)
     raise the OSError of that name (ENOSPC, EIO ...) about `path`, or send KILL or STOP to this process. The tests of
