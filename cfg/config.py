@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cfg.checks import PATH_FLAGS, check_model, check_run
-from cfg.flags import GROUPS, Config, ModelConfig, shown_default, training_only_flags, type_name
+from cfg.flags import DEFAULT_OUTPUT_DIR, GROUPS, Config, ModelConfig, shown_default, training_only_flags, type_name
+from cfg.other_trainers import OTHER_NAMES
 from util.errors import CommandParser, UserError, closest, quote
 from util.files import read_yaml
 from util.launcher import launched_world_size
@@ -38,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="train_gpt.py",
         usage="train_gpt.py [--flag=value ...]",
-        description="Train a GPT. Flags take --flag=value or --flag value; booleans take 0/1/true/false.",
+        description="Train a GPT. Flags take --flag=value or --flag value; booleans take 0/1/true/false,"
+        " integers also 1e4, 10_000 or 0.5M (K, M, B, T).",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -54,15 +57,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _find_preset(name: str) -> Path:
+    """Returns the path of cfg/NAME.yaml, or of NAME itself if it is a file."""
+    for path in (PRESETS / f"{name}.yaml", Path(name)):
+        if os.path.isfile(path):
+            return path
+    near = closest(name, _presets())
+    hint = f"did you mean {near}?" if near else f"presets are {', '.join(_presets())}"
+    if os.path.isfile(config := os.path.join(name, "config.yaml")):
+        hint = f"did you mean --cfg={config}?"
+    raise UserError(f"--cfg={quote(name)}: no such preset or file; {hint}")
+
+
 def _read_preset(name: str) -> dict[str, Any]:
-    """Reads cfg/NAME.yaml, or NAME itself if it is a path."""
+    """Reads a preset, given by its name or path."""
     name = os.path.expanduser(name)
-    path = Path(name) if name.endswith((".yaml", ".yml")) or os.sep in name else PRESETS / f"{name}.yaml"
-    if not os.path.isfile(path):
-        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
-        near = closest(name, known)
-        hint = f"did you mean {near}?" if near else f"presets are {', '.join(known)}"
-        raise UserError(f"--cfg={quote(name)}: no such preset or file; {hint}")
+    path = _find_preset(name)
     try:
         values = read_yaml(path)
     except (ValueError, OSError) as e:
@@ -71,7 +85,7 @@ def _read_preset(name: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--cfg={name}: {path} must hold `flag: value` lines")
+        raise UserError(f"--cfg={name}: {path} is not a preset in YAML, which is lines of `flag: value`")
     for key in values:
         if key not in Config.model_fields:
             raise UserError(f"--cfg={name}: unknown flag {quote(key)!r} in {path}{_did_you_mean(quote(key))}")
@@ -79,8 +93,24 @@ def _read_preset(name: str) -> dict[str, Any]:
 
 
 def _did_you_mean(name: str) -> str:
+    name = name.replace("-", "_")
+    if name in OTHER_NAMES:
+        return f"; rawgpt's flag is {OTHER_NAMES[name]}"
     near = closest(name, Config.model_fields)
     return f"; did you mean {near}?" if near else "; see --help for all flags"
+
+
+def _unknown(word: str) -> UserError:
+    """Returns the error about a word of the command line that is neither a flag nor the value of one."""
+    name, equals, _ = word.partition("=")
+    if name.startswith("-"):
+        return UserError(f"unknown flag {quote(name)}{_did_you_mean(name.lstrip('-'))}")
+    if near := closest(name, Config.model_fields) if equals else None:
+        return UserError(f"unknown argument {quote(word)}; did you mean --{near}?")
+    is_file = name.endswith((".yaml", ".yml")) and os.path.isfile(name)
+    preset = name if is_file else closest(Path(name).stem, _presets())
+    hint = f"did you mean --cfg={preset}?" if preset else "flags begin with --; see --help"
+    return UserError(f"unknown argument {quote(word)}; {hint}")
 
 
 def _validate(values: dict[str, Any]) -> Config:
@@ -113,9 +143,19 @@ def model_config(flags: dict[str, Any], where: str) -> ModelConfig:
     return config
 
 
+def default_output_dir(config: Config) -> str:
+    """Returns outdir/run-NAME. NAME is the preset or LAYERSxWIDTH, and after -from- the model of --init_from."""
+    name = Path(config.cfg).stem or f"{config.n_layer}x{config.n_embd}"
+    if config.init_from != "scratch":
+        name += "-from-" + re.split("[:/]", config.init_from.rstrip("/"))[-1]
+    return DEFAULT_OUTPUT_DIR.replace("NAME", name)
+
+
 def resolve(config: Config, world_size: int) -> Config:
     """Replaces the zeros that mean "derive it" and checks how the flags fit together."""
     c = config
+    if c.output_dir == DEFAULT_OUTPUT_DIR:
+        c = c.model_copy(update={"output_dir": default_output_dir(c)})
     hidden = 64 * -(-8 * c.n_embd // (3 * 64)) if c.mlp == "swiglu" else 4 * c.n_embd
     c = c.model_copy(
         update={
@@ -143,9 +183,7 @@ def load_config(
     argv = sys.argv[1:] if argv is None else argv
     known, rest = _parser().parse_known_args(argv)
     if rest:
-        name = rest[0].split("=")[0]
-        what = "flag" if name.startswith("-") else "argument"
-        raise UserError(f"unknown {what} {quote(name)}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
+        raise _unknown(rest[0])
     flags = vars(known)
     values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
     world_size = launched_world_size() if world_size is None else world_size

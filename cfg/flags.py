@@ -5,14 +5,18 @@ cfg/checks.py has the checks between flags, cfg/config.py reads the command line
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from util.values import parse_count
+
 # Marks a flag of ModelConfig that changes training but not the function that the trained weights compute.
 TRAINING_ONLY: dict[str, Any] = {"training_only": True}
+DEFAULT_OUTPUT_DIR = "outdir/run-NAME"  # cfg.config.resolve fills in the name
 
 
 class Flags(BaseModel):
@@ -22,11 +26,14 @@ class Flags(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_not_a_boolean(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses true and false for a number: pydantic would take them for 1 and 0."""
+    def _check_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads counts such as 0.5M. Refuses true and false for a number: pydantic would take them for 1 and 0."""
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind in (int, float):
             raise PydanticCustomError("boolean", "input should be a number, not true or false")
+        if isinstance(value, str) and kind is int:
+            with suppress(ValueError):  # pydantic has the message
+                return parse_count(value)
         return value
 
 
@@ -254,7 +261,11 @@ class EvalConfig(Flags):
 class CheckpointConfig(Flags):
     """Checkpoints and resume"""
 
-    output_dir: str = Field("outdir", min_length=1, description="folder for everything the run writes")
+    output_dir: str = Field(
+        DEFAULT_OUTPUT_DIR,
+        min_length=1,
+        description="folder for everything the run writes; NAME is the preset, or n_layer x n_embd without one",
+    )
     save_every_niter: int = Field(
         1000, ge=0, description="steps between checkpoints; 0: only at the end and when stopped"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.prepare.cli import add_flags, check, check_flags, folder, run
+from data.prepare.cli import add_flags, check, check_flags, run
 from data.prepare.job import MANIFEST, PARTIAL, RECIPE, read_object
 from data.prepare.sources import input_files
 from util.errors import CommandParser, UserError, closest, run_command
@@ -84,7 +84,7 @@ def main() -> None:
         "--revision", help="commit of the data set on the hub (default: the newest, then always the first used)"
     )
     parser.add_argument("--download", action="store_true", help="download all files before reading them")
-    parser.add_argument("--output_dir", type=folder, help="default: data/edu_fineweb10B for sample-10BT")
+    parser.add_argument("--output_dir", type=Path, help="default: data/edu_fineweb10B for sample-10BT")
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)

@@ -25,6 +25,7 @@ from data import assets
 from data.tokenizers.load import load_tokenizer
 from util.errors import CommandParser, UserError, quote, run_command, user_errors
 from util.files import write_atomically
+from util.values import user_path
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "hellaswag"
 OFFICIAL = "hellaswag_val.jsonl"
@@ -218,9 +219,9 @@ def find_source(given: str, output_dir: Path, flag: str = "input") -> Path:
     """
     written = output_dir / OFFICIAL
     if given and Path(given).name != OFFICIAL:
-        if not Path(given).is_file():
+        if not (path := user_path(given)).is_file():
             raise UserError(f"--{flag}={given}: no such file")
-        return Path(given)
+        return path
     if not given and written.is_file() and assets.ASSETS[OFFICIAL].matches(written.read_bytes()):
         return written
     return assets.fetch(OFFICIAL, given, flag)

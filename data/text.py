@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.prepare.cli import add_flags, check, check_flags, folder, run
+from data.prepare.cli import add_flags, check, check_flags, run
 from data.prepare.sources import input_files
 from util.errors import CommandParser, UserError, run_command
 
@@ -22,8 +22,8 @@ from util.errors import CommandParser, UserError, run_command
 def main() -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("inputs", nargs="*", metavar="FILE_OR_GLOB")
-    parser.add_argument("--mixture", default="", metavar="FILE", help="a YAML file of sources, weights and tokens")
-    parser.add_argument("--output_dir", type=folder, required=True)
+    parser.add_argument("--mixture", type=Path, metavar="FILE", help="a YAML file of sources, weights and tokens")
+    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--name", default="", help="first part of the shards' names (default: the folder's name)")
     parser.add_argument(
         "--val_tokens",

@@ -104,7 +104,7 @@ def check_arguments(args: argparse.Namespace, special: list[str]) -> tuple[Path,
         )
     if args.max_bytes < 1:
         raise UserError(f"--max_bytes={args.max_bytes} must be at least 1")
-    output: Path = args.output.expanduser()
+    output: Path = args.output
     file = output if output.suffix == ".json" else output / TOKENIZER
     paths = file, file.with_name(TOKENIZER_CONFIG)
     for path in paths:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 from util.command import parse_first
 from util.errors import CommandParser, UserError, run_command, user_errors
 from util.launcher import launched_world_size
+from util.values import user_path
 
 HOLE = "<FILL_ME>"
 TOP_P_CANDIDATES = 1024  # the number of most likely tokens that top_p looks at first
@@ -25,7 +26,7 @@ TOP_P_CANDIDATES = 1024  # the number of most likely tokens that top_p looks at 
 def read_prompt_file(name: str) -> str:
     """Reads a UTF-8 file; "-" is stdin."""
     with user_errors(f"--prompt_file={name}"):
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        content = sys.stdin.buffer.read() if name == "-" else user_path(name).read_bytes()
     try:
         text = content.decode()
     except UnicodeDecodeError as e:

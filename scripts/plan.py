@@ -34,7 +34,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     p.add_argument("--memory_gb", type=float, help="memory of a GPU (default: from the table)")
     p.add_argument("--mfu", type=float, default=0.4, help="share of the peak FLOP/s that is reached (default 0.4)")
     p.add_argument("--price", type=float, help="price of a GPU hour")
-    p.add_argument("--tokens", type=float, help="tokens to train on (default num_iterations*total_batch_size)")
+    p.add_argument("--tokens", type=int, help="tokens to train on (default num_iterations*total_batch_size)")
     p.add_argument("--markdown", action="store_true", help="print only the table, as in docs/memory.md")
     args, flags = p.parse_known_args(argv)
     known = {name.lower(): name for name in GPU_MEMORY_GB}

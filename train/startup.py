@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from util.launcher import die_with_launcher
@@ -18,4 +20,30 @@ def read_config() -> Config:
     from util.errors import one_line_errors
 
     with one_line_errors():
-        return load_config(describe=open_pretrained)
+        config = load_config(describe=open_pretrained)
+        if not any(word.split("=")[0] == "--output_dir" for word in sys.argv):
+            refuse_earlier_default(config)
+        return config
+
+
+def refuse_earlier_default(config: Config) -> None:
+    """Raises UserError if this command trained in `outdir`, the default of --output_dir in earlier versions.
+
+    Otherwise it would start again from step 0 in its new default folder, without a word about the old run.
+    """
+    from cfg.config import default_output_dir
+    from util.errors import UserError
+    from util.files import read_yaml
+
+    if config.output_dir != default_output_dir(config) or Path(config.output_dir).exists():
+        return
+    try:
+        earlier = read_yaml(Path("outdir/config.yaml"))
+    except (OSError, ValueError):
+        return
+    same = ("cfg", "init_from", "n_layer", "n_embd")
+    if isinstance(earlier, dict) and all(earlier.get(name) == getattr(config, name) for name in same):
+        raise UserError(
+            f"--output_dir is now {config.output_dir} by default, and outdir holds a run of this command;"
+            f" resume it with --output_dir=outdir, or start a new run with --output_dir={config.output_dir}"
+        )

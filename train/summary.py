@@ -19,6 +19,9 @@ from train.plot import plot, plot_losses
 from util.device import device_name
 from util.ranks import Ranks
 
+# Measured with --cfg=shakespeare and --cfg=overfit in float32 on two cores with AVX-512.
+CPU_CORE_FLOPS = 50e9
+
 
 def print_banner(
     config: Config,
@@ -42,7 +45,11 @@ def print_banner(
     )
     if isinstance(train_data, MixedLoader):
         print(train_data.describe(config.num_iterations))
-    for warning in warnings(config, ranks.device, train_data.shards, val_data.shards if val_data else []):
+    found = warnings(config, ranks.device, train_data.shards, val_data.shards if val_data else [])
+    if ranks.device.type == "cpu":
+        cores = torch.get_num_threads() * ranks.world_size
+        found += cpu_warnings(config, model.gpt.flops_per_token(config.sequence_length), cores)
+    for warning in found:
         print(f"warning: {warning}")
 
 
@@ -59,6 +66,23 @@ def warnings(config: Config, device: torch.device, train: list[Shard], val: list
         found.append(f"{min(both)} is used for both training and validation")
     if config.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         found.append("this GPU only emulates bfloat16; --dtype=float16 is faster")
+    return found
+
+
+def cpu_warnings(config: Config, flops_per_token: int, cores: int) -> list[str]:
+    """Returns warnings about a run that takes long on a CPU. The time is FLOPs / (cores × CPU_CORE_FLOPS)."""
+    found = []
+    flops = config.num_iterations * config.total_batch_size * flops_per_token
+    hours = flops / (cores * CPU_CORE_FLOPS) / 3600
+    if hours >= 1:
+        time = f"{hours:,.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+        found.append(
+            f"{config.num_iterations:,} steps would take about {time} on this CPU (estimate:"
+            f" {CPU_CORE_FLOPS / 1e9:.0f} GFLOP/s per core × {cores}); use a GPU, or a small model such as"
+            f" --cfg=shakespeare"
+        )
+    if config.compile:
+        found.append("--compile on a CPU: the first step takes one to three minutes longer; --compile=0 starts at once")
     return found
 
 

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from util.values import parse_count, user_path
+
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EREMOTEIO)
 MACHINE_REFUSES = (
     *DISK_REFUSES,
@@ -102,10 +104,12 @@ def exit_with(error: UserError) -> NoReturn:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors."""
+    """An argument parser whose errors are UserErrors. `type=int` takes 1e4 and 0.5M, `type=Path` takes ~/x."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**({"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs))
+        self.register("type", int, parse_count)
+        self.register("type", Path, user_path)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; see --help")

@@ -23,11 +23,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def folder(text: str) -> Path:
-    """Expands ~ in --output_dir=~/x, which the shell does not."""
-    return Path(os.path.expanduser(text))
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")

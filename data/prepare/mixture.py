@@ -2,7 +2,7 @@
 
 A mixture is a YAML file:
 
-    tokens: 1_000_000_000          # in total
+    tokens: 1B                     # in total, also 1_000_000_000 or 1e9
     sources:
       web:  {input: "web/*.parquet", weight: 0.7}
       code: {input: [src/], text_key: content, weight: 0.3, fim_rate: 0.5}
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data.prepare.job import (
     JOURNAL,
@@ -40,6 +40,7 @@ from data.prepare.sources import file_fingerprint, input_files, plan
 from data.shards import ShardWriter
 from util.errors import UserError
 from util.files import read_yaml
+from util.values import parse_count
 
 SLACK = 2**20  # tokens prepared beyond a source's share, so that its last document is complete
 
@@ -57,6 +58,11 @@ class Mixture(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tokens: int = Field(ge=1, le=10**15)
     sources: dict[str, Source] = Field(min_length=1)
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _read_count(cls, value: Any) -> Any:
+        return parse_count(value) if isinstance(value, str) else value
 
 
 def read_mixture(path: Path) -> Mixture:

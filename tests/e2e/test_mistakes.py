@@ -117,3 +117,17 @@ def test_sampling_without_a_checkpoint_is_an_error(command, tmp_path):
         ([], "--checkpoint"),
     ):
         assert message in command("eval/generate.py", "--device=cpu", *flags, code=2).stderr
+
+
+def test_a_run_that_takes_long_on_a_cpu_is_a_warning_with_the_time(trainer, tmp_path):
+    out = trainer.run(tmp_path / "run", "--num_iterations=1e9", "--max_minutes=0.001").stdout
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+    # 1e9 steps × 256 tokens × 216 kFLOP / 50 GFLOP/s: the estimate of train/summary.py, on one core
+    assert "1,000,000,000 steps would take about 13 days on this CPU" in warning and "per core × 1)" in warning
+    assert "warning" not in trainer.run(tmp_path / "short", "--num_iterations=1").stdout
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(trainer, tmp_path):
+    done = trainer.run(tmp_path / "run", "--compile=1", code=2, env={"CXX": "no-such-compiler"})
+    assert done.stderr.startswith("error: --compile=1 on a CPU needs a C++ compiler, but no-such-compiler is not")
+    assert not (tmp_path / "run").exists()
