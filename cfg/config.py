@@ -101,7 +101,7 @@ def _did_you_mean(name: str) -> str:
 
 
 def _unknown(word: str) -> UserError:
-    """Returns the error about a word of the command line that is neither a flag nor the value of one."""
+    """Returns the error about a word that the parser of the command line did not use."""
     name, equals, _ = word.partition("=")
     if name.startswith("-"):
         return UserError(f"unknown flag {quote(name)}{_did_you_mean(name.lstrip('-'))}")

@@ -27,9 +27,9 @@ def read_config() -> Config:
 
 
 def refuse_earlier_default(config: Config) -> None:
-    """Raises UserError if this command trained in `outdir`, the default of --output_dir in earlier versions.
+    """Raises UserError if `outdir`, the default of --output_dir in earlier versions, holds a run like this one.
 
-    Otherwise it would start again from step 0 in its new default folder, without a word about the old run.
+    The same command as before would otherwise start from the beginning in the new default folder.
     """
     from cfg.config import default_output_dir
     from util.errors import UserError
@@ -44,6 +44,6 @@ def refuse_earlier_default(config: Config) -> None:
     same = ("cfg", "init_from", "n_layer", "n_embd")
     if isinstance(earlier, dict) and all(earlier.get(name) == getattr(config, name) for name in same):
         raise UserError(
-            f"--output_dir is now {config.output_dir} by default, and outdir holds a run of this command;"
-            f" resume it with --output_dir=outdir, or start a new run with --output_dir={config.output_dir}"
+            f"--output_dir: outdir, the default of earlier versions, holds a run of this preset and size; resume it with"
+            f" --output_dir=outdir, or start a new run with --output_dir={config.output_dir}"
         )

@@ -75,7 +75,7 @@ def cpu_warnings(config: Config, flops_per_token: int, cores: int) -> list[str]:
     flops = config.num_iterations * config.total_batch_size * flops_per_token
     hours = flops / (cores * CPU_CORE_FLOPS) / 3600
     if hours >= 1:
-        time = f"{hours:,.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+        time = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
         found.append(
             f"{config.num_iterations:,} steps would take about {time} on this CPU (estimate:"
             f" {CPU_CORE_FLOPS / 1e9:.0f} GFLOP/s per core × {cores}); use a GPU, or a small model such as"

@@ -97,7 +97,8 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
 def _open_run(path: Path, where: str) -> PretrainedModel:
     flags = _flags_of_run(path, where)
     model_config(flags, where)
-    own = next((str(p.parent) for p in sorted(path.rglob("tokenizer.json"))), "")
+    patterns = "tokenizer.json", "step_*/tokenizer.json", "checkpoints/step_*/tokenizer.json"  # no run in a subfolder
+    own = next((str(file.parent) for pattern in patterns for file in sorted(path.glob(pattern))), "")
     return PretrainedModel("", path, "", flags, own or str(flags.get("tokenizer", "none")))
 
 

@@ -16,7 +16,8 @@ def test_a_tilde_is_the_home_directory_in_every_command(trainer, warm_python, sh
     monkeypatch.setenv("XDG_CACHE_HOME", str(assets.cache_dirs()[0].parent))
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "shards").symlink_to(shards)
-    for name, text in (("doc.txt", "some words " * 2000), ("prompt", "a"), ("mix", MIXTURE), ("tiny.yaml", "seed: 1\n")):
+    files = {"doc.txt": "some words " * 2000, "prompt": "a", "mix": MIXTURE, "tiny.yaml": "seed: 1\n"}
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
     data = ["--input_train_bin=~/shards/*_train_*.bin", "--input_val_bin=~/shards/*_val_*.bin", "--tokenizer=none"]
     trainer.run("~/run", "--cfg=~/tiny.yaml", "--num_iterations=2", *data)

@@ -95,6 +95,18 @@ def test_one_batch_is_memorized(trainer, metrics, tmp_path):
     assert metrics(tmp_path / "run")[-1]["loss"] < 0.1
 
 
+def test_a_run_is_fine_tuned_and_repeated_with_other_flags(trainer, metrics, command, tmp_path):
+    run, tuned, again = (tmp_path / name for name in ("run", "tuned", "again"))
+    trainer.run(run, "--tokenizer=none", "--num_iterations=40")
+    data = f"--input_train_bin={trainer.shards}/*_train_*.bin"
+    small = ["--total_batch_size=256", "--batch_size=2", "--num_iterations=4"]
+    command("train_gpt.py", f"--init_from={run}", data, f"--output_dir={tuned}", "--sequence_length=32", *small)
+    assert metrics(tuned)[0]["loss"] < metrics(run)[0]["loss"] - 0.5
+    command("train_gpt.py", f"--cfg={run}/config.yaml", "--seed=2", f"--output_dir={again}")
+    first, second = metrics(run), metrics(again)
+    assert len(first) == len(second) == 40 and first[0]["loss"] != second[0]["loss"]
+
+
 def test_the_quickstart_memorizes_one_batch_of_shakespeare(command, tmp_path):
     """The preset, the real tokens and the sample of scripts/quickstart.sh, without its installation. 50 of 80 steps."""
     command("data/tiny_shakespeare.py", "--output_dir", tmp_path / "data")

@@ -74,7 +74,8 @@ def is_refused(done, *words):
     assert all(word in done.stderr for word in words), done.stderr
 
 
-INSTALL = "python -m pip install -qq --disable-pip-version-check -r requirements-gpu.txt -c scripts/constraints.txt"
+REQUIREMENTS = "-r requirements-gpu.txt -c scripts/constraints.txt"
+INSTALL = f"python -m pip install -qq --disable-pip-version-check {REQUIREMENTS}"
 
 
 def test_a_missing_environment_is_made_once(checkout):
@@ -113,7 +114,7 @@ def test_uv_installs_where_there_is_no_ensurepip(checkout):
     checkout.add_venv(pip=False, ensurepip="false")
     checkout.add_uv()
     succeeds(checkout.source())
-    assert f"uv pip install --quiet --python .venv/bin/python {INSTALL.partition('version-check ')[2]}" in checkout.calls()
+    assert f"uv pip install --quiet --python .venv/bin/python {REQUIREMENTS}" in checkout.calls()
 
 
 def test_an_environment_that_cannot_install_is_refused_and_kept(checkout):

@@ -112,6 +112,12 @@ def test_a_rawgpt_run_or_checkpoint(tmp_path):
     assert (config.n_layer, config.n_embd, config.dropout, config.tokenizer) == (2, 24, 0.0, "gpt2")
     assert load_config([f"--init_from={checkpoint}"], 1, open_pretrained).n_embd == 24
     assert load_config([f"--init_from={checkpoint.parent}"], 1, open_pretrained).n_embd == 24
+    (tmp_path / "run/another").mkdir()
+    (tmp_path / "run/another/tokenizer.json").write_text("{}")
+    assert load_config([f"--init_from={tmp_path / 'run'}"], 1, open_pretrained).tokenizer == "gpt2"
+    (checkpoint / "tokenizer.json").write_text("{}")
+    for path in (checkpoint, checkpoint.parent, tmp_path / "run"):
+        assert load_config([f"--init_from={path}"], 1, open_pretrained).tokenizer == str(checkpoint)
     for nothing in (tmp_path, tmp_path / "nowhere", "gpt2"):
         with pytest.raises(UserError, match="--init_from=.*: (contains no checkpoint|no such run or checkpoint)"):
             load_config([f"--init_from={nothing}"], 1, open_pretrained)
