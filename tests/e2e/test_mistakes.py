@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from cfg.config import load_config
 from data.shards import HEADER_BYTES, write_shard
+from train.summary import cpu_warnings
 
 VOCAB = 251
 
@@ -124,7 +126,11 @@ def test_a_run_that_takes_long_on_a_cpu_is_a_warning_with_the_time(trainer, tmp_
     (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
     # 1e9 steps × 256 tokens × 216 kFLOP / 50 GFLOP/s: the estimate of train/summary.py, on one core
     assert "1,000,000,000 steps would take about 13 days on this CPU" in warning and "per core × 1)" in warning
-    assert "warning" not in trainer.run(tmp_path / "short", "--num_iterations=1").stdout
+    assert "warning" not in trainer.run(tmp_path / "short", "--num_iterations=5").stdout
+    (gpt2,) = cpu_warnings(load_config([], 1), flops_per_token=855_000_000, cores=2)  # GPT-2 124M
+    assert "1,000 steps would take about 9.7 hours" in gpt2
+    (compiled,) = cpu_warnings(load_config(["--compile=1"], 1), flops_per_token=10**6, cores=2)
+    assert compiled.startswith("--compile on a CPU: the first step takes one to three minutes longer")
 
 
 def test_compiling_on_a_cpu_needs_a_compiler(trainer, tmp_path):

@@ -94,7 +94,7 @@ def in_session(pid):
     return found
 
 
-def all_gone(pid, seconds=5):
+def all_gone(pid, seconds=60):
     deadline = time.monotonic() + seconds
     while in_session(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
