@@ -44,6 +44,6 @@ def refuse_earlier_default(config: Config) -> None:
     same = ("cfg", "init_from", "n_layer", "n_embd")
     if isinstance(earlier, dict) and all(earlier.get(name) == getattr(config, name) for name in same):
         raise UserError(
-            f"--output_dir: outdir, the default of earlier versions, holds a run of this preset and size; resume it with"
-            f" --output_dir=outdir, or start a new run with --output_dir={config.output_dir}"
+            f"--output_dir: outdir, the default of earlier versions, holds a run of this preset and size;"
+            f" resume it with --output_dir=outdir, or start a new run with --output_dir={config.output_dir}"
         )

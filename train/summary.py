@@ -82,7 +82,7 @@ def cpu_warnings(config: Config, flops_per_token: int, cores: int) -> list[str]:
             f" --cfg=shakespeare"
         )
     if config.compile:
-        found.append("--compile on a CPU: the first step takes one to three minutes longer; --compile=0 starts at once")
+        found.append("--compile on a CPU: the first step takes up to three minutes longer; --compile=0 starts at once")
     return found
 
 

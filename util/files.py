@@ -56,12 +56,12 @@ def read_yaml(path: Path) -> Any:
     """Reads a YAML file of plain values. Raises OSError if it cannot be read, ValueError if its content is not YAML."""
     import yaml
 
-    from util.strict_yaml import StrictLoader
+    from util import strict_yaml
 
     if path.exists() and not path.is_file():
         raise ValueError("is not a file")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+        return strict_yaml.load(path.read_text(encoding="utf-8"))
     except RecursionError as e:
         raise ValueError("is nested too deeply") from e
     except yaml.YAMLError as e:

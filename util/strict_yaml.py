@@ -33,3 +33,12 @@ class StrictLoader(yaml.SafeLoader):
 
 for _tag in ("int", "float"):
     StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", StrictLoader.construct_number)
+
+
+def load(text: str) -> Any:
+    """Returns the value that a YAML document describes."""
+    loader = StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
