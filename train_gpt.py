@@ -120,6 +120,8 @@ def train(config: Config) -> int:
             batch = batches.get(step + guard.data_offset)
             # Asynchronous on CUDA only: MPS may free the source before the copy ends (pytorch#189690).
             batch = batch.to(ranks.device, non_blocking=ranks.device.type == "cuda").long()
+            # Votes whether to stop. The votes travel with the all-reduce of train_step.
+            vote = ranks.vote(stop.requested, lambda: checkpointer.failed or metrics.problem is not None)
             result = train_step(step, batch, model, optimizer, scaler, guard, config, ranks, end_of_text)
             pending = metrics.record(step, result, time.perf_counter() - started)
             if step == first_step:  # compiled and warm: from now on a long wait is a hang
@@ -127,7 +129,7 @@ def train(config: Config) -> int:
                 model.set_timeout(config.step_timeout_minutes)
 
             # 3. All ranks stop after the same step if one was asked to stop or failed to write in the background.
-            stopping, failed = ranks.any(stop.requested(), checkpointer.failed or metrics.problem is not None)
+            stopping, failed = vote()
             if failed:
                 watchdog.progress("the end", config.start_timeout_minutes)
                 checkpointer.wait()  # wait and flush raise the error on all ranks
