@@ -39,7 +39,7 @@ class Ranks:
     device: torch.device
     cpu_group: dist.ProcessGroup | None = None  # gloo, with a long timeout: decisions and files; None: one process
     store: dist.Store | None = None  # torchrun's store, for train/watchdog.py; None: one process
-    _questions: list[Callable[[], bool]] = field(default_factory=list)  # of `vote`, for the next `sum`
+    _questions: list[Callable[[], bool]] = field(default_factory=list)  # of `ask`, for the next `sum`
     _answers: list[bool] = field(default_factory=list)
 
     @property
@@ -48,8 +48,8 @@ class Ranks:
 
     def sum(self, *values: Tensor) -> list[float]:
         """Returns scalar tensors summed over ranks, in their dtype, with one all-reduce on the training device."""
-        votes = [float(question()) for question in self._questions]
-        total = torch.stack((*values, *values[0].new_tensor(votes)))
+        answers = [float(question()) for question in self._questions]
+        total = torch.stack((*values, *values[0].new_tensor(answers)))
         if self.world_size > 1:
             dist.all_reduce(total)
         numbers = total.tolist()
@@ -57,10 +57,10 @@ class Ranks:
         self._answers[:] = [count > 0 for count in numbers[len(values) :]]
         return numbers[: len(values)]
 
-    def vote(self, *questions: Callable[[], bool]) -> Callable[[], list[bool]]:
+    def ask(self, *questions: Callable[[], bool]) -> Callable[[], list[bool]]:
         """Asks each rank some questions with its next `sum`, which saves the collective that `any` needs.
 
-        Returns a function that then gives for each question whether the answer of any rank is true.
+        Returns a function that then returns for each question whether any rank's answer is true.
         """
         self._questions[:] = questions
         return self._answers.copy
