@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import math
 import time
 
-STARTED = time.monotonic()  # --max_minutes count from here
+STARTED = time.monotonic()  # --max_minutes counts from here
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from train.summary import print_banner, print_summary
 from util.errors import run_command
 from util.ranks import Ranks, close_ranks, init_ranks
 
-EXIT_CODES = {"done": 0, "out of time": 0, "stopped": 4}  # exit codes of errors: util/errors.py
+EXIT_CODES = {"done": 0, "out of time": 0, "stopped": 4}  # util/errors.py has the exit codes of errors
 
 
 def train(config: Config) -> int:
@@ -43,22 +43,22 @@ def train(config: Config) -> int:
 
     # --- ranks and device ------------------------------------------------------------------------------------------
     output_dir = Path(config.output_dir)
-    sharded, logs = config.zero_stage >= 2, output_dir / "logs"
-    ranks = init_ranks(config.device, config.start_timeout_minutes, sharded=sharded, logs=logs)
+    sharded = config.zero_stage >= 2  # FSDP needs a process group even for one rank
+    ranks = init_ranks(config.device, config.start_timeout_minutes, sharded, logs=output_dir / "logs")
     if config.batch_size == 0:
         config = choose_batch_size(config, ranks)  # from the free GPU memory
-    parallel.set_math_mode(config, ranks.device)
+    parallel.set_math_mode(config, ranks.device)  # TF32, deterministic kernels
 
-    # --- data: data, tokenizer and pretrained weights are checked before anything is written ------------------------
+    # --- inputs: data, tokenizer and pretrained weights are checked before the output directory is touched ----------
     tokenizer = inputs.open_tokenizer(config, ranks)  # None if the shards' tokenizer is unknown
-    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # --doc_mask needs a tokenizer
+    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # without one --doc_mask is an error
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
     pretrained = inputs.load_pretrained(config, ranks)  # None: random weights from --seed
 
     # --- output directory: one run at a time; each rank has a log; the watchdog finds ranks that hang ---------------
     ranks.on_main(lambda: run_dir.lock_output_dir(output_dir))
-    run_dir.check_shared(output_dir, ranks)
+    run_dir.check_shared(output_dir, ranks)  # all nodes see the same folder
     ranks.on_all(lambda: rank_log.keep_log(output_dir, ranks))
     watchdog.start(ranks, config.start_timeout_minutes)
     if config.record_memory:
@@ -66,7 +66,7 @@ def train(config: Config) -> int:
 
     # --- model and optimizer ---------------------------------------------------------------------------------------
     model = parallel.parallelize(config, ranks, pretrained)  # activation checkpointing → compile → DDP or FSDP
-    model.set_timeout(config.start_timeout_minutes)  # of its process groups
+    model.set_timeout(config.start_timeout_minutes)  # FSDP makes its process groups with torch's default
     optimizer = optim.make_optimizer(model.gpt, config, ranks.world_size)
     scaler = stability.LossScaler(config)
     guard = stability.SpikeGuard(config)
@@ -79,12 +79,12 @@ def train(config: Config) -> int:
     )
     step, last_record = checkpointer.resume()  # (0, {}) without a checkpoint
     ranks.on_main(lambda: run_dir.write_config(output_dir, to_yaml(config)))
-    model.check_replicas()  # ranks that hold copies of a parameter hold the same values
-    model.warm_up()  # DDP arranges its gradient buckets now, so that a resumed run adds gradients in the same order
+    model.check_replicas()  # raises if copies of a parameter differ between ranks
+    model.warm_up()  # DDP arranges its buckets now: a resumed run adds gradients in the order of an uninterrupted one
     metrics.start(step, last_record.get("elapsed_s", 0.0))
     stop = interrupt.StopRequest(config.max_minutes, STARTED)  # SIGTERM, SIGINT, SIGUSR1, SIGHUP, or out of time
-    # `pending` is the record of the last step made, until that step is evaluated and logged. A resumed run takes it
-    # from the checkpoint if this step is not in its metrics.jsonl.
+    # `pending` is the record of a step that is not yet evaluated and logged, or None. After a resume it is the
+    # checkpoint's record, if metrics.jsonl lacks that step.
     pending = last_record if step and not metrics.has(step) else None
 
     # --- the training loop -----------------------------------------------------------------------------------------
@@ -94,16 +94,18 @@ def train(config: Config) -> int:
         lambda index: train_data.batch(1 if config.overfit_single_batch else index, ranks.rank, ranks.world_size),
         pin=ranks.device.type == "cuda",
     )
-    with checkpointer:  # if training fails, waits for a save in the background
+    with checkpointer:  # if training fails, waits until a save in the background is complete
         while True:
-            # 1. Evaluate what is due after the last step, and log that step. When stopping with an evaluation due,
+            # 1. Finish the last step: run the evaluations that are due after it, and log its record. This follows
+            #    the save, so that an evaluation that crashes loses no step. When stopping with an evaluation due,
             #    leave the record pending; the next start evaluates and logs it.
             if pending and not (stopping and evaluator.due(step)):
                 try:
                     pending |= evaluator.run(model, step, stop)
                 except interrupt.Interrupted:  # one rank was asked to stop
                     stopping = True
-                    if step >= first_step:  # not the checkpoint that this start has resumed from
+                    # Without a step since the resume, the checkpoint is there already.
+                    if step >= first_step and stability.all_finite(model, optimizer, ranks):
                         checkpointer.save(step, pending)
                 else:
                     metrics.log(pending)
@@ -120,21 +122,25 @@ def train(config: Config) -> int:
             batch = batches.get(step + guard.data_offset)
             # Asynchronous on CUDA only: MPS may free the source before the copy ends (pytorch#189690).
             batch = batch.to(ranks.device, non_blocking=ranks.device.type == "cuda").long()
+            # Ask all ranks two questions. The answers travel with the all-reduce of train_step.
+            answers = ranks.ask(stop.requested, lambda: checkpointer.failed or metrics.problem is not None)
             result = train_step(step, batch, model, optimizer, scaler, guard, config, ranks, end_of_text)
             pending = metrics.record(step, result, time.perf_counter() - started)
             if step == first_step:  # compiled and warm: from now on a long wait is a hang
                 watchdog.set_default_minutes(config.step_timeout_minutes)
                 model.set_timeout(config.step_timeout_minutes)
 
-            # 3. All ranks stop after the same step if one was asked to stop or failed to write in the background.
-            stopping, failed = ranks.any(stop.requested(), checkpointer.failed or metrics.problem is not None)
+            # 3. All ranks stop after the same step if one was asked to stop or could not write (a checkpoint in the
+            #    background, or metrics.jsonl).
+            stopping, failed = answers()
             if failed:
                 watchdog.progress("the end", config.start_timeout_minutes)
                 checkpointer.wait()  # wait and flush raise the error on all ranks
                 metrics.flush()
 
-            # 4. Roll back after too many skipped steps, or if what would be saved is not finite. Otherwise save.
-            save_due = stopping or evaluate.due(config.save_every_niter, step, config)
+            # 4. Roll back after too many skipped steps, or if what would be saved is not finite. Otherwise save,
+            #    if due.
+            save_due = stopping or evaluate.is_due(config.save_every_niter, step, config)
             problem = result.skip_reason if guard.should_roll_back() else ""
             if save_due and not problem and not stability.all_finite(model, optimizer, ranks):
                 problem = "weights not finite"
@@ -152,7 +158,7 @@ def train(config: Config) -> int:
     status, reason = stop.outcome(ranks) if stopping and not complete else ("done", "")
     checkpointer.close()
     metrics.close()
-    ranks.on_main(lambda: run_dir.write_status(output_dir, status, step, reason))  # before any rank ends
+    ranks.on_main(lambda: run_dir.write_status(output_dir, status, step, reason))  # before a rank exits
     print_summary(config, ranks, first_step, step, guard.skipped, reason)
     close_ranks()
     return EXIT_CODES[status]
@@ -169,22 +175,23 @@ def train_step(
     ranks: Ranks,
     end_of_text: int | None,
 ) -> StepResult:
-    """Makes one optimizer step from this rank's rows of the global batch, (rows, sequence_length + 1).
+    """Makes one optimizer step. `batch` (rows, sequence_length + 1) holds this rank's rows of the global batch.
 
     `end_of_text` is the token before each document, for --doc_mask.
     """
-    # In training only dropout uses the global generator. Seeded by step and rank, it has no state to save.
+    # During training nothing but dropout draws from the global generator. Seeding it from seed, step and rank leaves no
+    # random state to save.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
 
-    # Forward and backward, one micro-batch at a time. The loss is a sum over tokens. Divided by the tokens of the whole
-    # global batch it gives the same gradient (without dropout) for any number of ranks and micro-steps.
+    # Forward and backward, one micro-batch at a time. Each loss is a sum over tokens. Dividing it by the number of
+    # tokens in the global batch makes the gradient the same (without dropout) for any number of ranks and micro-steps.
     loss_sum = torch.zeros((), device=batch.device)
     micro_batches = batch.split(config.batch_size)
     for i, micro_batch in enumerate(micro_batches):
         watchdog.progress(f"step {step}")
         idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]
         positions = document_positions(idx, end_of_text) if end_of_text is not None else None
-        model.set_gradient_sync(last=i == len(micro_batches) - 1)  # gradients are reduced once per step
+        model.set_gradient_sync(last=i == len(micro_batches) - 1)  # reduces gradients once per step
         with model.autocast():
             loss, _ = model(idx, targets, positions)
         # DDP and FSDP average gradients over ranks, but a sum is needed: hence the world size.
@@ -195,8 +202,8 @@ def train_step(
     total, squared_norm = ranks.sum(loss_sum, model.squared_grad_norm())
     mean_loss, grad_norm = total / config.total_batch_size, math.sqrt(squared_norm) / scaler.value
 
-    # Clip and update, unless loss or gradient is not finite or the norm is a spike. With a loss scale, fp16 gradients
-    # overflow now and then.
+    # Clip and update, unless loss or gradient is not finite or the norm is a spike. With a loss scale (fp16) gradients
+    # are expected to overflow now and then; this does not count towards a roll-back.
     lr = optim.learning_rate(step, config)
     optim.set_learning_rate(optimizer, lr)
     skip_reason = guard.reason_to_skip(mean_loss, grad_norm, overflow_expected=scaler.value > 1)
@@ -206,7 +213,7 @@ def train_step(
         optimizer.step()
     scaler.update(mean_loss, grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean_loss, grad_norm, optimizer.param_groups[0]["lr"], skip_reason)
+    return StepResult(mean_loss, grad_norm, optimizer.param_groups[0]["lr"], skip_reason)  # logs the rate that was used
 
 
 def main(config: Config) -> int:
@@ -221,4 +228,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(config), teardown=False)
+    run_command(lambda: main(config), teardown=False)  # threads of gloo may crash or hang an ordinary exit

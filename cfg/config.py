@@ -177,8 +177,8 @@ def load_config(
     """Parses a command line (default: sys.argv) into a checked Config. Flags win over the preset of --cfg.
 
     `world_size` defaults to what torchrun put into the environment. `describe` turns the value of --init_from into a
-    `PretrainedModel`: callers that accept --init_from pass model.formats.pretrained.open_pretrained, which cfg/ cannot
-    import because model/ is above it.
+    `PretrainedModel`: callers that accept --init_from pass model.formats.pretrained.open_pretrained, which cfg/ may
+    not import (docs/architecture.md, layers).
     """
     argv = sys.argv[1:] if argv is None else argv
     known, rest = _parser().parse_known_args(argv)

@@ -53,7 +53,7 @@ def parse(path):
 
 
 @pytest.mark.parametrize("package, path", SOURCES, ids=[str(path.relative_to(ROOT)) for _, path in SOURCES])
-def test_a_package_imports_only_packages_below_it(package, path):
+def test_a_package_imports_only_itself_and_earlier_layers(package, path):
     names = set(imports(parse(path)))
     assert not [name for name in names if name.startswith(".")]  # absolute imports can be searched for
     assert {name.split(".")[0] for name in names} & OURS <= MAY_IMPORT[package]

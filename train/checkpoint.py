@@ -44,7 +44,7 @@ class Checkpointer:
     """Saves and restores everything that a run continues with.
 
     That is: weights, optimizer, loss scaler, spike guard, the W&B id, and fingerprints of data and tokenizer. As a
-    context manager it waits for a save in the background, even if the block fails.
+    context manager it waits for a save in the background if the block raises an exception.
     """
 
     def __init__(

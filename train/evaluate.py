@@ -33,7 +33,7 @@ SAMPLING = Sampling(temperature=0.8, top_k=50)
 MIN_TOKENS = 4096  # of a batch of HellaSwag: without gradients that needs little memory
 
 
-def due(every: int, step: int, config: Config) -> bool:
+def is_due(every: int, step: int, config: Config) -> bool:
     """Returns whether something that happens `every` steps (0: only at the end) is due after `step`."""
     return step == config.num_iterations or (every > 0 and step % every == 0)
 
@@ -85,8 +85,8 @@ class Evaluator:
         """Returns which of validation, HellaSwag and sample are due after `step`."""
         c = self.config
         intervals = {"HellaSwag": c.hellaswag_every, "sample": c.sample_every}
-        found = {name for name, every in intervals.items() if every and due(every, step, c)}
-        return found | {"validation"} if self.val_data is not None and due(c.val_loss_every, step, c) else found
+        found = {name for name, every in intervals.items() if every and is_due(every, step, c)}
+        return found | {"validation"} if self.val_data is not None and is_due(c.val_loss_every, step, c) else found
 
     def _validate(self, model: ParallelModel, stop: StopRequest) -> dict[str, Any]:
         """Returns val_loss and val_bpb over --val_max_steps batches: the same windows on any number of ranks."""

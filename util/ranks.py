@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -39,6 +39,8 @@ class Ranks:
     device: torch.device
     cpu_group: dist.ProcessGroup | None = None  # gloo, with a long timeout: decisions and files; None: one process
     store: dist.Store | None = None  # torchrun's store, for train/watchdog.py; None: one process
+    _questions: list[Callable[[], bool]] = field(default_factory=list)  # of `ask`, for the next `sum`
+    _answers: list[bool] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
@@ -46,10 +48,22 @@ class Ranks:
 
     def sum(self, *values: Tensor) -> list[float]:
         """Returns scalar tensors summed over ranks, in their dtype, with one all-reduce on the training device."""
-        total = torch.stack(values)
+        answers = [float(question()) for question in self._questions]
+        total = torch.stack((*values, *values[0].new_tensor(answers)))
         if self.world_size > 1:
             dist.all_reduce(total)
-        return total.tolist()
+        numbers = total.tolist()
+        self._questions.clear()
+        self._answers[:] = [count > 0 for count in numbers[len(values) :]]
+        return numbers[: len(values)]
+
+    def ask(self, *questions: Callable[[], bool]) -> Callable[[], list[bool]]:
+        """Asks each rank some questions with its next `sum`, which saves the collective that `any` needs.
+
+        Returns a function that then returns for each question whether any rank's answer is true.
+        """
+        self._questions[:] = questions
+        return self._answers.copy
 
     def sum_floats(self, values: list[float]) -> list[float]:
         """Returns numbers summed over ranks, element by element, in float64."""

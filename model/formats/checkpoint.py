@@ -1,7 +1,7 @@
 """Reading checkpoints: finding the newest valid one, checking its files, loading its tensors.
 
 A checkpoint is a directory `step_%08d` of safetensors and JSON files, described by a manifest with their sizes and
-hashes. train/checkpoint.py writes it on any number of ranks. No pickle is loaded.
+hashes. train/checkpoint_writer.py writes it on any number of ranks. No pickle is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`python interrupted_evaluation.py --flags`: train_gpt.py that gets SIGTERM at the start of its first evaluation."""
+"""`python interrupted_evaluation.py --flags`: train_gpt.py that gets SIGTERM at the start of its first evaluation.
+
+With FAIL in the environment it runs failing_training.py.
+"""
 
 import os
 import runpy
@@ -19,4 +22,5 @@ def run(self, *args):
 
 
 original_run, Evaluator.run = Evaluator.run, run
-runpy.run_path(str(ROOT / "train_gpt.py"), run_name="__main__")
+script = "tests/e2e/failing_training.py" if "FAIL" in os.environ else "train_gpt.py"
+runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -152,3 +152,11 @@ def test_poisoned_weights_are_never_saved(train, metrics, injected, tmp_path, wh
         assert all(value.isfinite().all() for value in tensors(checkpoint).values()), checkpoint
     assert [r["step"] for r in metrics(run)] == list(range(1, 21))
     injected(1, "5 steps and their data")
+
+
+def test_poisoned_weights_are_not_saved_when_a_stop_interrupts_an_evaluation(trainer, train, tmp_path):
+    run, script = tmp_path / "run", str(Path(FAILING).with_name("interrupted_evaluation.py"))
+    flags = ["--val_loss_every=7", "--num_iterations=10"]
+    trainer.run(run, *flags, code=4, script=script, env={"FAIL": "weights@7-7"})
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000005"]
+    assert "resuming from" in train(run, *flags).stdout

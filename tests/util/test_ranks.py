@@ -45,6 +45,9 @@ def test_one_rank_needs_no_collective():
     assert ranks.sum_floats([1.0, 2.0]) == [1.0, 2.0]
     assert ranks.sum(torch.tensor(3.0), torch.tensor(1.0)) == [3.0, 1.0]
     assert ranks.any(False, True) == [False, True]
+    answers = ranks.ask(lambda: True, lambda: False)
+    assert ranks.sum(torch.tensor(3.0)) == [3.0] and answers() == [True, False]
+    assert ranks.sum(torch.tensor(4.0)) == [4.0] and answers() == []  # each question is asked once
 
 
 def test_a_run_exits_without_the_interpreter_teardown():
