@@ -79,7 +79,7 @@ def _reference(tokenizer: Tokenizer) -> Encode:
 
 def _splintr(tokenizer: Tokenizer) -> Encode | None:
     """Returns splintr's encoder, or None if splintr is not installed or does not support the tokenizer."""
-    if tokenizer.ranks is None or tokenizer.pattern not in FAST_PATTERNS:
+    if tokenizer.ranks is None or tokenizer.pattern not in FAST_PATTERNS or tokenizer.missing_bytes:
         return None
     try:
         import splintr

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from util.errors import UserError, quote
+
 if TYPE_CHECKING:
     from tiktoken import Encoding
 
@@ -83,6 +85,12 @@ class Tokenizer:
         return {rank: token for token, rank in self.ranks.items()}
 
     @cached_property
+    def missing_bytes(self) -> bytes:
+        """Returns the bytes that have no token. SmolLM's tokenizers, for example, lack some control characters."""
+        known = {token for token in self.token_bytes.values() if len(token) == 1}
+        return bytes(b for b in range(256) if bytes([b]) not in known)
+
+    @cached_property
     def vocab_size(self) -> int:
         """Returns the largest id plus one."""
         return max(*self.token_bytes, *self.special.values()) + 1
@@ -128,9 +136,24 @@ class Tokenizer:
         return [*self.prefix, *self.encode(text)]
 
     def encode(self, text: str) -> list[int]:
-        """Encodes text. The name of a special token is encoded as ordinary text."""
+        """Encodes text. The name of a special token is encoded as ordinary text.
+
+        A text that contains one of `missing_bytes` is an error. The encoders would drop the character or panic.
+        """
+        if (at := self.find_missing_byte(text)) is not None:
+            raise UserError(
+                f"--tokenizer={self.name}: the character '{quote(text[at])}' has no token, in the text"
+                f" '{quote(text[max(0, at - 30) : at + 10])}'; remove it, or use another tokenizer"
+            )
         ids: list[int] = self.encoding.encode_ordinary(text)
         return ids
+
+    def find_missing_byte(self, text: str) -> int | None:
+        """Returns the index of the first character that contains a byte without a token, or None."""
+        content = text.encode("utf-8", "replace") if self.missing_bytes else b""
+        if len(content.translate(None, self.missing_bytes)) == len(content):
+            return None
+        return next(i for i, c in enumerate(text) if set(c.encode("utf-8", "replace")) & set(self.missing_bytes))
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """Returns the bytes of the tokens. A special token gives its name."""
