@@ -84,8 +84,8 @@ def _spelled(old: Tokenizer, tokens: dict[int, bytes]) -> dict[int, list[int]]:
                 bags[i] = ids[start:]
     one_byte = {token: i for i, token in old.token_bytes.items() if len(token) == 1}
     ranks = old.ranks or one_byte
-    rest = {i: token for i, token in tokens.items() if i not in bags and not set(token) & set(old.missing_bytes)}
-    return bags | {i: [ranks[part] for part in merge(token, ranks)] for i, token in rest.items()}
+    left = {i: token for i, token in tokens.items() if i not in bags and not set(token) & set(old.missing_bytes)}
+    return bags | {i: [ranks[part] for part in merge(token, ranks)] for i, token in left.items()}
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterable[list[int]]:
