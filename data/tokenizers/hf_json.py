@@ -33,6 +33,7 @@ from data.tokenizers.tokenizer import CL100K_PATTERN, END_OF_TEXT, GPT2_PATTERN,
 from util.errors import UserError, user_errors
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 ROLES = ("bos_token", "pad_token", "unk_token")
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 # cl100k's pattern as GPT-4's and Llama 3's tokenizer.json have it. tiktoken's differs in trailing white space.
@@ -103,11 +104,18 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     file = path / TOKENIZER if path.is_dir() else path
     with user_errors(f"--tokenizer: {file}"):
         content = file.read_bytes()
-    return read_tokenizer_json(str(path), file, content, _read_config(file.with_name(TOKENIZER_CONFIG)))
+    config, generation = (_read_config(file.with_name(name)) for name in (TOKENIZER_CONFIG, GENERATION_CONFIG))
+    return read_tokenizer_json(str(path), file, content, config, generation)
 
 
-def read_tokenizer_json(name: str, file: Path, content: bytes, config: dict[str, Any]) -> Tokenizer:
-    """Creates a tokenizer from the content of a tokenizer.json and of its config. Errors name `file`."""
+def read_tokenizer_json(
+    name: str, file: Path, content: bytes, config: dict[str, Any], generation: dict[str, Any] | None = None
+) -> Tokenizer:
+    """Creates a tokenizer from the content of a tokenizer.json and of its config. Errors name `file`.
+
+    `generation` is the content of the generation_config.json beside it. Its bos_token_id counts if the config does not
+    mention a bos_token, unless transformers derived the file from config.json: then it may be the default of a class.
+    """
     data = _parse(file, content)
     try:
         model, added = data["model"], {token["content"]: int(token["id"]) for token in data.get("added_tokens") or []}
@@ -132,12 +140,17 @@ def read_tokenizer_json(name: str, file: Path, content: bytes, config: dict[str,
         what = f"{e} is missing" if isinstance(e, KeyError) else str(e) or type(e).__name__
         raise UserError(f"{file}: not a usable tokenizer.json ({what})") from e
     end = _end_of_text(file, special, config)
-    files = {TOKENIZER: content, TOKENIZER_CONFIG: _kept_config(config, end, {*vocab, *added})}
-    slow = Tokenizer(name, None, None, special, special[end], library, files, prefix)
+    ids = vocab | added
+    if "bos_token" not in config and not (generation := generation or {}).get("_from_model_config"):
+        names = {i: name for name, i in ids.items()}
+        config = config | {"bos_token": names.get(generation.get("bos_token_id"))}
+    bos = ids.get(_token_name(config, "bos_token") or "")
+    files = {TOKENIZER: content, TOKENIZER_CONFIG: _kept_config(config, end, set(ids))}
+    slow = Tokenizer(name, None, None, special, special[end], library, files, prefix, bos)
     if not same_ids:
         return slow
     ranks = {token: i for i, token in token_bytes.items()}
-    fast = Tokenizer(name, ranks, SAME_CUTS[_pattern(data)], special, special[end], None, files, prefix)
+    fast = Tokenizer(name, ranks, SAME_CUTS[_pattern(data)], special, special[end], None, files, prefix, bos)
     sample = ["".join(c for c in text if fast.find_missing_byte(c) is None) for text in [*SAMPLE, *special]]
     if any(fast.encode(text) != slow.encode(text) for text in sample):
         print(f"{file}: tiktoken's core gives other ids; encoding with the tokenizers library, which is slower")
@@ -239,7 +252,7 @@ def _without_special(data: dict[str, Any], special: dict[str, int]) -> dict[str,
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Reads a tokenizer_config.json. Returns {} if the file does not exist."""
+    """Reads a JSON file beside a tokenizer.json. Returns {} if the file does not exist."""
     try:
         config = json.loads(file.read_bytes()) if file.is_file() else {}
         if not isinstance(config, dict):

@@ -67,16 +67,20 @@ class Tokenizer:
     library: LibraryEncoding | None = None
     files: dict[str, bytes] = field(default_factory=dict)  # tokenizer.json and its config; empty for a named tokenizer
     prefix: list[int] = field(default_factory=list)  # the ids that its post-processor puts before a text, such as BOS
+    bos: int | None = None  # the BOS token that its configuration names
 
     @property
     def bos_tokens(self) -> list[int]:
-        """Returns the ids that start a prompt: BOS if the tokenizer has one, otherwise end-of-text."""
-        return self.prefix or [self.end_of_text]
+        """Returns the ids that start a document: what the post-processor puts there, else BOS, else end-of-text.
+
+        Evaluation, generation, data preparation and export all use this.
+        """
+        return self.prefix or [self.end_of_text if self.bos is None else self.bos]
 
     @property
     def document_prefix(self) -> list[int]:
         """Returns the ids before each document in shards: end-of-text, then BOS if the tokenizer has one."""
-        return [self.end_of_text, *(i for i in self.prefix if i != self.end_of_text)]
+        return [self.end_of_text, *(i for i in self.bos_tokens if i != self.end_of_text)]
 
     @cached_property
     def token_bytes(self) -> dict[int, bytes]:
