@@ -17,8 +17,8 @@ from data.loader import Loader
 from data.open import open_val_data
 from data.tokenizers.tokenizer import Tokenizer
 from eval import hellaswag
-from eval.encoding import text_encoder
-from eval.generate import Sampling, generate
+from eval.encoding import encode_prompt, text_encoder
+from eval.generate import TEMPERATURE, TOP_K, Sampling, generate
 from eval.scoring import ScoringModel, gpt_forward, score_in_steps
 from eval.validation import fixed_windows, summarize, windows_loss
 from train import watchdog
@@ -29,7 +29,7 @@ from util.errors import storage_error
 from util.ranks import Ranks
 
 T = TypeVar("T")
-SAMPLING = Sampling(temperature=0.8, top_k=50)
+SAMPLING = Sampling(TEMPERATURE, TOP_K)
 MIN_TOKENS = 4096  # of a batch of HellaSwag: without gradients that needs little memory
 
 
@@ -114,9 +114,8 @@ class Evaluator:
     def _generate(self, model: ParallelModel, step: int) -> Generator[None, None, str]:
         """Generates the sample of `step` token by token, writes it, and returns it."""
         config, tokenizer = self.config, self.tokenizer
-        begin = tokenizer.bos_tokens if tokenizer else [0]
-        prompt = [*begin, *(tokenizer.encode(config.sample_prompt) if tokenizer else [])]
-        tokens = prompt[len(begin) :]
+        begin, tokens = encode_prompt(tokenizer, config.sample_prompt) if tokenizer else ([0], [])
+        prompt = [*begin, *tokens]
         for (token,) in generate(model.gpt, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
             tokens.append(token)
             yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,12 @@ class Tokenizer:
             )
         ids: list[int] = self.encoding.encode_ordinary(text)
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encodes text in which the name of a special token, such as <|endoftext|>, stands for the token."""
+        names = "|".join(re.escape(name) for name in sorted(self.special, key=len, reverse=True))
+        parts = re.split(f"({names})", text) if names else [text]
+        return [i for part in parts for i in ([self.special[part]] if part in self.special else self.encode(part))]
 
     def find_missing_byte(self, text: str) -> int | None:
         """Returns the index of the first character that contains a byte without a token, or None."""
