@@ -7,8 +7,10 @@ checkpoint of rawgpt. torch is imported in the functions that read weights, so t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from cfg.flags import ModelConfig
 from util.errors import UserError, quote
 from util.files import read_json
 from util.hub import WEIGHTS, download, model_folder
+from util.launcher import launched_rank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,11 +90,31 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
     if not isinstance(config, dict):
         raise UserError(f"{where}: {file} is damaged (not an object)")
     flags = hf.read_flags(config, f"{where}: {file.name}")
+    if flags["tie_embeddings"]:
+        if hub:  # otherwise only the description would be here
+            download(hub, WEIGHTS, where)
+        flags["tie_embeddings"] = not _has_other_head(path)
     if (path / "tokenizer.json").is_file():
         tokenizer = f"hf:{hub}" if hub else str(path)
     else:
         tokenizer = _tokenizer_of_size(flags["vocab_size"])
     return PretrainedModel("hf", path, hub, flags, tokenizer)
+
+
+@cache
+def _has_other_head(folder: Path) -> bool:
+    """Returns whether the files contain a head that differs from the embedding, although config.json ties the two.
+
+    transformers 5 uses this head too. A folder without weights has none; reading them will be the error.
+    """
+    if not any(folder.glob("model*.safetensors")):
+        return False
+    from model.formats.hf_tensors import has_other_head
+
+    found = has_other_head(folder)
+    if found and launched_rank() == 0:
+        print(f"{folder}: lm_head.weight differs from the embedding, so the head is not tied to it", file=sys.stderr)
+    return found
 
 
 def _open_run(path: Path, where: str) -> PretrainedModel:
