@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfg.config import model_config
 from cfg.flags import ModelConfig
 from util.errors import UserError, quote
-from util.files import read_json
+from util.files import is_latest_file, read_json
 from util.hub import WEIGHTS, download, model_folder
 from util.launcher import launched_rank
 
@@ -118,6 +119,7 @@ def _has_other_head(folder: Path) -> bool:
 
 
 def _open_run(path: Path, where: str) -> PretrainedModel:
+    path = path.parent if is_latest_file(path) else path
     flags = _flags_of_run(path, where)
     model_config(flags, where)
     own = next((str(p.parent) for p in sorted(path.rglob("tokenizer.json"))), "")
@@ -129,8 +131,8 @@ def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
     if not os.path.isdir(path):
         kinds = ", ".join(f"{kind}:" for kind in KINDS)
         raise UserError(f"{where}: no such run or checkpoint; other models are named with {kinds} in front")
-    path = path.parent if path.name == "checkpoints" else path
-    for file in [path / "manifest.json", *sorted(path.glob("checkpoints/step_*/manifest.json"), reverse=True)]:
+    patterns = ("manifest.json", "checkpoints/step_*/manifest.json", "step_*/manifest.json")
+    for file in chain.from_iterable(sorted(path.glob(pattern), reverse=True) for pattern in patterns):
         try:
             flags = read_json(file)["config"]
         except (OSError, ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,22 @@ def test_the_command_prints_prompts_and_continuations(run, saved, tmp_path):
     flags = ["--num_samples=2", "--seed=5", "--top_k=9", "--top_p=0.7", "--temperature=2"]
     texts = ["a", "é from a file\n", "東 stdin"]
     assert run(*few, *several, *flags, stdin="東 stdin".encode()) == expected(texts, Sampling(2, 9, 0.7), 5, 2)
+
+
+def test_every_place_of_a_run_names_its_newest_checkpoint(saved, tmp_path, capsys):
+    """The run, its checkpoints, the file `latest`, a single checkpoint, and copies of these under other names."""
+    folder = saved[0] / "checkpoints"
+    assert (folder / "latest").read_text() == "step_00000001\n"
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copytree(folder / "step_00000001", tmp_path / "one")
+    places = [saved[0], folder, folder / "latest", folder / "step_00000001"]
+    places += [tmp_path / "copy", tmp_path / "copy" / "latest", tmp_path / "one"]
+    texts = set()
+    for place in places:
+        flags = [f"--checkpoint={place}", "--device=cpu", "--prompt=x", "--max_new_tokens=9"]
+        command.main(command.parser().parse_args(flags))
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
 
 
 def test_tokens_before_and_in_prompts(run, saved, monkeypatch):
