@@ -44,6 +44,8 @@ class Evaluator:
     def __init__(self, config: Config, ranks: Ranks, tokenizer: Tokenizer | None):
         self.config, self.ranks, self.tokenizer = config, ranks, tokenizer
         self.end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
+        # The ids before and of --sample_prompt.
+        self.prompt = encode_prompt(tokenizer, config.sample_prompt) if tokenizer else ([0], [])
         self.val_data: Loader | None = None
         if config.input_val_bin:
             self.val_data = open_val_data(config, tokenizer_fingerprint(config, tokenizer))
@@ -114,9 +116,9 @@ class Evaluator:
     def _generate(self, model: ParallelModel, step: int) -> Generator[None, None, str]:
         """Generates the sample of `step` token by token, writes it, and returns it."""
         config, tokenizer = self.config, self.tokenizer
-        begin, tokens = encode_prompt(tokenizer, config.sample_prompt) if tokenizer else ([0], [])
-        prompt = [*begin, *tokens]
-        for (token,) in generate(model.gpt, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
+        begin, ids = self.prompt
+        tokens = ids.copy()
+        for (token,) in generate(model.gpt, [[*begin, *ids]], config.sample_tokens, SAMPLING, config.seed + step):
             tokens.append(token)
             yield
         text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))

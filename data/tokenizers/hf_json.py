@@ -1,9 +1,9 @@
 """Reader of tokenizer.json, the format of Hugging Face's `tokenizers`.
 
 It reads byte-level byte-pair encodings, and SentencePiece's with byte fallback. A byte-level one may lack tokens for
-some bytes; a text that contains such a byte is refused when it is encoded. Names of
-special and added tokens are encoded as ordinary text. tiktoken's core encodes if it gives the same ids, because it is
-faster; otherwise `tokenizers` does.
+some bytes; a text that contains such a byte is refused when it is encoded. Names of special and added tokens are
+encoded as ordinary text. tiktoken's core encodes if it gives the same ids, because it is faster; otherwise `tokenizers`
+does.
 
 Proof that both cores give the same ids. Both split text into pieces by the pattern and merge within a piece, one pair
 of adjacent tokens at a time, the leftmost pair if there are several of one rank. `tokenizers` merges the pair that
@@ -141,9 +141,8 @@ def read_tokenizer_json(
         raise UserError(f"{file}: not a usable tokenizer.json ({what})") from e
     end = _end_of_text(file, special, config)
     ids = vocab | added
-    if "bos_token" not in config and not (generation := generation or {}).get("_from_model_config"):
-        names = {i: name for name, i in ids.items()}
-        config = config | {"bos_token": names.get(generation.get("bos_token_id"))}
+    if "bos_token" not in config and generation and not generation.get("_from_model_config"):
+        config = config | {"bos_token": next((n for n, i in ids.items() if i == generation.get("bos_token_id")), None)}
     bos = ids.get(_token_name(config, "bos_token") or "")
     files = {TOKENIZER: content, TOKENIZER_CONFIG: _kept_config(config, end, set(ids))}
     slow = Tokenizer(name, None, None, special, special[end], library, files, prefix, bos)

@@ -92,7 +92,7 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
         raise UserError(f"{where}: {file} is damaged (not an object)")
     flags = hf.read_flags(config, f"{where}: {file.name}")
     if flags["tie_embeddings"]:
-        if hub:  # otherwise only the description would be here
+        if hub:  # so far only the description has been downloaded
             download(hub, WEIGHTS, where)
         flags["tie_embeddings"] = not _has_other_head(path)
     if (path / "tokenizer.json").is_file():

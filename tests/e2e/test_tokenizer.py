@@ -124,7 +124,7 @@ def test_tiny_shakespeare_with_a_trained_tokenizer(command, world, tmp_path):
 
 
 def test_any_text_trains_by_bytes(command, trainer, metrics, tmp_path):
-    """From text without words or ASCII to an exported model, whose tokenizer is the same."""
+    """Goes from text without words, partly not ASCII, to an exported model with the same tokenizer."""
     (tmp_path / "dna.txt").write_text("ACGTTGCA" * 2000 + "東京\n" * 200)
     made = ["data/text.py", tmp_path / "dna.txt", "--tokenizer=bytes", "--val_tokens=900", "--output_dir"]
     command(*made, tmp_path / "data")

@@ -306,7 +306,7 @@ def test_every_place_of_a_run_names_its_newest_checkpoint(saved, tmp_path, capsy
 
 
 def test_tokens_before_and_in_prompts(run, saved, monkeypatch):
-    """By default nothing is put before a prompt, as in transformers, and names of special tokens are tokens."""
+    """Compares the ids of a prompt under all values of --bos and --special_tokens."""
     _, tokenizer = saved
     seen = []
     monkeypatch.setattr(command, "generate", lambda model, prompts, *_: seen.extend(prompts) or iter([]))

@@ -264,7 +264,7 @@ def test_a_hugging_face_folder_on_text(hf_folder, evaluate, tmp_path, plain_loss
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "generation_config.json"])
 def test_every_command_begins_a_text_with_the_models_own_token(hf_folder, evaluate, tmp_path, where):
-    """As in SmolLM2-Instruct, BOS is not end-of-text, and the tokenizer does not put it before a text."""
+    """Uses a tokenizer like SmolLM2-Instruct's: BOS is not end-of-text, and nothing is put before a text."""
     folder = tmp_path / "hf"
     shutil.copytree(hf_folder, folder)
     data = read(folder / "tokenizer.json")
