@@ -130,8 +130,7 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     if tokenizer:
         for name, content in tokenizer_files(tokenizer, source.config.n_positions).items():
             (folder / name).write_bytes(content)
-        # BOS is the token that starts documents. In most tokenizers it is the end-of-text token.
-        ids = {"bos_token_id": (tokenizer.prefix or [tokenizer.end_of_text])[0], "eos_token_id": tokenizer.end_of_text}
+        ids = {"bos_token_id": tokenizer.bos_tokens[0], "eos_token_id": tokenizer.end_of_text}
     kind = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**model, **ids, "torch_dtype": kind})
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})

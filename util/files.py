@@ -42,6 +42,11 @@ def path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def is_latest_file(path: Path) -> bool:
+    """Returns whether `path` is the file `latest` beside checkpoints, which contains the name of the newest."""
+    return path.name == "latest" and path.is_file()
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises OSError if it cannot be read, ValueError if its content is not JSON."""
     if path.exists() and not path.is_file():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from data.loader import Loader
 from data.shards import open_shard, write_shard
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS
-from eval import perplexity, texts
+from eval import lm_eval, perplexity, texts
 from eval.model import load_eval_model
 from eval.perplexity import measure, segments, split_by_document, strided_windows, to_requests
 from eval.texts import Text, count_bytes, open_texts, truncate
@@ -259,6 +260,36 @@ def test_a_hugging_face_folder_on_text(hf_folder, evaluate, tmp_path, plain_loss
     found = read(tmp_path / "o.json")
     assert found["bytes"] == len(STORY.encode()) and found["window"] == 20
     assert found["loss"] * found["tokens"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "generation_config.json"])
+def test_every_command_begins_a_text_with_the_models_own_token(hf_folder, evaluate, tmp_path, where):
+    """Uses a tokenizer like SmolLM2-Instruct's: BOS is not end-of-text, and nothing is put before a text."""
+    folder = tmp_path / "hf"
+    shutil.copytree(hf_folder, folder)
+    data = read(folder / "tokenizer.json")
+    bos = len(data["model"]["vocab"])
+    data["added_tokens"].append({**data["added_tokens"][0], "id": bos, "content": "<|im_start|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    config |= {"bos_token": "<|im_start|>"} if where == "tokenizer_config.json" else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": 0}))
+    (tmp_path / "a.txt").write_text("the cat sat on the mat, the dog on the log")
+    found = []
+    for model in (f"--checkpoint=hf:{folder}", f"--hf={folder}"):
+        output = tmp_path / f"{len(found)}.json"
+        evaluate(perplexity, model, f"--input={tmp_path}/a.txt", f"--output={output}")
+        found.append(read(output)["bits_per_byte"])
+    flags = [f"--checkpoint=hf:{folder}", "--tasks=x", "--device=cpu"]
+    loaded = load_eval_model(lm_eval.parser().parse_args(flags))
+    assert loaded.text.bos_tokens == [bos] == [lm_eval.adapter(loaded, torch.float32).prefix_token_id]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    tokenizer = loaded.checkpoint.tokenizer
+    assert (tokenizer.document_prefix, tokenizer.encode_whole("a")) == ([0, bos], tokenizer.encode("a"))
+    for name, content in tokenizer.files.items():  # the copy in a checkpoint
+        (tmp_path / name).write_bytes(content)
+    assert load_tokenizer(str(tmp_path)).document_prefix == [0, bos]
 
 
 def test_a_bos_token_that_the_tokenizer_adds_is_not_added_twice(model):

@@ -223,6 +223,7 @@ def test_a_bos_token_is_added_by_rawgpt_and_by_transformers(trainer, with_begin_
         texts.append(capsys.readouterr().out)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.bos_token_id == theirs.config.bos_token_id == theirs.generation_config.bos_token_id == 50257
     ids = tokenizer("Hello, world", return_tensors="pt").input_ids
     assert ids[0, 0] == 50257
     written = theirs.generate(ids, max_new_tokens=9, min_new_tokens=9, do_sample=False)

@@ -1,6 +1,7 @@
 """--init_from takes the flags of a pretrained model, and refuses flags that contradict them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -111,7 +112,10 @@ def test_a_rawgpt_run_or_checkpoint(tmp_path):
     config = load_config([f"--init_from={tmp_path / 'run'}"], 1, open_pretrained)
     assert (config.n_layer, config.n_embd, config.dropout, config.tokenizer) == (2, 24, 0.0, "gpt2")
     assert load_config([f"--init_from={checkpoint}"], 1, open_pretrained).n_embd == 24
-    assert load_config([f"--init_from={checkpoint.parent}"], 1, open_pretrained).n_embd == 24
+    (checkpoint.parent / "latest").write_text("step_00000002\n")
+    shutil.copytree(checkpoint.parent, tmp_path / "copy")
+    for place in (checkpoint.parent, checkpoint.parent / "latest", tmp_path / "copy", tmp_path / "copy" / "latest"):
+        assert load_config([f"--init_from={place}"], 1, open_pretrained).n_embd == 24
     (tmp_path / "run/another").mkdir()
     (tmp_path / "run/another/tokenizer.json").write_text("{}")
     assert load_config([f"--init_from={tmp_path / 'run'}"], 1, open_pretrained).tokenizer == "gpt2"
