@@ -48,6 +48,7 @@ class Shard:
     dtype: np.dtype
     offset: int
     vocab_size: int = 2**32  # ids are below this
+    largest_id: int = 0  # of those that open_shard checked
 
     def read(self, start: int, length: int, fd: int | None = None) -> np.ndarray:
         """Returns tokens [start, start + length), (length,).
@@ -70,14 +71,16 @@ class Shard:
             )
         return np.frombuffer(content, self.dtype)
 
-    def check(self, tokens: np.ndarray, start: int) -> None:
-        """Checks that `tokens`, which start at index `start`, are in the vocabulary."""
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+    def check(self, tokens: np.ndarray, start: int) -> int:
+        """Checks that `tokens`, which start at index `start`, are in the vocabulary. Returns the largest."""
+        largest = int(tokens.max(initial=0))
+        if largest >= self.vocab_size:
             at = int(tokens.argmax())
             raise UserError(
                 f"{self.path}: token id {tokens[at]} at position {start + at} is not below"
                 f" --vocab_size={self.vocab_size}; the file is from another tokenizer, or damaged"
             )
+        return largest
 
 
 def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
@@ -93,8 +96,7 @@ def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
         raise UserError(f"{path}: empty file; make it again")
     shard = _headerless(path, size, header) or _with_header(path, size, header)
     shard = replace(shard, vocab_size=vocab_size)
-    _check_ids(shard, check_all)
-    return shard
+    return replace(shard, largest_id=_check_ids(shard, check_all))
 
 
 def _headerless(path: Path, size: int, header: np.ndarray) -> Shard | None:
@@ -128,14 +130,17 @@ def _with_header(path: Path, size: int, header: np.ndarray) -> Shard:
     return Shard(path, count, dtype, HEADER_BYTES)
 
 
-def _check_ids(shard: Shard, check_all: bool) -> None:
+def _check_ids(shard: Shard, check_all: bool) -> int:
+    """Checks the ids of a sample of blocks, or all. Returns the largest."""
     if check_all or shard.count <= SAMPLE_BLOCKS * SAMPLE_BLOCK:
         starts, length = list(range(0, shard.count, READ_BLOCK)), READ_BLOCK
     else:
         starts, length = np.linspace(0, shard.count - SAMPLE_BLOCK, SAMPLE_BLOCKS, dtype=int).tolist(), SAMPLE_BLOCK
+    largest = 0
     for start in starts:
         length = min(length, shard.count - start)
-        shard.check(shard.read(start, length), start)
+        largest = max(largest, shard.check(shard.read(start, length), start))
+    return largest
 
 
 def shard_header(count: int, vocab_size: int) -> bytes:

@@ -89,8 +89,7 @@ def open_texts(shards: list[Path], files: list[Path], text_key: str, model: Eval
 def shard_text(paths: list[Path], model: EvalModel) -> Text:
     """Returns the concatenated shards, checked against the model's tokenizer."""
     fingerprint = model.checkpoint.tokenizer_fingerprint if model.checkpoint else {"name": "none"}
-    if fingerprint["name"] != "none":
-        check_shards_tokenizer(paths, fingerprint, "input")
+    check_shards_tokenizer(paths, fingerprint, model.vocab_size, "input")
     stream = TokenStream([open_shard(path, model.vocab_size) for path in paths])
 
     def read(start: int, stop: int) -> np.ndarray:

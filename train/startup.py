@@ -15,7 +15,15 @@ def read_config() -> Config:
     die_with_launcher()
     from cfg.config import load_config
     from model.formats.pretrained import open_pretrained
-    from util.errors import one_line_errors
+    from util.errors import UserError, one_line_errors
+
+    def tokenizer_size(name: str) -> int:
+        from data.tokenizers import load  # imports numpy, which --help does not need
+
+        return load.tokenizer_size(name)
 
     with one_line_errors():
-        return load_config(describe=open_pretrained)
+        config = load_config(describe=open_pretrained, tokenizer_size=tokenizer_size)
+        if not config.input_train_bin:
+            raise UserError("--input_train_bin: give the training shards; this preset has none")
+        return config

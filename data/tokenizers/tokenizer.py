@@ -47,6 +47,9 @@ NAMED_FINGERPRINTS = {
 }
 
 
+MAX_UNUSED_IDS = 2**14  # a model's vocabulary may have this many more ids than its tokenizer
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A byte-pair encoding. Text never encodes to a special token, also where it contains the name of one.
