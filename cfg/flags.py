@@ -105,9 +105,9 @@ class DataConfig(Flags):
 
     input_train_bin: str = Field(
         "data/tinyshakespeare/*_train.bin",
-        description="glob of the training shards, or a weighted mix of several: web=0.7:GLOB,code=0.3:GLOB",
+        description="glob or folder of the training shards, or a weighted mix: web=0.7:GLOB,code=0.3:GLOB",
     )
-    input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
+    input_val_bin: str = Field("", description="glob or folder of the validation shards; empty: no validation")
     tokenizer: str = Field(
         "gpt2",
         min_length=1,

@@ -74,7 +74,8 @@ def find_inputs(patterns: list[str]) -> tuple[list[Path], list[Path]]:
             f"--input: {compressed[0]} must be .bin, .jsonl or plain text; convert it to shards with"
             " python data/text.py"
         )
-    return [p for p in paths if p.suffix == ".bin"], [p for p in paths if p.suffix != ".bin"]
+    is_shard = {path: path.suffix in (".bin", ".npy") for path in paths}
+    return [p for p in paths if is_shard[p]], [p for p in paths if not is_shard[p]]
 
 
 def open_texts(shards: list[Path], files: list[Path], text_key: str, model: EvalModel) -> list[Text]:

@@ -36,7 +36,7 @@ O200K_PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The fingerprints of the named tokenizers, known without reading their files.
-NAMED_FINGERPRINTS = {
+NAMED_FINGERPRINTS: dict[str, dict[str, Any]] = {
     name: {"name": name, "vocab_size": vocab_size, "sha256": sha256}
     for name, vocab_size, sha256 in (
         ("gpt2", 50257, "1408ad06293e4f889ae5021e1936bdfa102797c65136f62ba5036fa0536757d6"),

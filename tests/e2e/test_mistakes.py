@@ -131,3 +131,21 @@ def test_sampling_without_a_checkpoint_is_an_error(command, tmp_path):
         ([], "--checkpoint"),
     ):
         assert message in command("eval/generate.py", "--device=cpu", *flags, code=2).stderr
+
+
+def test_an_output_that_is_a_link_to_nothing_is_an_error_that_names_both(trainer, command, shards, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    line = one_line(trainer, link / "run")
+    assert f"--output_dir={link}/run: {link} is a link to {tmp_path}/gone, which does not exist; " in line
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    for words in (
+        ["data/text.py", text, "--output_dir", link],
+        ["data/tiny_shakespeare.py", "--output_dir", link],
+        ["data/hellaswag.py", "--output_dir", link],
+        ["data/train_tokenizer.py", text, "--vocab_size=260", "--output", link],
+        ["scripts/export.py", "--checkpoint", tmp_path, "--output", link],
+    ):
+        assert f"={link}: {link} is a link to {tmp_path}/gone" in command(*words, code=2).stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"link", "a.txt"}
