@@ -112,7 +112,7 @@ class DataConfig(Flags):
         "gpt2",
         min_length=1,
         description="the shards' tokenizer, for samples and bits per byte: gpt2, gpt2-fim, cl100k_base, o200k_base,"
-        " the path of a tokenizer.json, of its folder or of a llama2.c tokenizer.bin, hf:NAME; none: unknown",
+        " bytes, the path of a tokenizer.json, of its folder or of a llama2.c tokenizer.bin, hf:NAME; none: unknown",
     )
     shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
     check_data: bool = Field(False, description="check every token id at the start, not only a sample")

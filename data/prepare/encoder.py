@@ -54,6 +54,8 @@ def make_encoder(
     Names of special tokens are encoded as ordinary text. The fast encoder is compared with tiktoken on SAMPLE and
     `sample`, unless the caller has `compared` them before.
     """
+    if tokenizer.is_bytes:
+        return lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint32), "bytes"
     splintr = _splintr(tokenizer) if fast else None
     if splintr is not None:
         texts = [] if compared else [*SAMPLE, *sample]
@@ -79,7 +81,7 @@ def _reference(tokenizer: Tokenizer) -> Encode:
 
 def _splintr(tokenizer: Tokenizer) -> Encode | None:
     """Returns splintr's encoder, or None if splintr is not installed or does not support the tokenizer."""
-    if tokenizer.ranks is None or tokenizer.pattern not in FAST_PATTERNS:
+    if tokenizer.ranks is None or tokenizer.pattern not in FAST_PATTERNS or tokenizer.missing_bytes:
         return None
     try:
         import splintr

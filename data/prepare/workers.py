@@ -95,7 +95,10 @@ def encode_unit(unit: WorkUnit, path: Path, encoder: Encoder) -> Encoded:
             held.append(prefix)
             found.documents += 1
             for part in parts(document, encoder):
-                tokens = np.array([part], np.uint32) if isinstance(part, int) else encoder.encode(part)
+                try:
+                    tokens = np.array([part], np.uint32) if isinstance(part, int) else encoder.encode(part)
+                except UserError as e:
+                    raise UserError(f"{unit.path}: {e}") from e
                 found.text_bytes += 0 if isinstance(part, int) else len(part.encode())
                 held.append(tokens)
                 found.tokens += len(tokens)

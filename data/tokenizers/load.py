@@ -9,6 +9,7 @@ from data import assets
 from data.tokenizers.hf_json import load_tokenizer_json
 from data.tokenizers.llama2c import load_llama2c_tokenizer
 from data.tokenizers.tokenizer import (
+    BYTE_RANKS,
     CL100K_PATTERN,
     END_OF_TEXT,
     FIM_MIDDLE,
@@ -36,7 +37,7 @@ NAMED = {
     ),
     "o200k_base": ("o200k_base.tiktoken", O200K_PATTERN, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
 }
-NAMES = tuple(NAMED)
+NAMES = (*NAMED, "bytes")
 
 
 def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokenizer:
@@ -73,6 +74,8 @@ def _load_path(path: Path) -> Tokenizer:
 
 
 def _load_named(name: str) -> Tokenizer:
+    if name == "bytes":  # GPT-2's pattern is for the export: without merges every pattern gives the same ids
+        return Tokenizer(name, BYTE_RANKS, GPT2_PATTERN, {END_OF_TEXT: 256}, 256)
     file, pattern, special = NAMED[name]
     ranks = read_rank_file(assets.fetch(file).read_bytes())
     return Tokenizer(name, ranks, pattern, special, special[END_OF_TEXT])

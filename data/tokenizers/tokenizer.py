@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from util.errors import UserError, quote
+
 if TYPE_CHECKING:
     from tiktoken import Encoding
 
@@ -35,6 +37,7 @@ O200K_PATTERN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_WORD_ENDS}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_WORD_ENDS}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BYTE_RANKS = {bytes([b]): b for b in range(256)}  # of the tokenizer `bytes`
 # The fingerprints of the named tokenizers, known without reading their files.
 NAMED_FINGERPRINTS: dict[str, dict[str, Any]] = {
     name: {"name": name, "vocab_size": vocab_size, "sha256": sha256}
@@ -42,6 +45,7 @@ NAMED_FINGERPRINTS: dict[str, dict[str, Any]] = {
         ("gpt2", 50257, "1408ad06293e4f889ae5021e1936bdfa102797c65136f62ba5036fa0536757d6"),
         ("gpt2-fim", 50260, "d07164a5a0c386b9128382a71bed07c0b1ad38fb306a87cc6395999aa349eef5"),
         ("cl100k_base", 100277, "e84784ccb0ad25af93beb949a01b2389dbfa52dc7cee7806bbb1e66f2ba2a800"),
+        ("bytes", 257, "a77824b93dac956555b190477aa198366d17fe4ec48aa1c34e57b037a1f244b8"),
         ("o200k_base", 200019, "3a872c4f24eabc5b3fecd01c9affc11ab48b13d28b8f55cee96fdbdcf2560a1a"),
     )
 }
@@ -86,6 +90,17 @@ class Tokenizer:
         return {rank: token for token, rank in self.ranks.items()}
 
     @cached_property
+    def is_bytes(self) -> bool:
+        """Returns whether the tokens are the 256 bytes, in order."""
+        return self.ranks == BYTE_RANKS
+
+    @cached_property
+    def missing_bytes(self) -> bytes:
+        """Returns the bytes that have no token. SmolLM's tokenizers, for example, lack some control characters."""
+        known = {token for token in self.token_bytes.values() if len(token) == 1}
+        return bytes(b for b in range(256) if bytes([b]) not in known)
+
+    @cached_property
     def vocab_size(self) -> int:
         """Returns the largest id plus one."""
         return max(*self.token_bytes, *self.special.values()) + 1
@@ -116,10 +131,12 @@ class Tokenizer:
         return rank_file(self.ranks)
 
     @cached_property
-    def encoding(self) -> Encoding | LibraryEncoding:
+    def encoding(self) -> Encoding | LibraryEncoding | ByteEncoding:
         """Returns the encoder, with tiktoken's methods encode_ordinary, encode_ordinary_batch and decode_bytes."""
         if self.library is not None:
             return self.library
+        if self.is_bytes:
+            return ByteEncoding(self.special)
         import tiktoken
 
         return tiktoken.Encoding(
@@ -131,9 +148,24 @@ class Tokenizer:
         return [*self.prefix, *self.encode(text)]
 
     def encode(self, text: str) -> list[int]:
-        """Encodes text. The name of a special token is encoded as ordinary text."""
+        """Encodes text. The name of a special token is encoded as ordinary text.
+
+        A text that contains one of `missing_bytes` is an error. The encoders would drop the character or panic.
+        """
+        if (at := self.find_missing_byte(text)) is not None:
+            raise UserError(
+                f"--tokenizer={self.name}: the character '{quote(text[at])}' has no token, in the text"
+                f" '{quote(text[max(0, at - 30) : at + 10])}'; remove it, or use another tokenizer"
+            )
         ids: list[int] = self.encoding.encode_ordinary(text)
         return ids
+
+    def find_missing_byte(self, text: str) -> int | None:
+        """Returns the index of the first character that contains a byte without a token, or None."""
+        content = text.encode("utf-8", "replace") if self.missing_bytes else b""
+        if len(content.translate(None, self.missing_bytes)) == len(content):
+            return None
+        return next(i for i, c in enumerate(text) if set(c.encode("utf-8", "replace")) & set(self.missing_bytes))
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """Returns the bytes of the tokens. A special token gives its name."""
@@ -168,6 +200,28 @@ class Tokenizer:
             if i < vocab_size and i not in special:
                 lengths[i] = len(token)
         return lengths
+
+
+class ByteEncoding:
+    """An encoder of text to its UTF-8 bytes, with the methods of tiktoken's Encoding.
+
+    It has no merges, so it needs no pattern, and the length of words and of runs of spaces does not matter.
+    """
+
+    def __init__(self, special: dict[str, int]):
+        self._bytes = {b: token for token, b in BYTE_RANKS.items()} | {i: name.encode() for name, i in special.items()}
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        try:
+            return list(text.encode())
+        except UnicodeEncodeError:  # half a surrogate pair: U+FFFD, as in tiktoken
+            return list(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
+
+    def encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode_ordinary(text) for text in texts]
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join(self._bytes[i] for i in ids)
 
 
 def rank_file(ranks: dict[bytes, int]) -> bytes:

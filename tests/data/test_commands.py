@@ -84,6 +84,22 @@ def test_a_full_disk_is_one_line(tmp_path, source, workers, quick):
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_tokenizer_without_some_bytes_refuses_only_texts_with_these(tmp_path, source):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())  # without an alphabet for the trainer, it has only the bytes of its text
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    options = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
+    trained.train_from_iterator(DOCUMENTS, trainers.BpeTrainer(vocab_size=300, **options))
+    trained.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "bad.txt").write_text("a cost of €9")
+    args = ["--tokenizer", tmp_path / "tokenizer.json", "--output_dir", tmp_path / "out", "--workers=1"]
+    assert command(source, *args).returncode == 0
+    done = command(tmp_path / "bad.txt", *args[:2], "--output_dir", tmp_path / "bad", "--workers=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "bad.txt: --tokenizer=" in done.stderr and "'€' has no token, in the text 'a cost of €9'" in done.stderr
+
+
 # Options
 
 

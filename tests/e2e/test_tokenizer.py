@@ -140,3 +140,21 @@ def test_tiny_shakespeare_with_a_trained_tokenizer(command, world, tmp_path):
     assert "already there" in command(*made).stdout
     other = ["data/tiny_shakespeare.py", f"--tokenizer={world}/other", "--output_dir", tmp_path / "out"]
     assert "made from other input" in command(*other, code=2).stderr
+
+
+def test_any_text_trains_by_bytes(command, trainer, metrics, tmp_path):
+    """From text without words or ASCII to an exported model, whose tokenizer is the same."""
+    (tmp_path / "dna.txt").write_text("ACGTTGCA" * 2000 + "東京\n" * 200)
+    made = ["data/text.py", tmp_path / "dna.txt", "--tokenizer=bytes", "--val_tokens=900", "--output_dir"]
+    command(*made, tmp_path / "data")
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["tokenizer"]["name"] == "bytes"
+    data = [f"--input_train_bin={tmp_path}/data/*_train_*.bin", f"--input_val_bin={tmp_path}/data/*_val_*.bin"]
+    run = ["--tokenizer=bytes", "--vocab_size=257", "--num_iterations=5", "--sample_every=5", "--sample_tokens=8"]
+    trainer.run(tmp_path / "run", *data, *run)
+    last = metrics(tmp_path / "run")[-1]
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / np.log(2), rel=1e-6)
+    of_run = ["--device=cpu", f"--checkpoint={tmp_path}/run"]
+    assert "bits per byte" in command("eval/perplexity.py", *of_run, "--input", tmp_path / "dna.txt").stdout
+    assert command("eval/generate.py", *of_run, "--prompt=ACGT", "--max_new_tokens=3").stdout.startswith("ACGT")
+    command("scripts/export.py", of_run[1], "--to=hf", "--output", tmp_path / "hf")
+    assert load_tokenizer(str(tmp_path / "hf")).fingerprint["sha256"] == load_tokenizer("bytes").sha256
