@@ -26,6 +26,11 @@ HEADER_BYTES = HEADER_INTS * 4
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 HEADERLESS_NAMES = ("train.bin", "val.bin")
 FOLDER_NAMES = ("*_{}_*.bin", "*_{}_*.npy", "*_{}.bin", "{}.bin")  # of the shards in a folder; the first that match
+TINY_SHAKESPEARE = "python data/tiny_shakespeare.py"
+COMMANDS = {  # for folders that presets name
+    "tinyshakespeare": TINY_SHAKESPEARE,
+    "tinyshakespeare_bytes": f"{TINY_SHAKESPEARE} --tokenizer bytes --output_dir data/tinyshakespeare_bytes",
+}
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE_BLOCKS, SAMPLE_BLOCK = 64, 16384  # the sample of ids that is checked without --check_data
 READ_BLOCK = 2**24  # tokens read at a time when a whole file is checked
@@ -265,7 +270,8 @@ def find_shards(pattern: str, flag: str) -> list[Path]:
             if paths := sorted({Path(p) for p in glob.glob(each, recursive=True) if os.path.isfile(p)}):
                 return paths
     is_folder = os.path.isdir(pattern) or not (glob.has_magic(pattern) or Path(pattern).suffix)
-    hint = _no_match_hint(Path(pattern, "*" if is_folder else ""))
+    place = "" if os.path.isdir("data") else places[-1]
+    hint = _no_match_hint(Path(place, pattern, "*" if is_folder else ""))
     raise UserError(f"--{flag}={pattern} matches no file: {hint}")
 
 
@@ -278,11 +284,11 @@ def _no_match_hint(pattern: Path) -> str:
         if not os.path.isdir(parent / part):
             missing = f"folder {parent / part} does not exist"
             siblings = [d.name for d in parent.iterdir() if os.path.isdir(d)] if os.path.isdir(parent) else []
-            near = closest(part, siblings)
+            near = None if part in COMMANDS else closest(part, siblings)
             if near:
                 return f"{missing}; did you mean {parent / near}?"
-            if closest(part, ["tinyshakespeare"]):
-                return f"{missing}; python data/tiny_shakespeare.py makes data/tinyshakespeare"
+            if made := closest(part, COMMANDS):
+                return f"{missing}; {COMMANDS[made]} makes data/{made}"
             return f"{missing}; docs/data.md explains how to make shards"
         parent = parent / part
     there = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if os.path.isdir(parent) else []

@@ -403,6 +403,12 @@ def test_data_is_found_in_the_repository_from_another_directory(tmp_path, monkey
             assert found.samefile(put_here)
     (tmp_path / "rawgpt [x]" / "mine.bin").touch()
     assert "contains" in no_match("mine.bin")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(shards, "REPOSITORY", tmp_path)
+    hint = "python data/tiny_shakespeare.py --tokenizer bytes --output_dir data/tinyshakespeare_bytes makes data/"
+    missing = f"folder {tmp_path}/data/tinyshakespeare_bytes does not exist; {hint}"
+    assert missing in no_match("data/tinyshakespeare_bytes")
 
 
 # Arrays of numpy

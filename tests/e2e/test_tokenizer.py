@@ -142,6 +142,14 @@ def test_tiny_shakespeare_with_a_trained_tokenizer(command, world, tmp_path):
     assert "made from other input" in command(*other, code=2).stderr
 
 
+def test_the_preset_of_bytes_trains_on_tiny_shakespeare(command, metrics, tmp_path):
+    command("data/tiny_shakespeare.py", "--tokenizer=bytes", "--output_dir", tmp_path / "data")
+    data = [f"--input_train_bin={tmp_path}/data", f"--input_val_bin={tmp_path}/data", f"--output_dir={tmp_path}/run"]
+    short = ["--num_iterations=40", "--warmup_iters=10", "--val_max_steps=4", "--device=cpu"]
+    command("train_gpt.py", "--cfg=shakespeare-bytes", *data, *short)
+    assert metrics(tmp_path / "run")[-1]["val_bpb"] < 4.5  # at random 8.0
+
+
 def test_any_text_trains_by_bytes(command, trainer, metrics, tmp_path):
     """From text without words or ASCII to an exported model, whose tokenizer is the same."""
     (tmp_path / "dna.txt").write_text("ACGTTGCA" * 2000 + "東京\n" * 200)
