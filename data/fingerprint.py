@@ -90,9 +90,9 @@ def check_same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def check_shards_tokenizer(paths: Iterable[Path], fingerprint: dict[str, Any], vocab_size: int, flag: str) -> None:
-    """Checks that the manifests beside the shards name this tokenizer, and that it fits the model's vocabulary.
+    """Checks that the manifests beside the shards name this tokenizer, whose ids must fit `vocab_size`.
 
-    The name `none` matches every tokenizer of that size. Shards without a rawgpt manifest pass.
+    The name `none` matches every tokenizer that fits. Shards without a rawgpt manifest pass.
     """
     for folder in dict.fromkeys(path.parent for path in paths):
         made = tokenizer_in_manifest(folder)

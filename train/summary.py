@@ -58,9 +58,9 @@ def warnings(config: Config, device: torch.device, train: list[Shard], val: list
         found.append("float16 on a CPU is slow and meant for trying out what a GPU does; float32 is faster")
     if both := {s.path.resolve() for s in train} & {s.path.resolve() for s in val}:
         found.append(f"{min(both)} is used for both training and validation")
-    for folder in dict.fromkeys(s.path.parent for s in train if tokenizer_in_manifest(s.path.parent) is None):
+    for folder in dict.fromkeys(s.path.parent for s in train):
         largest = max(s.largest_id for s in train if s.path.parent == folder)
-        if config.vocab_size > 2 * (largest + 1):
+        if config.vocab_size > 2 * (largest + 1) and tokenizer_in_manifest(folder) is None:
             found.append(
                 f"--vocab_size={config.vocab_size}, but the largest token id found in {folder} is {largest}; were these"
                 f" shards made with --tokenizer={config.tokenizer}?"
