@@ -29,7 +29,6 @@ from util.errors import CommandParser, UserError, run_command
 ROOT = Path(__file__).resolve().parents[2]
 NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --block_size=64
     --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0""".split()
-TIMES = ("wall_s", "cpu_s")
 
 
 def main() -> None:
