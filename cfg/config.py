@@ -172,13 +172,17 @@ def resolve(config: Config, world_size: int) -> Config:
 
 
 def load_config(
-    argv: list[str] | None = None, world_size: int | None = None, describe: Callable[[str], Any] | None = None
+    argv: list[str] | None = None,
+    world_size: int | None = None,
+    describe: Callable[[str], Any] | None = None,
+    tokenizer_size: Callable[[str], int] | None = None,
 ) -> Config:
     """Parses a command line (default: sys.argv) into a checked Config. Flags win over the preset of --cfg.
 
     `world_size` defaults to what torchrun put into the environment. `describe` turns the value of --init_from into a
     `PretrainedModel`: callers that accept --init_from pass model.formats.pretrained.open_pretrained, which cfg/ may
-    not import (docs/architecture.md, layers).
+    not import (docs/architecture.md, layers). Callers that accept --tokenizer pass data.tokenizers.load.tokenizer_size:
+    it is the --vocab_size if none is given.
     """
     argv = sys.argv[1:] if argv is None else argv
     known, rest = _parser().parse_known_args(argv)
@@ -188,16 +192,26 @@ def load_config(
     values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
     world_size = launched_world_size() if world_size is None else world_size
     if (source := str(values.get("init_from", "scratch"))) == "scratch":
-        return resolve(_validate(values), world_size)
+        return resolve(_with_tokenizer_size(_validate(values), values, tokenizer_size), world_size)
 
     if describe is None:
         raise RuntimeError("this caller of load_config accepts --init_from: pass describe=open_pretrained")
     pretrained = describe(source)
     if "tokenizer" not in flags and values.get("tokenizer", "none") == "none":
         values["tokenizer"] = pretrained.tokenizer
-    config = resolve(_with_pretrained_flags(pretrained, values), world_size)
+    config = _with_pretrained_flags(pretrained, values)
+    if config.resize_embeddings:
+        config = _with_tokenizer_size(config, values, tokenizer_size)
+    config = resolve(config, world_size)
     _check_against_pretrained(config, pretrained, values)
     return config
+
+
+def _with_tokenizer_size(config: Config, values: dict[str, Any], tokenizer_size: Callable[[str], int] | None) -> Config:
+    """Returns the config with the tokenizer's size as --vocab_size, unless `values` give one."""
+    if "vocab_size" in values or config.tokenizer == "none" or tokenizer_size is None:
+        return config
+    return config.model_copy(update={"vocab_size": tokenizer_size(config.tokenizer)})
 
 
 def _with_pretrained_flags(pretrained: Any, values: dict[str, Any]) -> Config:
@@ -224,8 +238,6 @@ def _check_against_pretrained(config: Config, pretrained: Any, values: dict[str,
             resize = "; or resize it with --resize_embeddings=1"
             way_out = resize if name == "vocab_size" else f"; leave the flag out{preset}"
             raise UserError(f"--{name}={value}, but the model of --init_from has {pretrained.flags[name]}{way_out}")
-    if config.resize_embeddings and "vocab_size" not in values:
-        raise UserError("--resize_embeddings=1: give the --vocab_size of the --tokenizer to change to")
     if config.resize_embeddings and "none" in (pretrained.tokenizer, config.tokenizer):
         unknown = "the model of --init_from has no tokenizer" if pretrained.tokenizer == "none" else "--tokenizer=none"
         raise UserError(f"--resize_embeddings=1 needs both tokenizers, but {unknown}")

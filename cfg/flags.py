@@ -45,9 +45,7 @@ class ModelConfig(Flags):
     n_kv_head: int = Field(0, ge=0, le=2**16, description="key/value heads (grouped-query attention); 0: n_head")
     n_embd: int = Field(768, ge=1, le=2**24, description="width of the residual stream")
     head_dim: int = Field(0, ge=0, le=2**16, description="width of a head; 0: n_embd/n_head")
-    vocab_size: int = Field(
-        50257, ge=2, le=2**24, description="size of the vocabulary; token ids at or above it are an error"
-    )
+    vocab_size: int = Field(50257, ge=2, le=2**24, description="number of token ids; if not given, that of --tokenizer")
     vocab_pad: int = Field(
         64, ge=1, le=2**24, description="pad the embedding to a multiple of this many rows; padding is never predicted"
     )
@@ -114,10 +112,9 @@ class DataConfig(Flags):
 
     input_train_bin: str = Field(
         "data/tinyshakespeare/*_train.bin",
-        min_length=1,
-        description="glob of the training shards, or a weighted mix of several: web=0.7:GLOB,code=0.3:GLOB",
+        description="glob or folder of the training shards, or a weighted mix: web=0.7:GLOB,code=0.3:GLOB",
     )
-    input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
+    input_val_bin: str = Field("", description="glob or folder of the validation shards; empty: no validation")
     tokenizer: str = Field(
         "gpt2",
         min_length=1,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data.tokenizers.tokenizer import MAX_UNUSED_IDS, NAMED_FINGERPRINTS
 from util.errors import UserError, quote
 from util.files import read_json
 
@@ -88,15 +89,26 @@ def check_same_tokenizer(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def check_shards_tokenizer(paths: Iterable[Path], fingerprint: dict[str, Any], flag: str) -> None:
-    """Checks that the manifests beside the shards name this tokenizer. Shards without a rawgpt manifest pass."""
+def check_shards_tokenizer(paths: Iterable[Path], fingerprint: dict[str, Any], vocab_size: int, flag: str) -> None:
+    """Checks that the manifests beside the shards name this tokenizer, whose ids must fit `vocab_size`.
+
+    The name `none` matches every tokenizer that fits. Shards without a rawgpt manifest pass.
+    """
     for folder in dict.fromkeys(path.parent for path in paths):
         made = tokenizer_in_manifest(folder)
-        if made and not same_tokenizer(made, fingerprint):
+        if made is None:
+            continue
+        if fingerprint["name"] != "none" and not same_tokenizer(made, fingerprint):
             changed = ", whose files have changed since" if made["name"] == fingerprint["name"] else ""
             raise UserError(
                 f"--{flag}: the shards in {folder} were made with tokenizer {quote(made['name'])}, but"
                 f" --tokenizer={fingerprint['name']}{changed}; give --tokenizer={quote(made['name'])}, or other shards"
+            )
+        if not made["vocab_size"] <= vocab_size <= made["vocab_size"] + MAX_UNUSED_IDS:
+            raise UserError(
+                f"--{flag}: the shards in {folder} were made with tokenizer {quote(made['name'])}, which has"
+                f" {made['vocab_size']} ids, but the model has --vocab_size={vocab_size}; give shards of the model's"
+                f" tokenizer"
             )
 
 
@@ -110,6 +122,7 @@ def tokenizer_in_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if made in ("gpt2", "gpt2-fim"):
-        return {"name": made}
-    valid = isinstance(made, dict) and isinstance(made.get("name"), str) and isinstance(made.get("sha256"), str)
+        return NAMED_FINGERPRINTS[made]
+    kinds = {"name": str, "vocab_size": int, "sha256": str}
+    valid = isinstance(made, dict) and all(isinstance(made.get(key), kind) for key, kind in kinds.items())
     return made if valid else None

@@ -23,7 +23,7 @@ import numpy as np
 
 from data import assets
 from data.tokenizers.load import load_tokenizer
-from util.errors import CommandParser, UserError, quote, run_command, user_errors
+from util.errors import CommandParser, UserError, quote, refuse_broken_link, run_command, user_errors
 from util.files import write_atomically
 from util.values import user_path
 
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
 
+    refuse_broken_link(args.output_dir, "output_dir")
     source = find_source(args.input, args.output_dir)
     if source.name != OFFICIAL:
         print(f"{source}: not verified; results are comparable with HellaSwag's only if it is {OFFICIAL}")

@@ -23,7 +23,7 @@ from data.prepare.sources import documents, input_files, plan
 from data.tokenizers.hf_json import GPT4_PATTERN, TOKENIZER, TOKENIZER_CONFIG
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import END_OF_TEXT
-from util.errors import CommandParser, UserError, run_command
+from util.errors import CommandParser, UserError, refuse_broken_link, run_command
 from util.files import write_atomically
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def check_arguments(args: argparse.Namespace, special: list[str]) -> tuple[Path,
     if args.max_bytes < 1:
         raise UserError(f"--max_bytes={args.max_bytes} must be at least 1")
     output: Path = args.output
+    refuse_broken_link(output, "output")
     file = output if output.suffix == ".json" else output / TOKENIZER
     paths = file, file.with_name(TOKENIZER_CONFIG)
     for path in paths:

@@ -74,7 +74,8 @@ def find_inputs(patterns: list[str]) -> tuple[list[Path], list[Path]]:
             f"--input: {compressed[0]} must be .bin, .jsonl or plain text; convert it to shards with"
             " python data/text.py"
         )
-    return [p for p in paths if p.suffix == ".bin"], [p for p in paths if p.suffix != ".bin"]
+    is_shard = {path: path.suffix in (".bin", ".npy") for path in paths}
+    return [p for p in paths if is_shard[p]], [p for p in paths if not is_shard[p]]
 
 
 def open_texts(shards: list[Path], files: list[Path], text_key: str, model: EvalModel) -> list[Text]:
@@ -89,8 +90,7 @@ def open_texts(shards: list[Path], files: list[Path], text_key: str, model: Eval
 def shard_text(paths: list[Path], model: EvalModel) -> Text:
     """Returns the concatenated shards, checked against the model's tokenizer."""
     fingerprint = model.checkpoint.tokenizer_fingerprint if model.checkpoint else {"name": "none"}
-    if fingerprint["name"] != "none":
-        check_shards_tokenizer(paths, fingerprint, "input")
+    check_shards_tokenizer(paths, fingerprint, model.vocab_size, "input")
     stream = TokenStream([open_shard(path, model.vocab_size) for path in paths])
 
     def read(start: int, stop: int) -> np.ndarray:

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from util.command import parse_first
-from util.errors import CommandParser, UserError, run_command
+from util.errors import CommandParser, UserError, refuse_broken_link, run_command
 
 NAMES = {"hf": "a folder", "llmc": "a file", "consolidated": "a folder"}
 
@@ -206,6 +206,7 @@ def write_folder(output: Path, write: Callable[[Path], None]) -> None:
 
 def main(args: Namespace) -> None:
     output, dtype = args.output, getattr(torch, args.dtype)
+    refuse_broken_link(output, "output")
     if os.path.lexists(output):
         raise UserError(f"--output={output} exists; choose another name")
     if not args.max_file_gb > 0:

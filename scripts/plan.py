@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.config import Config, load_config
+from data.tokenizers.load import tokenizer_size
 from model.formats.pretrained import open_pretrained
 from util.command import parse_first
 from util.errors import CommandParser, UserError, closest, run_command
@@ -293,7 +294,7 @@ def suggestions(config: Config, given: dict[str, Any], args: argparse.Namespace)
 
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:
-    base = load_config(flags, args.gpus, open_pretrained)
+    base = load_config(flags, args.gpus, open_pretrained, tokenizer_size)
     if not base.flash:
         raise UserError("--flash=0: its T × T scores are not part of the plan; use --flash=1")
     changes: dict[str, Any] = {}

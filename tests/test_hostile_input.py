@@ -193,7 +193,7 @@ def test_shards(place, shard, injected):
     folder.mkdir()
     flags = ["--sequence_length=16", "--batch_size=2", f"--vocab_size={VOCAB}"]
     config = load_config([*flags, f"--input_train_bin={folder}/*.bin"], world_size=1)
-    beside = {"tokenizer": {"name": "gpt2", "sha256": "0" * 64}, "files": []}
+    beside = {"tokenizer": {"name": "gpt2", "vocab_size": VOCAB, "sha256": "0" * 64}, "files": []}
 
     @cases
     @given(

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from util.errors import DISK_REFUSES, DivergedError, StorageError, UserError, storage_error
+from util.errors import DISK_REFUSES, DivergedError, StorageError, UserError, refuse_broken_link, storage_error
 from util.files import fault_point, take_lock, write_atomically
 from util.ranks import Ranks
 
@@ -23,6 +23,7 @@ def lock_output_dir(output_dir: Path) -> None:
     The kernel drops the lock when the process ends, so a lock never becomes stale.
     """
     global _held_lock
+    refuse_broken_link(output_dir, "output_dir")
     for name in ("config.yaml", "metrics.jsonl"):
         if (output_dir / name).exists() and not (output_dir / "checkpoints").is_dir():
             raise UserError(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from util.errors import UserError, one_line_errors
 from util.launcher import die_with_launcher
 
 if TYPE_CHECKING:
@@ -17,10 +18,16 @@ def read_config() -> Config:
     die_with_launcher()
     from cfg.config import load_config
     from model.formats.pretrained import open_pretrained
-    from util.errors import one_line_errors
+
+    def tokenizer_size(name: str) -> int:
+        from data.tokenizers import load  # imports numpy, which --help does not need
+
+        return load.tokenizer_size(name)
 
     with one_line_errors():
-        config = load_config(describe=open_pretrained)
+        config = load_config(describe=open_pretrained, tokenizer_size=tokenizer_size)
+        if not config.input_train_bin:
+            raise UserError("--input_train_bin: give the training shards; this preset has none")
         if not any(word.split("=")[0] == "--output_dir" for word in sys.argv):
             refuse_earlier_default(config)
         return config
@@ -32,7 +39,6 @@ def refuse_earlier_default(config: Config) -> None:
     The same command as before would otherwise start from the beginning in the new default folder.
     """
     from cfg.config import default_output_dir
-    from util.errors import UserError
     from util.files import read_yaml
 
     if config.output_dir != default_output_dir(config) or Path(config.output_dir).exists():

@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from cfg.config import Config
+from data.fingerprint import tokenizer_in_manifest
 from data.loader import Loader
 from data.mixed_loader import MixedLoader
 from data.shards import Shard
@@ -64,6 +65,13 @@ def warnings(config: Config, device: torch.device, train: list[Shard], val: list
         found.append("float16 on a CPU is slow and meant for trying out what a GPU does; float32 is faster")
     if both := {s.path.resolve() for s in train} & {s.path.resolve() for s in val}:
         found.append(f"{min(both)} is used for both training and validation")
+    for folder in dict.fromkeys(s.path.parent for s in train):
+        largest = max(s.largest_id for s in train if s.path.parent == folder)
+        if config.vocab_size > 2 * (largest + 1) and tokenizer_in_manifest(folder) is None:
+            found.append(
+                f"--vocab_size={config.vocab_size}, but the largest token id found in {folder} is {largest}; were these"
+                f" shards made with --tokenizer={config.tokenizer}?"
+            )
     if config.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         found.append("this GPU only emulates bfloat16; --dtype=float16 is faster")
     return found

@@ -67,6 +67,19 @@ def user_errors(path: Path | str) -> Iterator[None]:
         raise UserError(f"{path}: {e.strerror}") from e
 
 
+def refuse_broken_link(path: Path, flag: str) -> None:
+    """Raises UserError if the output `path`, or a folder above it, is a symbolic link to nothing.
+
+    The target is not created: it may be on a disk that is not mounted.
+    """
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            raise UserError(
+                f"--{flag}={path}: {link} is a link to {os.readlink(link)}, which does not exist; create it or"
+                f" remove the link"
+            )
+
+
 def closest(word: str, candidates: Iterable[str]) -> str | None:
     """Returns the candidate most similar to `word`, or None if none is similar."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)

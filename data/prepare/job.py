@@ -32,7 +32,7 @@ from data.prepare.workers import Encoded, EncodeOptions, encoded_units, text_byt
 from data.shards import ShardWriter, open_shard
 from data.tokenizers.fim import sentinels
 from data.tokenizers.tokenizer import Tokenizer
-from util.errors import MACHINE_REFUSES, UserError, user_errors
+from util.errors import MACHINE_REFUSES, UserError, refuse_broken_link, user_errors
 from util.files import read_json, take_lock, write_atomically
 
 PARTIAL, RECUT, MANIFEST, RECIPE, JOURNAL = ".partial", "recut", "manifest.json", "recipe.json", "journal.json"
@@ -240,6 +240,7 @@ def open_job(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
 
     Shards of another recipe, complete or not, are an error: they are never overwritten.
     """
+    refuse_broken_link(output_dir, "output_dir")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir={output_dir} is a file")
     partial = output_dir / PARTIAL

@@ -16,6 +16,8 @@ from data.tokenizers.tokenizer import (
     FIM_PREFIX,
     FIM_SUFFIX,
     GPT2_PATTERN,
+    MAX_UNUSED_IDS,
+    NAMED_FINGERPRINTS,
     O200K_PATTERN,
     Tokenizer,
     read_rank_file,
@@ -42,7 +44,7 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
     """Loads one of NAMES, a tokenizer.json, a folder with a tokenizer.json, or llama2.c's tokenizer.bin.
 
     hf:NAME downloads the tokenizer of a model on the Hugging Face hub. `vocab_size` is the model's vocabulary, which
-    may be up to 16,384 ids larger than the tokenizer's.
+    may be up to MAX_UNUSED_IDS larger than the tokenizer's.
     """
     if name in NAMES:
         tokenizer = _load_named(name)
@@ -54,12 +56,17 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
         near = closest(name, (*NAMES, "none"))
         hint = f"did you mean {near}?" if near else f"give one of {', '.join(NAMES)}, or the path of a tokenizer.json"
         raise UserError(f"--tokenizer={quote(name)}: no such tokenizer or file; {hint}")
-    if vocab_size is not None and not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + 2**14:
+    if vocab_size is not None and not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + MAX_UNUSED_IDS:
         raise UserError(
             f"--vocab_size={vocab_size} does not fit tokenizer {name}; give --vocab_size={tokenizer.vocab_size}"
             f" or a little more"
         )
     return tokenizer
+
+
+def tokenizer_size(name: str) -> int:
+    """Returns the number of ids of a tokenizer. Those of a named tokenizer are known without its files."""
+    return NAMED_FINGERPRINTS[name]["vocab_size"] if name in NAMES else load_tokenizer(name).vocab_size
 
 
 def _load_path(path: Path) -> Tokenizer:

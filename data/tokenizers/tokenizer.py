@@ -40,7 +40,7 @@ O200K_PATTERN = (
 )
 BYTE_RANKS = {bytes([b]): b for b in range(256)}  # of the tokenizer `bytes`
 # The fingerprints of the named tokenizers, known without reading their files.
-NAMED_FINGERPRINTS = {
+NAMED_FINGERPRINTS: dict[str, dict[str, Any]] = {
     name: {"name": name, "vocab_size": vocab_size, "sha256": sha256}
     for name, vocab_size, sha256 in (
         ("gpt2", 50257, "1408ad06293e4f889ae5021e1936bdfa102797c65136f62ba5036fa0536757d6"),
@@ -50,6 +50,9 @@ NAMED_FINGERPRINTS = {
         ("o200k_base", 200019, "3a872c4f24eabc5b3fecd01c9affc11ab48b13d28b8f55cee96fdbdcf2560a1a"),
     )
 }
+
+
+MAX_UNUSED_IDS = 2**14  # a model's vocabulary may have this many more ids than its tokenizer
 
 
 @dataclass(frozen=True)

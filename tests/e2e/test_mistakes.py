@@ -70,11 +70,25 @@ def test_a_broken_shard_is_an_error_that_names_it(trainer, good, tmp_path, name)
         (["--doc_mask=1", "--tokenizer=none"], "--doc_mask=1 needs the end-of-text token"),
         (["--doc_mask=1"], "--vocab_size=251 does not fit tokenizer gpt2"),
         (["--cfg=shakespear"], "did you mean shakespeare?"),
+        (["--input_train_bin="], "--input_train_bin: give the training shards"),
     ],
 )
 def test_a_bad_flag_is_an_error_that_names_it(trainer, tmp_path, flags, message):
     assert message in one_line(trainer, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_of_another_vocabulary_has_no_default_data(command, tmp_path):
+    for preset in ("llama2-7b", "llama3-8b", "mistral-7b"):
+        done = command("train_gpt.py", f"--cfg={preset}", f"--output_dir={tmp_path}/run", code=2)
+        assert "--input_train_bin: give the training shards; this preset has none" in done.stderr
+
+
+def test_a_vocabulary_far_larger_than_the_token_ids_is_a_warning(trainer, tmp_path, shards):
+    for size in (2 * VOCAB, 2 * VOCAB + 1):
+        done = trainer.run(tmp_path / str(size), f"--vocab_size={size}", "--num_iterations=1", "--input_val_bin=")
+        warning = f"warning: --vocab_size={size}, but the largest token id found in {shards} is {VOCAB - 1}; "
+        assert (warning in done.stdout) == (size > 2 * VOCAB)
 
 
 def test_a_bad_token_id_beyond_the_sample_is_found_when_it_is_read(trainer, tmp_path, shards):
@@ -137,3 +151,21 @@ def test_compiling_on_a_cpu_needs_a_compiler(trainer, tmp_path):
     done = trainer.run(tmp_path / "run", "--compile=1", code=2, env={"CXX": "no-such-compiler"})
     assert done.stderr.startswith("error: --compile=1 on a CPU needs a C++ compiler, but no-such-compiler is not")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_is_a_link_to_nothing_is_an_error_that_names_both(trainer, command, shards, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    line = one_line(trainer, link / "run")
+    assert f"--output_dir={link}/run: {link} is a link to {tmp_path}/gone, which does not exist; " in line
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    for words in (
+        ["data/text.py", text, "--output_dir", link],
+        ["data/tiny_shakespeare.py", "--output_dir", link],
+        ["data/hellaswag.py", "--output_dir", link],
+        ["data/train_tokenizer.py", text, "--vocab_size=260", "--output", link],
+        ["scripts/export.py", "--checkpoint", tmp_path, "--output", link],
+    ):
+        assert f"={link}: {link} is a link to {tmp_path}/gone" in command(*words, code=2).stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"link", "a.txt"}

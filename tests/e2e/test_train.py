@@ -4,8 +4,11 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import yaml
+
+from data.shards import HEADER_BYTES
 
 RECORD_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "elapsed_s"}
 
@@ -54,6 +57,16 @@ def test_a_second_run_finds_nothing_to_do(one_rank, trainer):
 
 
 @pytest.mark.slow  # tests/train/on_ranks.py compares four ranks step by step
+def test_a_folder_of_numpy_arrays_gives_the_numbers_of_the_shards(one_rank, trainer, trace, shards, tmp_path):
+    """The files of build-nanogpt, which --input_train_bin and --input_val_bin name by their folder."""
+    for path in shards.glob("*.bin"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        np.save(tmp_path / "data" / f"{path.stem}.npy", np.fromfile(path, np.uint16)[HEADER_BYTES // 2 :])
+    flags = ["--input_train_bin=data", "--input_val_bin=data", "--num_iterations=20"]
+    trainer.run(tmp_path / "run", *flags, cwd=tmp_path)
+    assert trace(tmp_path / "run") == trace(one_rank[0])
+
+
 def test_four_ranks_give_the_numbers_of_one(one_rank, trainer, trace, parameters_of, tmp_path):
     """Losses, norms, validation and final parameters of 20 steps, within 1e-5. Two ranks: test_reference.py."""
     output_dir = tmp_path / "run"

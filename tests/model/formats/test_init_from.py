@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from cfg.config import load_config, to_yaml
+from data.tokenizers.load import tokenizer_size
 from model.formats.pretrained import open_pretrained
 from util.errors import UserError
 
@@ -90,8 +91,9 @@ def test_another_vocabulary_needs_resize_embeddings(folder):
     with pytest.raises(UserError, match="needs both tokenizers, but --tokenizer=none"):
         load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=none")
     assert load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=gpt2").vocab_size == 2000
-    with pytest.raises(UserError, match="give the --vocab_size"):
-        load(folder, "--resize_embeddings=1")
+    flags = [f"--init_from=hf:{folder}", "--resize_embeddings=1", "--tokenizer=gpt2"]
+    assert load_config(flags, 1, open_pretrained, tokenizer_size).vocab_size == 50257
+    assert load_config(flags[:1], 1, open_pretrained, tokenizer_size).vocab_size == 1000
 
 
 def test_the_default_tokenizer_is_that_of_the_model(folder):
