@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from util.errors import UserError, closest, user_errors
-from util.files import file_sha256, write_atomically
+from util.files import file_sha256, find_paths, refuse_lfs_pointer, write_atomically
 
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -91,6 +91,8 @@ def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
             header = np.frombuffer(f.read(HEADER_BYTES), "u1")
     if size == 0:
         raise UserError(f"{path}: empty file; make it again")
+    if size < HEADER_BYTES:
+        refuse_lfs_pointer(path)
     shard = _headerless(path, size, header) or _with_header(path, size, header)
     shard = replace(shard, vocab_size=vocab_size)
     _check_ids(shard, check_all)
@@ -154,7 +156,7 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 class ShardWriter:
-    """A writer that appends tokens to shards. Another writer can resume from what `flush` returns."""
+    """A writer that appends tokens to shards. Another writer can resume from a `position`."""
 
     def __init__(self, folder: Path, layout: Iterator[tuple[str, int]], vocab_size: int):
         self.folder, self.layout, self.vocab_size = folder, layout, vocab_size
@@ -199,12 +201,15 @@ class ShardWriter:
             if self._held == self._size:
                 self.close()
 
-    def flush(self) -> dict[str, Any]:
-        """Writes everything to disk and returns the arguments of `resume`."""
+    def flush(self) -> None:
+        """Writes everything to disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-        return {"files": self.files, "held": self._held if self._file is not None else 0}
+
+    def position(self) -> dict[str, Any]:
+        """Returns the arguments with which `resume` continues from here, once everything before is on disk."""
+        return {"files": list(self.files), "held": self._held if self._file is not None else 0}
 
     def close(self) -> None:
         """Completes the current shard, if there is one."""
@@ -224,9 +229,7 @@ class ShardWriter:
 
 def find_shards(pattern: str, flag: str) -> list[Path]:
     """Returns the files that match a glob, or the file with that name, sorted by name."""
-    if os.path.isfile(pattern):
-        return [Path(pattern)]
-    paths = sorted({Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)})
+    paths = sorted({Path(p) for p in find_paths(pattern) if os.path.isfile(p)})
     if paths:
         return paths
     raise UserError(f"--{flag}={pattern} matches no file: {_no_match_hint(Path(pattern))}")
@@ -236,7 +239,7 @@ def _no_match_hint(pattern: Path) -> str:
     """Explains why a glob matches nothing, and names a similar path."""
     parent = Path(pattern.anchor)
     for part in pattern.parts[len(parent.parts) : -1]:
-        if glob.has_magic(part):
+        if glob.has_magic(part) and not os.path.isdir(parent / part):
             break
         if not os.path.isdir(parent / part):
             missing = f"folder {parent / part} does not exist"

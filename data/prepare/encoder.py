@@ -17,6 +17,11 @@ from util.errors import UserError
 
 Encode = Callable[[str], np.ndarray]
 
+
+class CannotEncode(UserError):
+    """A text on which the encoder fails."""
+
+
 # The patterns for which splintr has hand-written scanners, in splintr's spelling. A test compares them with tiktoken on
 # every Unicode character. With other patterns splintr uses its regular expressions, which know other letters than
 # tiktoken's.
@@ -69,9 +74,9 @@ def _reference(tokenizer: Tokenizer) -> Encode:
         except BaseException as e:  # a panic in Rust is a BaseException
             if type(e).__name__ != "PanicException":
                 raise
-            raise UserError(
-                f"tiktoken cannot encode a document with {text[:40]!r}, perhaps because of millions of spaces in a row;"
-                f" install splintr-rs and use --encoder=auto, or remove the document"
+            raise CannotEncode(
+                f"tiktoken cannot encode a document with {text[:40]!r}, perhaps because of a million spaces in a row;"
+                f" skip it with --skip_bad, or install splintr-rs and use --encoder=auto"
             ) from e
 
     return encode
