@@ -17,7 +17,11 @@ from typing import Any, NoReturn
 from util.errors import UserError, quote, user_errors
 from util.files import find_paths
 
-KINDS = {".txt": "txt", ".md": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+KINDS = {
+    **dict.fromkeys((".txt", ".md"), "txt"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    ".parquet": "parquet",
+}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 HASH_BLOCK, HASH_BLOCKS = 2**16, 64  # bytes, and how many blocks of a file are hashed
 

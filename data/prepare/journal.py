@@ -73,6 +73,7 @@ def hash_units(units: list[WorkUnit], fingerprints: dict[str, Any]) -> list[str]
 def open_journal(partial: Path, recipe: dict[str, Any], unit_hashes: list[str], writer: ShardWriter) -> Journal:
     """Returns the journal of unfinished work, restored for this recipe and these units, or a new one."""
     journal = Journal(partial, unit_hashes, writer)
+    journal.file_start = journal.state()
     content, old = read_object(partial / JOURNAL), read_object(partial / RECIPE)
     if content:
         if "file_start" not in content:

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.prepare import job as preparing
-from data.prepare import sources, workers
+from data.prepare import journal, sources, workers
 from data.prepare.inputs import ReadOptions
 from data.prepare.job import locked, open_job, prepare, summary
 from data.prepare.sources import WorkUnit, plan
@@ -212,7 +212,7 @@ def test_damaged_unfinished_shards_are_not_resumed(tmp_path, monkeypatch, make_j
 @pytest.mark.parametrize("where", ["unit", "shard", "journal"])
 def test_a_full_disk_is_one_line_and_the_work_is_kept(tmp_path, monkeypatch, make_job, units, content, where):
     prepare(make_job(tmp_path / "whole"), units)
-    place = {"unit": workers.os, "shard": preparing.ShardWriter, "journal": preparing}[where]
+    place = {"unit": workers.os, "shard": preparing.ShardWriter, "journal": journal}[where]
     name = {"unit": "replace", "shard": "add", "journal": "write_atomically"}[where]
     real, calls = getattr(place, name), []
 
@@ -311,7 +311,7 @@ def test_missing_and_truncated_shards_are_errors(tmp_path, make_job, units, dama
         prepare(make_job(tmp_path / "out", shard_size=100), units)
 
 
-def test_a_journal_of_other_units_is_not_resumed(tmp_path, monkeypatch, make_job, units):
+def test_a_journal_of_other_units_is_not_resumed(tmp_path, monkeypatch, make_job, units, content, capsys):
     real = preparing._append
     calls = []
 
@@ -324,6 +324,15 @@ def test_a_journal_of_other_units_is_not_resumed(tmp_path, monkeypatch, make_job
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(preparing, "_append", stop)
         prepare(make_job(tmp_path / "out"), units)
+    prepare(make_job(tmp_path / "out"), units[:1] + units[2:])
+    assert "the last file is encoded again from its beginning" in capsys.readouterr().out
+    prepare(make_job(tmp_path / "whole"), units[:1] + units[2:])
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_journal_of_another_version_is_not_resumed(tmp_path, make_job, units):
+    partial = open_job(tmp_path / "out", {"of": "test"})
+    (partial / "journal.json").write_text('{"plan": "x", "progress": {}}')
+    (partial / "recipe.json").write_text('{"of": "test"}')
     with pytest.raises(UserError, match="written by another version"):
-        prepare(make_job(tmp_path / "out"), units[:1] + units[2:])
-    assert prepare(make_job(tmp_path / "out"), units)
+        prepare(make_job(tmp_path / "out"), units)
