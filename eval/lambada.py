@@ -71,7 +71,7 @@ def text_field(row: dict[str, Any], key: str, where: str) -> str:
     """Returns a field of a passage, which must be text."""
     value = row.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{where}: no text in a field {key!r}")
+        raise UserError(f"{where}: not an object with text in a field {key!r}")
     try:
         value.encode()
     except UnicodeEncodeError as e:

@@ -90,6 +90,7 @@ def dataset_fingerprint(path: str) -> dict[str, Any]:
     address = parse(path)
     if not os.path.isdir(address.name):
         return {"name": path}
+    _open(path)  # checks configuration and split
     import datasets
 
     files = datasets.load_dataset_builder(address.name, address.config).config.data_files or {}
@@ -141,8 +142,8 @@ def _wrong_part(path: str, address: Address, message: str) -> UserError:
 def dataset_units(path: str, text_key: str) -> list[int]:
     """Returns the approximate bytes of each file of a data set. Checks that it has the column."""
     dataset = _open(path)
-    columns = dataset.column_names
-    if columns and text_key not in columns and text_key.partition(".")[0] not in columns:
+    columns = dataset.column_names or list(next(iter(dataset.take(1)), {}))
+    if text_key not in columns and text_key.partition(".")[0] not in columns:
         raise UserError(f"{path}: no column {text_key!r}; it has {', '.join(columns)}; see --text_key")
     split = (dataset.info.splits or {}).get(parse(path).split)
     size = (split.num_bytes if split else 0) or dataset.num_shards

@@ -47,7 +47,9 @@ def add_reading_flags(parser: Any) -> None:
     parser.add_argument(
         "--text_key", default="text", help="JSON field or parquet column; a.b: field b of a (default: text)"
     )
-    parser.add_argument("--format", choices=sorted(set(KINDS.values())), help="read all files so, whatever their names")
+    parser.add_argument(
+        "--format", choices=sorted(set(KINDS.values())), help="the kind of all files, whatever their names say"
+    )
     parser.add_argument(
         "--document_separator",
         default="",

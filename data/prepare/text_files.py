@@ -214,7 +214,7 @@ def text_of(row: Any, text_key: str) -> str | None:
 
 
 def field_of(row: Any, text_key: str) -> Any:
-    """Returns row[text_key]. If there is no such key, `a.b` means field b of the object in field a."""
+    """Returns row[text_key], or else, if the key is `a.b`, field b of the object in field a."""
     if text_key in row:
         return row[text_key]
     for name in text_key.split("."):
@@ -245,5 +245,5 @@ def json_lines(path: str) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield number, parse_line(line)
-                except ValueError as problem:
-                    raise UserError(f"{path}: line {number}{problem}") from problem
+                except ValueError as e:
+                    raise UserError(f"{path}, line {number}: not JSON") from e

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import assets, fineweb_edu, tiny_shakespeare
-from data.prepare import encoder, hub, job, sources, workers
+from data.prepare import encoder, job, sources, workers
+from data.prepare import hub as data_sets
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -452,17 +453,17 @@ def test_what_a_data_set_does_not_have_is_named(tmp_path, quick, data_set, rest)
 
 
 def test_the_revision_of_a_data_set_is_recorded_and_used_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_revision", lambda path, address: "abc123")
+    monkeypatch.setattr(data_sets, "_revision", lambda path, address: "abc123")
     pinned = "hf:owner/name@abc123/config:test"
-    assert hub.pin("hf:owner/name/config:test", tmp_path) == pinned == hub.pin(pinned, tmp_path)
-    assert hub.parse(pinned) == ("owner/name", "abc123", "config", "test")
-    assert hub.parse("hf:wikitext") == ("wikitext", None, None, "train")
+    assert data_sets.pin("hf:owner/name/config:test", tmp_path) == pinned == data_sets.pin(pinned, tmp_path)
+    assert data_sets.parse(pinned) == ("owner/name", "abc123", "config", "test")
+    assert data_sets.parse("hf:wikitext") == ("wikitext", None, None, "train")
     (tmp_path / "manifest.json").write_text(json.dumps({"recipe": {"source": [{"name": pinned}]}}))
-    monkeypatch.setattr(hub, "_revision", lambda path, address: "newer")
-    assert hub.pin("hf:owner/name/config:test", tmp_path) == pinned
-    assert hub.pin("hf:owner/name/config", tmp_path) == "hf:owner/name@newer/config"
+    monkeypatch.setattr(data_sets, "_revision", lambda path, address: "newer")
+    assert data_sets.pin("hf:owner/name/config:test", tmp_path) == pinned
+    assert data_sets.pin("hf:owner/name/config", tmp_path) == "hf:owner/name@newer/config"
     with pytest.raises(UserError, match="must be hf:OWNER/NAME"):
-        hub.parse("hf:a/b/c/d")
+        data_sets.parse("hf:a/b/c/d")
 
 
 def test_a_data_set_without_a_network_is_one_line(tmp_path):
