@@ -15,6 +15,7 @@ import pytest
 from data import assets, fineweb_edu, tiny_shakespeare
 from data.prepare import encoder, job, sources, workers
 from data.prepare import hub as data_sets
+from data.tokenizers.tokenizer import Tokenizer
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,8 +141,10 @@ def test_finished_files_are_kept_when_a_bad_one_is_repaired_or_skipped(
     (tmp_path / "d.txt").write_text("new")
     encoded, real = [], workers.encode_unit
     monkeypatch.setattr(workers, "encode_unit", lambda unit, *args: encoded.append(unit.path) or real(unit, *args))
-    more = {"skip": ["--skip_bad"], "add": ["--skip_bad", tmp_path / "d.txt"]}.get(remedy, [])
-    if remedy == "repair":
+    more = ["--skip_bad"] if remedy in ("skip", "add") else []
+    if remedy == "add":
+        bad_file_last.insert(3, tmp_path / "d.txt")
+    elif remedy == "repair":
         (tmp_path / "c.jsonl").write_text('{"text": "fine and longer"}\n{"text": "last"}\n')
     elif remedy == "remove":
         bad_file_last.remove(tmp_path / "c.jsonl")
@@ -193,10 +196,18 @@ def test_parts_may_differ_in_skip_bad(tmp_path, quick, source, monkeypatch, cont
 
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_a_document_that_the_encoder_cannot_take(tmp_path, quick, skip_bad, whole, documents_in, monkeypatch):
-    """tiktoken panics at a million spaces in a row."""
+    """tiktoken panics at a million spaces in a row, after it has tried for long. Here it panics at a zero."""
     monkeypatch.setattr(workers, "HELD_TOKENS", 2)
     monkeypatch.setattr(encoder, "LONG", 100)
-    rows = ["one", "x" * 200 + " " * 1_000_000 + "y", "two"]
+    panic, real = type("PanicException", (BaseException,), {}), Tokenizer.encode
+
+    def encode(self, text):
+        if "\0" in text:
+            raise panic
+        return real(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    rows = ["one", "x " * 200 + "\0", "two"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     args = [tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens=0"]
     if not skip_bad:
