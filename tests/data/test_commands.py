@@ -428,8 +428,9 @@ def data_set(tmp_path, monkeypatch):
     for i in range(2):
         pq.write_table(pa.table({"text": [f"Page {i} {j}." for j in range(20)]}), folder / f"pages/train-{i}.parquet")
     rows = [{"meta": {"body": "one"}}, {"meta": {"body": ""}}, {"meta": {"body": "two"}}]
-    (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    configs = [("pages", "train", "pages/train-*"), ("lines", "test", "lines.jsonl")]
+    (folder / "lines").mkdir()
+    (folder / "lines/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs = [("pages", "train", "pages/train-*"), ("lines", "test", "lines/*")]
     header = "".join(
         f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {path}\n" for name, split, path in configs
     )
