@@ -16,8 +16,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.prepare.cli import add_flags, check, check_flags, run
-from data.prepare.job import MANIFEST, PARTIAL, RECIPE, read_object
-from data.prepare.sources import input_files
+from data.prepare.inputs import input_files
+from data.prepare.job import MANIFEST, PARTIAL
+from data.prepare.journal import RECIPE, read_object
 from util.errors import CommandParser, UserError, closest, run_command
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
@@ -94,7 +95,7 @@ def main() -> None:
     if args.check:
         return check(args.output_dir, args.tokenizer)
     if args.input:
-        files, recipe = input_files(args.input), {}
+        files, recipe = input_files(args.input, args.format), {}
     else:
         files = [] if args.revision or args.download else files_of_earlier_command(args.output_dir, args.name)
         files = files or hub_files(REPOSITORY, args.name, args.revision, args.download)

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from util.errors import UserError, closest, user_errors
-from util.files import file_sha256, write_atomically
+from util.files import file_sha256, find_paths, refuse_lfs_pointer, write_atomically
 
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -102,6 +102,8 @@ def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
             header = np.frombuffer(f.read(HEADER_BYTES), "u1")
     if size == 0:
         raise UserError(f"{path}: empty file; make it again")
+    if size < HEADER_BYTES:
+        refuse_lfs_pointer(path)
     if path.suffix == ".npy":
         shard = _numpy(path)
     else:
@@ -183,7 +185,7 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 class ShardWriter:
-    """A writer that appends tokens to shards. Another writer can resume from what `flush` returns."""
+    """A writer that appends tokens to shards. Another writer can resume from a `position`."""
 
     def __init__(self, folder: Path, layout: Iterator[tuple[str, int]], vocab_size: int):
         self.folder, self.layout, self.vocab_size = folder, layout, vocab_size
@@ -228,12 +230,15 @@ class ShardWriter:
             if self._held == self._size:
                 self.close()
 
-    def flush(self) -> dict[str, Any]:
-        """Writes everything to disk and returns the arguments of `resume`."""
+    def flush(self) -> None:
+        """Writes everything to disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-        return {"files": self.files, "held": self._held if self._file is not None else 0}
+
+    def position(self) -> dict[str, Any]:
+        """Returns the arguments with which `resume` continues from here, once everything before is on disk."""
+        return {"files": list(self.files), "held": self._held if self._file is not None else 0}
 
     def close(self) -> None:
         """Completes the current shard, if there is one."""
@@ -261,13 +266,11 @@ def find_shards(pattern: str, flag: str) -> list[Path]:
     places = ["", str(REPOSITORY)] if Path(pattern).parts[:1] == ("data",) else [""]
     for place in places:
         path = os.path.join(place, pattern)
-        if os.path.isfile(path):
-            return [Path(path)]
-        globs = [os.path.join(glob.escape(place), pattern)]
+        patterns = [path]
         if os.path.isdir(path):
-            globs = [os.path.join(glob.escape(path), name.format(split)) for name in FOLDER_NAMES]
-        for each in globs:
-            if paths := sorted({Path(p) for p in glob.glob(each, recursive=True) if os.path.isfile(p)}):
+            patterns = [os.path.join(path, name.format(split)) for name in FOLDER_NAMES]
+        for each in patterns:
+            if paths := sorted({Path(p) for p in find_paths(each) if os.path.isfile(p)}):
                 return paths
     is_folder = os.path.isdir(pattern) or not (glob.has_magic(pattern) or Path(pattern).suffix)
     place = "" if os.path.isdir("data") else places[-1]
@@ -279,7 +282,7 @@ def _no_match_hint(pattern: Path) -> str:
     """Explains why a glob matches nothing, and names a similar path."""
     parent = Path(pattern.anchor)
     for part in pattern.parts[len(parent.parts) : -1]:
-        if glob.has_magic(part):
+        if glob.has_magic(part) and not os.path.isdir(parent / part):
             break
         if not os.path.isdir(parent / part):
             missing = f"folder {parent / part} does not exist"

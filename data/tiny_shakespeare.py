@@ -15,7 +15,8 @@ if __name__ == "__main__":
 import numpy as np
 
 from data import assets
-from data.prepare.job import Job, Progress, disk_errors, locked, open_job, publish
+from data.prepare.job import Job, disk_errors, locked, open_job, publish
+from data.prepare.journal import Progress
 from data.prepare.workers import EncodeOptions
 from data.shards import ShardWriter
 from data.tokenizers.load import load_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -16,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from util.errors import UserError, user_errors
+
 # RAWGPT_FAULT=POINT[@RANK][#TIME]=WHAT; see fault_point.
 _FAULT = re.compile(r"(?P<point>[a-z ]+)(@(?P<rank>\d+))?(#(?P<time>\d+))?=(?P<what>[A-Z]+)")
 _fault = _FAULT.fullmatch(os.environ.get("RAWGPT_FAULT", ""))
 _times_passed = 0
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def file_sha256(path: Path) -> str:
@@ -29,6 +33,32 @@ def file_sha256(path: Path) -> str:
         while block := f.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def find_paths(pattern: str) -> list[str]:
+    """Returns the path, if it exists, or else the paths that match it as a glob, sorted.
+
+    Folders at the start of the pattern that exist are taken literally, so `[v2]/*.bin` finds the files of a folder
+    named [v2]. If nothing matches, brackets are taken literally everywhere.
+    """
+    pattern = os.path.expanduser(pattern)
+    if os.path.lexists(pattern):
+        return [pattern]
+    parts, n = Path(pattern).parts, 0
+    while n < len(parts) and os.path.isdir(os.path.join(*parts[: n + 1])):
+        n += 1
+    folder, rest = os.path.join("", *parts[:n]), os.path.join("", *parts[n:])
+    for tail in (rest, rest.replace("[", "[[]")):
+        if found := glob.glob(os.path.join(glob.escape(folder), tail), recursive=True):
+            return sorted(set(found))
+    return []
+
+
+def refuse_lfs_pointer(path: Path | str) -> None:
+    """Raises a UserError if the file is the pointer that Git LFS leaves in place of a file it has not downloaded."""
+    with user_errors(path), open(path, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 @contextmanager

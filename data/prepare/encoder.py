@@ -17,6 +17,7 @@ from util.errors import UserError
 
 Encode = Callable[[str], np.ndarray]
 
+
 # The patterns for which splintr has hand-written scanners, in splintr's spelling. A test compares them with tiktoken on
 # every Unicode character. With other patterns splintr uses its regular expressions, which know other letters than
 # tiktoken's.
@@ -72,8 +73,8 @@ def _reference(tokenizer: Tokenizer) -> Encode:
             if type(e).__name__ != "PanicException":
                 raise
             raise UserError(
-                f"tiktoken cannot encode a document with {text[:40]!r}, perhaps because of millions of spaces in a row;"
-                f" install splintr-rs and use --encoder=auto, or remove the document"
+                f"tiktoken cannot encode a document with {text[:40]!r}, perhaps because of a million spaces in a row;"
+                f" skip it with --skip_bad, or install splintr-rs and use --encoder=auto"
             ) from e
 
     return encode

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data.prepare.hub import pin_datasets
+from data.prepare.inputs import input_files
 from data.prepare.job import (
-    JOURNAL,
     Job,
-    Progress,
     disk_errors,
     locked,
     open_job,
@@ -36,7 +36,8 @@ from data.prepare.job import (
     read_manifest,
     tokens_in,
 )
-from data.prepare.sources import file_fingerprint, input_files, plan
+from data.prepare.journal import JOURNAL, Progress
+from data.prepare.sources import fingerprint, plan
 from data.shards import ShardWriter
 from util.errors import UserError
 from util.files import read_yaml
@@ -103,14 +104,16 @@ def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
 
     Files and settings of the sources become part of the recipe, because they decide the result.
     """
-    files = {
-        name: input_files([source.input] if isinstance(source.input, str) else source.input)
-        for name, source in mixture.sources.items()
-    }
-    described = {
-        name: {**source.model_dump(exclude={"input"}), "source": [file_fingerprint(path) for path in files[name]]}
-        for name, source in mixture.sources.items()
-    }
+    files: dict[str, list[str]] = {}
+    described: dict[str, dict[str, Any]] = {}
+    fingerprints: dict[str, Any] = {}
+    for name, source in mixture.sources.items():
+        inputs = [source.input] if isinstance(source.input, str) else source.input
+        files[name] = pin_datasets(input_files(inputs, job.options.format), job.output_dir)
+        fingerprints |= {path: fingerprint(path) for path in files[name]}
+        found = [fingerprints[path] for path in files[name]]
+        described[name] = {**source.model_dump(exclude={"input"}), "source": found}
+    settings = job.recipe
     job = replace(job, recipe={**job.recipe, "mixture": {"tokens": mixture.tokens, "sources": described}})
     folders = {name: job.output_dir / f"source_{name}" for name in mixture.sources}
     partial, made = open_job(job.output_dir, job.recipe), None
@@ -118,9 +121,12 @@ def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
         for name, source in mixture.sources.items():
             options = replace(job.options, **source.model_dump(exclude={"input", "weight"}, exclude_unset=True))
             limit = math.ceil(source.weight * mixture.tokens) + SLACK
-            part = replace(job, output_dir=folders[name], recipe={**job.recipe, "of": name}, options=options)
+            # Only what decides the documents of this source: the work stays valid if another source changes.
+            decisive = {key: getattr(options, key) for key in ("text_key", "fim_rate", "fim_spm_rate")}
+            recipe = {**settings, **decisive, "of": name, "source": described[name]["source"], "max_tokens": limit}
+            part = replace(job, output_dir=folders[name], recipe=recipe, options=options, fingerprints=fingerprints)
             print(f"{name}: {source.weight:.1%} of {mixture.tokens:,} tokens")
-            prepare(replace(part, max_tokens=limit, pieces=True), plan(files[name], options.text_key))
+            prepare(replace(part, max_tokens=limit, pieces=True), plan(files[name], options))
         with disk_errors(job.output_dir), locked(job.output_dir):
             made = _draw(job, partial, mixture, folders)
     for folder in folders.values():

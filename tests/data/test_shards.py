@@ -116,7 +116,8 @@ def test_a_writer_can_be_resumed_anywhere(tmp_path_factory, pieces, stops, first
         writer.add(tokens[at : at + piece])
         at += piece
         if i in stops:
-            known = writer.flush()
+            writer.flush()
+            known = writer.position()
             files, held = list(known["files"]), known["held"]
             writer.add(tokens[at : at + stops[i]] ^ 1)
             if writer._file is not None:
@@ -434,3 +435,21 @@ def test_a_damaged_numpy_array_is_an_error(tmp_path):
     content = (tmp_path / "whole.npy").read_bytes()
     for length in (1, 7, 9, 40, 128, 1000):
         assert "not an array of tokens" in refusal(put(tmp_path / "x.npy", content[:length]))
+
+
+@pytest.mark.parametrize("name", ["runs[2]", "a*b", "x[y"])
+def test_shards_in_a_folder_whose_name_looks_like_a_glob(tmp_path, name):
+    for folder in (name, "runs2", "aXb"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / f"{name}_train_000001.bin", np.arange(5), 300)
+    found = [tmp_path / name / f"{name}_train_000001.bin"]
+    for pattern in ("*_train_*.bin", "*.bin", f"{name}_train_*.bin", f"{name}_train_000001.bin"):
+        assert find_shards(f"{tmp_path}/{name}/{pattern}", "input_train_bin") == found
+    with pytest.raises(UserError, match="matches no file: .* contains"):
+        find_shards(f"{tmp_path}/{name}/*_val_*.bin", "input_val_bin")
+
+
+def test_a_git_lfs_pointer_is_an_error(tmp_path):
+    (tmp_path / "train.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match="train.bin: a Git LFS pointer, not the file itself; run `git lfs pull`"):
+        open_shard(tmp_path / "train.bin", 300)
