@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.prepare.encoder import Encode, make_encoder, split_safely
-from data.prepare.inputs import ReadOptions
+from data.prepare.inputs import Damaged, ReadOptions
 from data.prepare.sources import WorkUnit, documents, retry
 from data.shards import token_dtype
 from data.tokenizers import fim
@@ -105,7 +105,9 @@ def encode_unit(unit: WorkUnit, path: Path, encoder: Encoder) -> Encoded:
                     if holds > HELD_TOKENS:
                         write()
                         holds = 0
-            except UserError as e:
+            except Damaged:  # names its place already
+                raise
+            except UserError as e:  # from the encoder
                 if not options.skip_bad:
                     raise UserError(f"{document.place()}: {e}") from e
                 write()
