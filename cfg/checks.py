@@ -84,8 +84,15 @@ def check_run(c: Config, world_size: int) -> None:
         raise UserError(
             f"--total_batch_size={c.total_batch_size} must be a multiple of batch_size × sequence_length × ranks"
             f" = {rows} × {c.sequence_length} × {world_size} = {micro};"
-            f" nearest: {_multiples(c.total_batch_size, micro)}"
+            f"{_smaller_batch(c, world_size)} nearest: {_multiples(c.total_batch_size, micro)}"
         )
+
+
+def _smaller_batch(c: Config, world_size: int) -> str:
+    """Returns advice to lower --batch_size to one that divides the total batch, or "" if there is none."""
+    rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)
+    fitting = [n for n in range(1, min(c.batch_size, rows + 1)) if not rest and rows % n == 0]
+    return f" lower --batch_size to {fitting[-1]}, or choose the" if fitting else ""
 
 
 def _multiples(value: int, of: int) -> str:

@@ -20,7 +20,7 @@ from cfg.checks import PATH_FLAGS, check_model, check_run
 from cfg.flags import GROUPS, Config, ModelConfig, shown_default, training_only_flags, type_name
 from util.errors import CommandParser, UserError, closest, quote
 from util.files import read_yaml
-from util.launcher import launched_world_size
+from util.launcher import launched_rank, launched_world_size
 
 __all__ = ["Config", "ModelConfig", "load_config", "model_config", "resolve", "to_yaml"]
 
@@ -131,14 +131,42 @@ def resolve(config: Config, world_size: int) -> Config:
     return c
 
 
+def keep_batch(config: Config, saved: dict[str, Any], world_size: int) -> Config:
+    """Keeps the total batch size of the run that is resumed, also on another number of ranks.
+
+    `saved` are the flags of its checkpoint. If --batch_size does not divide a rank's share, it is lowered, with a line.
+    """
+    total, length = saved.get("total_batch_size"), config.sequence_length
+    same_length = isinstance(total, int) and total >= length and saved.get("sequence_length") == length
+    if not same_length or config.total_batch_size not in (0, total):
+        return config
+    rows, rest = divmod(total // length, world_size)
+    if rest:
+        fewer = next(n for n in range(world_size, 0, -1) if total // length % n == 0)
+        raise UserError(
+            f"--output_dir={config.output_dir}: the run to resume has --total_batch_size={total}, which is"
+            f" {total // length} sequences; {world_size} ranks cannot share them equally, but {fewer} can"
+        )
+    size = next((n for n in range(config.batch_size, 0, -1) if rows % n == 0), 0)
+    if size != config.batch_size and launched_rank() == 0:
+        print(
+            f"--batch_size={config.batch_size}: lowered to {size}; the resumed run has {rows} sequences per step and rank"
+        )
+    return config.model_copy(update={"total_batch_size": total, "batch_size": size})
+
+
 def load_config(
-    argv: list[str] | None = None, world_size: int | None = None, describe: Callable[[str], Any] | None = None
+    argv: list[str] | None = None,
+    world_size: int | None = None,
+    describe: Callable[[str], Any] | None = None,
+    saved_flags: Callable[[Config], dict[str, Any]] | None = None,
 ) -> Config:
     """Parses a command line (default: sys.argv) into a checked Config. Flags win over the preset of --cfg.
 
     `world_size` defaults to what torchrun put into the environment. `describe` turns the value of --init_from into a
     `PretrainedModel`: callers that accept --init_from pass model.formats.pretrained.open_pretrained, which cfg/ cannot
-    import because model/ is above it.
+    import because model/ is above it. `saved_flags` returns the flags in the checkpoint that a run resumes from, or {};
+    a resumed run keeps its total batch size.
     """
     argv = sys.argv[1:] if argv is None else argv
     known, rest = _parser().parse_known_args(argv)
@@ -149,15 +177,18 @@ def load_config(
     flags = vars(known)
     values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
     world_size = launched_world_size() if world_size is None else world_size
+    saved_flags = saved_flags or (lambda config: {})
     if (source := str(values.get("init_from", "scratch"))) == "scratch":
-        return resolve(_validate(values), world_size)
+        config = _validate(values)
+        return resolve(keep_batch(config, saved_flags(config), world_size), world_size)
 
     if describe is None:
         raise RuntimeError("this caller of load_config accepts --init_from: pass describe=open_pretrained")
     pretrained = describe(source)
     if "tokenizer" not in flags and values.get("tokenizer", "none") == "none":
         values["tokenizer"] = pretrained.tokenizer
-    config = resolve(_with_pretrained_flags(pretrained, values), world_size)
+    config = _with_pretrained_flags(pretrained, values)
+    config = resolve(keep_batch(config, saved_flags(config), world_size), world_size)
     _check_against_pretrained(config, pretrained, values)
     return config
 

@@ -14,8 +14,10 @@ def read_config() -> Config:
     """Reads the command line, so that --help and mistakes are answered at once. Ties the process to torchrun first."""
     die_with_launcher()
     from cfg.config import load_config
-    from model.formats.pretrained import open_pretrained
+    from model.formats.pretrained import flags_to_resume, open_pretrained
     from util.errors import one_line_errors
 
     with one_line_errors():
-        return load_config(describe=open_pretrained)
+        return load_config(
+            describe=open_pretrained, saved_flags=lambda config: flags_to_resume(config.output_dir, config.resume)
+        )

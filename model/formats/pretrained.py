@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,16 @@ def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
         if isinstance(flags, dict):
             return flags
     raise UserError(f"{where}: contains no checkpoint")
+
+
+def flags_to_resume(output_dir: str, resume: str) -> dict[str, Any]:
+    """Returns the flags in the checkpoint that a run with these flags resumes from, {} if it starts fresh."""
+    for name in (output_dir, resume):
+        path = Path(os.path.expanduser(name))
+        if resume != "never" and os.path.isdir(path):
+            with suppress(UserError):
+                return _flags_of_run(path, name)
+    return {}
 
 
 def _tokenizer_of_size(vocab_size: int) -> str:

@@ -57,6 +57,7 @@ def test_a_broken_shard_is_an_error_that_names_it(trainer, good, tmp_path, name)
         (["--input_train_bin=a=1:x,b=-1:y"], "--input_train_bin: the weight of b is '-1'"),
         (["--input_val_bin=a=1:x,b=1:y"], "validation reads one set of shards"),
         (["--total_batch_size=100"], "nearest: 64 or 128"),
+        (["--batch_size=3"], "= 3 × 32 × 1 = 96; lower --batch_size to 2, or choose the nearest: 192 or 288"),
         (["--n_embd=33"], "nearest: 32 or 34"),
         (["--learning_rate=-1"], "--learning_rate=-1: input should be greater than 0"),
         (["--learning_rate=nan"], "--learning_rate=nan: input should be a finite number"),

@@ -215,3 +215,17 @@ def test_a_run_whose_shards_were_deleted_still_saves_its_checkpoint(trainer, wai
     out, err = process.communicate(timeout=60)
     assert process.returncode == 4, err
     assert (tmp_path / "run/checkpoints/latest").exists()
+
+
+def test_a_resumed_run_keeps_its_total_batch_size_on_other_ranks(trainer, trace, metrics, tmp_path):
+    """Also if it was derived from --batch_size and the number of ranks, which differs now."""
+    flags = ["--total_batch_size=0", "--batch_size=4", "--save_every_niter=5"]
+    trainer.run(tmp_path / "run", *flags, "--num_iterations=5")
+    done = trainer.run(tmp_path / "run", *flags, "--num_iterations=10", ranks=2)
+    assert "--batch_size=4: lowered to 2; the resumed run has 2 sequences per step and rank\n" in done.stdout
+    assert done.stdout.count("lowered to") == 1
+    assert "128 a step = 2 × 32 × 2 ranks × 1 micro-steps" in done.stdout
+    trainer.run(tmp_path / "run", *flags, "--num_iterations=15")  # one rank again, and the size of the command
+    assert [r["tokens"] for r in metrics(tmp_path / "run")] == [128 * k for k in range(1, 16)]
+    err = trainer.run(tmp_path / "run", *flags, ranks=3, code=1).stderr
+    assert "the run to resume has --total_batch_size=128, which is 4 sequences; 3 ranks cannot share them" in err
