@@ -91,8 +91,14 @@ def check_run(c: Config, world_size: int) -> None:
 def _smaller_batch(c: Config, world_size: int) -> str:
     """Returns advice to lower --batch_size to one that divides the total batch, or "" if there is none."""
     rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)
-    fitting = [n for n in range(1, min(c.batch_size, rows + 1)) if not rest and rows % n == 0]
-    return f" lower --batch_size to {fitting[-1]}, or choose the" if fitting else ""
+    if rest or not c.batch_size or not rows:
+        return ""
+    return f" lower --batch_size to {largest_divisor(rows, c.batch_size)}, or choose the"
+
+
+def largest_divisor(n: int, most: int) -> int:
+    """Returns the largest divisor of `n` that is at most `most`, and at most 4096, which is enough for a micro-batch."""
+    return next(d for d in range(min(n, most, 4096), 0, -1) if n % d == 0)
 
 
 def _multiples(value: int, of: int) -> str:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cfg.checks import PATH_FLAGS, check_model, check_run
+from cfg.checks import PATH_FLAGS, check_model, check_run, largest_divisor
 from cfg.flags import GROUPS, Config, ModelConfig, shown_default, training_only_flags, type_name
 from util.errors import CommandParser, UserError, closest, quote
 from util.files import read_yaml
@@ -142,16 +142,17 @@ def keep_batch(config: Config, saved: dict[str, Any], world_size: int) -> Config
         return config
     rows, rest = divmod(total // length, world_size)
     if rest:
-        fewer = next(n for n in range(world_size, 0, -1) if total // length % n == 0)
+        fewer = largest_divisor(total // length, world_size)
         raise UserError(
             f"--output_dir={config.output_dir}: the run to resume has --total_batch_size={total}, which is"
             f" {total // length} sequences; {world_size} ranks cannot share them equally, but {fewer} can"
         )
-    size = next((n for n in range(config.batch_size, 0, -1) if rows % n == 0), 0)
-    if size != config.batch_size and launched_rank() == 0:
-        print(
-            f"--batch_size={config.batch_size}: lowered to {size}; the resumed run has {rows} sequences per step and rank"
-        )
+    size = config.batch_size
+    if size and rows % size:
+        size = largest_divisor(rows, config.batch_size)
+        if launched_rank() == 0:
+            why = f"the resumed run has {rows} sequences per step and rank"
+            print(f"--batch_size={config.batch_size}: lowered to {size}; {why}")
     return config.model_copy(update={"total_batch_size": total, "batch_size": size})
 
 
