@@ -82,7 +82,7 @@ def train(config: Config) -> int:
     model.check_replicas()  # ranks that hold copies of a parameter hold the same values
     model.warm_up()  # DDP arranges its gradient buckets now, so that a resumed run adds gradients in the same order
     metrics.start(step, last_record.get("elapsed_s", 0.0))
-    stop = interrupt.StopRequest(config.max_minutes, STARTED)  # SIGTERM, SIGINT, SIGUSR1, SIGHUP, or out of time
+    stop = interrupt.StopRequest(config.max_minutes, STARTED, output_dir)  # signals, or out of time
     # `pending` is the record of the last step made, until that step is evaluated and logged. A resumed run takes it
     # from the checkpoint if this step is not in its metrics.jsonl.
     pending = last_record if step and not metrics.has(step) else None
@@ -213,6 +213,7 @@ def main(config: Config) -> int:
     """Trains; an error is also written to status.json."""
     output_dir = Path(config.output_dir)
     run_dir.refuse_restart_after_divergence(output_dir)
+    interrupt.end_on_ctrl_c(output_dir)
     with run_dir.status_on_error(output_dir):
         try:
             return train(config)

@@ -97,7 +97,7 @@ def _smaller_batch(c: Config, world_size: int) -> str:
 
 
 def largest_divisor(n: int, most: int) -> int:
-    """Returns the largest divisor of `n` that is at most `most`, and at most 4096, which is enough for a micro-batch."""
+    """Returns the largest divisor of `n` that is at most `most`, and at most 4096: no micro-batch is larger."""
     return next(d for d in range(min(n, most, 4096), 0, -1) if n % d == 0)
 
 

@@ -137,8 +137,9 @@ def keep_batch(config: Config, saved: dict[str, Any], world_size: int) -> Config
     `saved` are the flags of its checkpoint. If --batch_size does not divide a rank's share, it is lowered, with a line.
     """
     total, length = saved.get("total_batch_size"), config.sequence_length
-    same_length = isinstance(total, int) and total >= length and saved.get("sequence_length") == length
-    if not same_length or config.total_batch_size not in (0, total):
+    if not isinstance(total, int) or total < length or saved.get("sequence_length") != length:
+        return config
+    if config.total_batch_size not in (0, total):
         return config
     rows, rest = divmod(total // length, world_size)
     if rest:

@@ -49,8 +49,8 @@ def write_status(output_dir: Path, status: str, step: int | None = None, reason:
     """Writes status.json, for scripts: torchrun exits with 1 whatever its workers exit with.
 
     The status is one of: running (if no process is, it crashed or was killed), done, stopped (by a signal, with a
-    checkpoint), out of time (--max_minutes, with a checkpoint), user error, diverged, storage error. Only the process
-    that has locked the directory writes the file.
+    checkpoint), out of time (--max_minutes, with a checkpoint), interrupted (by Ctrl-C, without a checkpoint), user
+    error, diverged, storage error. Only the process that has locked the directory writes the file.
     """
     if _held_lock is not None:
         content = {"status": status, "step": step, "reason": reason}

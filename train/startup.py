@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from util.ctrl_c import exit_on_ctrl_c
 from util.launcher import die_with_launcher
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 def read_config() -> Config:
     """Reads the command line, so that --help and mistakes are answered at once. Ties the process to torchrun first."""
+    exit_on_ctrl_c()
     die_with_launcher()
     from cfg.config import load_config
     from model.formats.pretrained import flags_to_resume, open_pretrained

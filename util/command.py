@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+from util.ctrl_c import exit_on_ctrl_c
 from util.errors import one_line_errors
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ def parse_first(name: str, parse: Callable[[], T], check: Callable[[T], object] 
     """
     if name != "__main__":
         return cast(T, None)
+    exit_on_ctrl_c()
     with one_line_errors():
         args = parse()
         if check is not None:
