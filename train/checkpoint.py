@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from cfg.config import Config, ModelConfig
+from cfg.config import Config, ModelConfig, to_yaml
 from cfg.flags import training_only_flags
 from data.fingerprint import check_same_data, check_same_tokenizer
 from data.loader import Loader
@@ -32,6 +32,8 @@ from train.inputs import tokenizer_fingerprint
 from train.metrics import Metrics
 from train.optim import forget_states, make_states
 from train.parallel import ParallelModel
+from train.rank_log import restore_log
+from train.run_dir import restore_output_dir
 from train.stability import LossScaler, SpikeGuard
 from util.errors import DivergedError, UserError, quote
 from util.ranks import Ranks
@@ -102,6 +104,9 @@ class Checkpointer:
     def save(self, step: int, record: dict[str, Any]) -> None:
         """Saves the checkpoint of `step`, and adds to its record how long training waited."""
         watchdog.progress(f"the save of step {step}", self.config.start_timeout_minutes)
+        if self.ranks.on_main(lambda: restore_output_dir(self.output_dir, to_yaml(self.config))):
+            self.ranks.on_all(lambda: restore_log(self.output_dir, self.ranks))
+            self.metrics.restore(step)
         self.metrics.flush()
         state = {
             "record": record.copy(),

@@ -18,7 +18,7 @@ from cfg.config import Config
 from train.rank_log import note
 from util.device import device_name, peak_memory
 from util.errors import StorageError, UserError
-from util.files import fault_point, path_in_errors, write_atomically
+from util.files import fault_point, path_in_errors, reopen, write_atomically
 from util.gpus import peak_flops
 from util.ranks import Ranks
 
@@ -130,7 +130,7 @@ class Metrics:
     def _rewind(self, step: int) -> None:
         """Drops records after `step`, which will be written again, and keeps them in logs/."""
         self._cut(step)
-        self._file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
+        self._file = open(self.path, "a+")  # noqa: SIM115 - open for the whole run
 
     def _cut(self, step: int) -> None:
         kept = list({r["step"]: r for r in read_records(self.path) if r["step"] <= step}.values())
@@ -145,6 +145,17 @@ class Metrics:
         with path_in_errors(superseded), open(superseded, "a") as f:
             f.writelines(line + "\n" for line in before.splitlines() if line not in again)
         write_atomically(self.path, after.encode())
+
+    def restore(self, step: int) -> None:
+        """Writes metrics.jsonl and TensorBoard's file again after the directory was deleted."""
+
+        def act() -> None:
+            self._file = reopen(self._file, self.path)
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+                self._start_tensorboard(step)
+
+        self._on_main(act)
 
     def _start_wandb(self) -> None:
         try:
