@@ -53,6 +53,7 @@ def train(config: Config) -> int:
     tokenizer = inputs.open_tokenizer(config, ranks)  # None if the shards' tokenizer is unknown
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # --doc_mask needs a tokenizer
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
+    config = inputs.count_iterations(config, train_data, ranks)  # from --num_epochs
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
     pretrained = inputs.load_pretrained(config, ranks)  # None: random weights from --seed
 

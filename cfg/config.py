@@ -90,6 +90,10 @@ def _validate(values: dict[str, Any]) -> Config:
         raise UserError("; ".join(f"--{line}" for line in _messages(e))) from e
 
 
+def _epochs(values: dict[str, Any]) -> float:
+    return _validate({"num_epochs": values.get("num_epochs", 0)}).num_epochs
+
+
 def _messages(error: ValidationError) -> list[str]:
     """Returns one line for each wrong value, beginning with the name of its flag."""
     return [
@@ -177,7 +181,14 @@ def load_config(
         what = "flag" if name.startswith("-") else "argument"
         raise UserError(f"unknown {what} {quote(name)}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
     flags = vars(known)
-    values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
+    preset = _read_preset(flags["cfg"]) if flags.get("cfg") else {}
+    if "num_iterations" in flags:  # replaces a preset's --num_epochs, and the other way round
+        preset.pop("num_epochs", None)
+    if _epochs(flags):
+        preset.pop("num_iterations", None)
+    values = preset | flags
+    if _epochs(values) and "num_iterations" in values:
+        raise UserError(f"--num_epochs={values['num_epochs']}: --num_iterations is given too; leave one of them out")
     world_size = launched_world_size() if world_size is None else world_size
     saved_flags = saved_flags or (lambda config: {})
     if (source := str(values.get("init_from", "scratch"))) == "scratch":
