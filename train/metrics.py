@@ -7,9 +7,10 @@ import math
 import netrc
 import os
 import secrets
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -32,9 +33,15 @@ def duration(seconds: float) -> str:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a metrics.jsonl, without lines that are not the record of a step (cut off by a kill)."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
+    return list(iterate_records(path))
+
+
+def iterate_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of `read_records` one by one: those of a long run take a gigabyte together."""
+    if not path.is_file():
+        return
+    with open(path, errors="replace") as lines:
+        for line in lines:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -42,8 +49,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 continue
             if type(record.get("step")) is int and isinstance(record.get("loss", ""), int | float | None):
-                records.append(record)
-    return records
+                yield record
 
 
 def to_json(record: dict[str, Any]) -> str:
@@ -165,8 +171,11 @@ class Metrics:
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not _has_wandb_key():
             mode = "offline"
-            self.say("wandb: no key found, so this run is logged offline; `wandb sync` uploads it later")
+            self.say("wandb: no key found, so this run is logged offline")
         self.wandb_id = self.wandb_id or secrets.token_hex(4)
+        if mode == "offline":  # each start writes a folder, all with one id
+            folders = f"{shlex.quote(self.config.output_dir)}/wandb/offline-run-*-{self.wandb_id}"
+            self.say(f"wandb: upload all starts of this run later, as one: wandb sync --id {self.wandb_id} {folders}")
         try:
             self._wandb = wandb.init(
                 project=self.config.wandb_project_id,

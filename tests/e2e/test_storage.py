@@ -343,3 +343,26 @@ def test_a_run_whose_deleted_output_dir_is_used_by_another_run_ends(trainer, wai
     assert "in use by another run" in err and second.poll() is None
     assert json.loads((output_dir / "status.json").read_text())["status"] == "running"
     kill_all(second)
+
+
+def test_a_disk_too_small_is_announced_and_the_error_says_what_to_delete(trainer, tmp_path):
+    """On a file system with room for two checkpoints. After what the error names is deleted, the run finishes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=1100k tmpfs {disk}"
+    enter = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*enter, mount], capture_output=True).returncode:
+        pytest.skip("needs a private file system (unshare)")
+    train = trainer.command(disk / "run", "--val_loss_every=0")
+    script = (
+        f'{mount}; "$@"; echo exit $?; rm -r {disk}/run/checkpoints/step_00000005; "$@" --keep_last=1; echo exit $?'
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*enter, script, "sh", *train], capture_output=True, text=True, env=env)
+    warning, rest = re.search(r"^warning: (--output_dir=.*)\n((.*\n)*)", done.stdout, re.MULTILINE).groups()[:2]
+    assert "--keep_last=3 needs room for 4 more, because the newest is complete before" in warning
+    line = the_line(done.stderr)
+    assert "the checkpoint of step 15 could not be written (No space left on device)" in line
+    assert re.search(r"a checkpoint takes 0\.4 MB, and 0\.\d MB are free: 0\.\d MB are missing; delete", line)
+    assert f"delete step_00000005 in {disk}/run/checkpoints (the newest, step_00000010, is enough to resume)" in line
+    assert "exit 5\n" in rest and rest.endswith("exit 0\n")
