@@ -82,7 +82,7 @@ class StopRequest:
 
 
 def end_on_ctrl_c(output_dir: Path) -> None:
-    """Makes Ctrl-C end the process at once, until training begins: there is nothing to save yet."""
+    """Makes Ctrl-C end the process at once, until training begins and StopRequest handles it."""
     signal.signal(signal.SIGINT, lambda number, frame: end_interrupted(output_dir))
 
 

@@ -8,7 +8,8 @@ set, and no helper can be imported to set it. Every command in eval/, data/ and 
 
 (parents[2] in scripts/bench/). The root replaces the folder of the command, because files in these folders have the
 names of other modules: eval/lm_eval.py, scripts/bench/tokenize.py. In scripts/bench/ the line comes before all imports
-but sys and pathlib, since parts of the standard library import tokenize.
+but sys and pathlib, since parts of the standard library import tokenize. Commands that do not use parse_first then
+call exit_on_ctrl_c, so that Ctrl-C during their imports prints no traceback.
 """
 
 from __future__ import annotations

@@ -120,9 +120,10 @@ def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
 
 def flags_to_resume(output_dir: str, resume: str) -> dict[str, Any]:
     """Returns the flags in the checkpoint that a run with these flags resumes from, {} if it starts fresh."""
-    for name in (output_dir, resume):
+    names = {"never": [], "auto": [output_dir]}.get(resume, [output_dir, resume])
+    for name in names:
         path = Path(os.path.expanduser(name))
-        if resume != "never" and os.path.isdir(path):
+        if os.path.isdir(path):
             with suppress(UserError):
                 return _flags_of_run(path, name)
     return {}
