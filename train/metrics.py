@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlparse
 
 from cfg.config import Config
@@ -136,7 +136,7 @@ class Metrics:
     def _rewind(self, step: int) -> None:
         """Drops records after `step`, which will be written again, and keeps them in logs/."""
         self._cut(step)
-        self._file = open(self.path, "a+")  # noqa: SIM115 - open for the whole run
+        self._file: IO[str] = open(self.path, "a+")  # noqa: SIM115 - open for the whole run
 
     def _cut(self, step: int) -> None:
         kept = list({r["step"]: r for r in read_records(self.path) if r["step"] <= step}.values())
