@@ -17,12 +17,12 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cfg.checks import PATH_FLAGS, check_model, check_run
+from cfg.checks import PATH_FLAGS, check_model, check_run, largest_divisor
 from cfg.flags import DEFAULT_OUTPUT_DIR, GROUPS, Config, ModelConfig, shown_default, training_only_flags, type_name
 from cfg.other_trainers import OTHER_NAMES
 from util.errors import CommandParser, UserError, closest, quote
 from util.files import read_yaml
-from util.launcher import launched_world_size
+from util.launcher import launched_rank, launched_world_size
 
 __all__ = ["Config", "ModelConfig", "load_config", "model_config", "resolve", "to_yaml"]
 
@@ -120,6 +120,10 @@ def _validate(values: dict[str, Any]) -> Config:
         raise UserError("; ".join(f"--{line}" for line in _messages(e))) from e
 
 
+def _epochs(values: dict[str, Any]) -> float:
+    return _validate({"num_epochs": values.get("num_epochs", 0)}).num_epochs
+
+
 def _messages(error: ValidationError) -> list[str]:
     """Returns one line for each wrong value, beginning with the name of its flag."""
     return [
@@ -154,8 +158,6 @@ def default_output_dir(config: Config) -> str:
 def resolve(config: Config, world_size: int) -> Config:
     """Replaces the zeros that mean "derive it" and checks how the flags fit together."""
     c = config
-    if c.output_dir == DEFAULT_OUTPUT_DIR:
-        c = c.model_copy(update={"output_dir": default_output_dir(c)})
     hidden = 64 * -(-8 * c.n_embd // (3 * 64)) if c.mlp == "swiglu" else 4 * c.n_embd
     c = c.model_copy(
         update={
@@ -171,39 +173,81 @@ def resolve(config: Config, world_size: int) -> Config:
     return c
 
 
+def keep_batch(config: Config, saved: dict[str, Any], world_size: int) -> Config:
+    """Keeps the total batch size of the run that is resumed, also on another number of ranks.
+
+    `saved` are the flags of its checkpoint. If --batch_size does not divide a rank's share, it is lowered, with a line.
+    """
+    total, length = saved.get("total_batch_size"), config.sequence_length
+    if not isinstance(total, int) or total < length or saved.get("sequence_length") != length:
+        return config
+    if config.total_batch_size not in (0, total):
+        return config
+    rows, rest = divmod(total // length, world_size)
+    if rest:
+        fewer = largest_divisor(total // length, world_size)
+        raise UserError(
+            f"--output_dir={config.output_dir}: the run to resume has --total_batch_size={total}, which is"
+            f" {total // length} sequences; {world_size} ranks cannot share them equally, but {fewer} can"
+        )
+    size = config.batch_size
+    if size and rows % size:
+        size = largest_divisor(rows, config.batch_size)
+        if launched_rank() == 0:
+            why = f"the resumed run has {rows} sequences per step and rank"
+            print(f"--batch_size={config.batch_size}: lowered to {size}; {why}")
+    return config.model_copy(update={"total_batch_size": total, "batch_size": size})
+
+
 def load_config(
     argv: list[str] | None = None,
     world_size: int | None = None,
     describe: Callable[[str], Any] | None = None,
     tokenizer_size: Callable[[str], int] | None = None,
+    saved_flags: Callable[[Config], dict[str, Any]] | None = None,
 ) -> Config:
     """Parses a command line (default: sys.argv) into a checked Config. Flags win over the preset of --cfg.
 
     `world_size` defaults to what torchrun put into the environment. `describe` turns the value of --init_from into a
     `PretrainedModel`: callers that accept --init_from pass model.formats.pretrained.open_pretrained, which cfg/ may
     not import (docs/architecture.md, layers). Callers that accept --tokenizer pass data.tokenizers.load.tokenizer_size:
-    it is the --vocab_size if none is given.
+    it is the --vocab_size if none is given. `saved_flags` returns the flags in the checkpoint that a run resumes from,
+    or {}; a resumed run keeps its total batch size.
     """
     argv = sys.argv[1:] if argv is None else argv
     known, rest = _parser().parse_known_args(argv)
     if rest:
         raise _unknown(rest[0])
     flags = vars(known)
-    values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
+    preset = _read_preset(flags["cfg"]) if flags.get("cfg") else {}
+    if "num_iterations" in flags:  # replaces a preset's --num_epochs, and the other way round
+        preset.pop("num_epochs", None)
+    if _epochs(flags):
+        preset.pop("num_iterations", None)
+    values = preset | flags
+    if _epochs(values) and "num_iterations" in values:
+        raise UserError(f"--num_epochs={values['num_epochs']}: --num_iterations is given too; leave one of them out")
     world_size = launched_world_size() if world_size is None else world_size
+    pretrained = None
     if (source := str(values.get("init_from", "scratch"))) == "scratch":
-        return resolve(_with_tokenizer_size(_validate(values), values, tokenizer_size), world_size)
+        config = _with_tokenizer_size(_validate(values), values, tokenizer_size)
+    else:
+        if describe is None:
+            raise RuntimeError("this caller of load_config accepts --init_from: pass describe=open_pretrained")
+        pretrained = describe(source)
+        if "tokenizer" not in flags and values.get("tokenizer", "none") == "none":
+            values["tokenizer"] = pretrained.tokenizer
+        config = _with_pretrained_flags(pretrained, values)
+        if config.resize_embeddings:
+            config = _with_tokenizer_size(config, values, tokenizer_size)
 
-    if describe is None:
-        raise RuntimeError("this caller of load_config accepts --init_from: pass describe=open_pretrained")
-    pretrained = describe(source)
-    if "tokenizer" not in flags and values.get("tokenizer", "none") == "none":
-        values["tokenizer"] = pretrained.tokenizer
-    config = _with_pretrained_flags(pretrained, values)
-    if config.resize_embeddings:
-        config = _with_tokenizer_size(config, values, tokenizer_size)
+    if config.output_dir == DEFAULT_OUTPUT_DIR:
+        config = config.model_copy(update={"output_dir": default_output_dir(config)})
+    if saved_flags is not None:
+        config = keep_batch(config, saved_flags(config), world_size)
     config = resolve(config, world_size)
-    _check_against_pretrained(config, pretrained, values)
+    if pretrained is not None:
+        _check_against_pretrained(config, pretrained, values)
     return config
 
 

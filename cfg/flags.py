@@ -130,6 +130,12 @@ class BatchConfig(Flags):
     """Run length and batch"""
 
     num_iterations: int = Field(1000, ge=1, description="optimizer steps in the whole run")
+    num_epochs: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="epochs to train for (may be a fraction), instead of --num_iterations; 0: off",
+    )
     sequence_length: int = Field(1024, ge=1, le=2**24, description="tokens per sequence")
     batch_size: int = Field(
         4,

@@ -42,7 +42,7 @@ OTHER_NAMES = {
     # Hugging Face Trainer
     "per_device_train_batch_size": "--batch_size",
     "max_steps": "--num_iterations",
-    "num_train_epochs": "--num_iterations (epochs × training tokens / total_batch_size)",
+    "num_train_epochs": "--num_epochs",
     "adam_beta1": "--beta1",
     "adam_beta2": "--beta2",
     "adam_epsilon": "--adam_eps",
@@ -65,9 +65,8 @@ OTHER_NAMES = {
     # names that several trainers use
     "lr": "--learning_rate",
     "max_lr": "--learning_rate",
-    "num_epochs": "--num_iterations (epochs × training tokens / total_batch_size)",
-    "n_epochs": "--num_iterations (epochs × training tokens / total_batch_size)",
-    "epochs": "--num_iterations (epochs × training tokens / total_batch_size)",
+    "n_epochs": "--num_epochs",
+    "epochs": "--num_epochs",
     "num_steps": "--num_iterations",
     "train_steps": "--num_iterations",
     "grad_accum_steps": "--total_batch_size (tokens per optimizer step over all ranks)",

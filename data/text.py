@@ -15,6 +15,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from util.ctrl_c import exit_on_ctrl_c
+
+    exit_on_ctrl_c()
 
 from data.prepare.cli import add_flags, check, check_flags, run
 from data.prepare.inputs import input_files

@@ -11,6 +11,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from util.ctrl_c import exit_on_ctrl_c
+
+    exit_on_ctrl_c()
 
 import numpy as np
 

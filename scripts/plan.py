@@ -297,6 +297,8 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     base = load_config(flags, args.gpus, open_pretrained, tokenizer_size)
     if not base.flash:
         raise UserError("--flash=0: its T × T scores are not part of the plan; use --flash=1")
+    if base.num_epochs and not args.tokens:
+        raise UserError("--num_epochs: the plan does not read the shards; give --tokens, or --num_iterations instead")
     changes: dict[str, Any] = {}
     if args.tokens:
         changes["num_iterations"] = math.ceil(args.tokens / base.total_batch_size)

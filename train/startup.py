@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from util.ctrl_c import exit_on_ctrl_c
 from util.errors import UserError, one_line_errors
 from util.launcher import die_with_launcher
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 
 def read_config() -> Config:
     """Reads the command line, so that --help and mistakes are answered at once. Ties the process to torchrun first."""
+    exit_on_ctrl_c()
     die_with_launcher()
     from cfg.config import load_config
-    from model.formats.pretrained import open_pretrained
+    from model.formats.pretrained import flags_to_resume, open_pretrained
 
     def tokenizer_size(name: str) -> int:
         from data.tokenizers import load  # imports numpy, which --help does not need
@@ -25,7 +27,11 @@ def read_config() -> Config:
         return load.tokenizer_size(name)
 
     with one_line_errors():
-        config = load_config(describe=open_pretrained, tokenizer_size=tokenizer_size)
+        config = load_config(
+            describe=open_pretrained,
+            tokenizer_size=tokenizer_size,
+            saved_flags=lambda config: flags_to_resume(config.output_dir, config.resume),
+        )
         if not config.input_train_bin:
             raise UserError("--input_train_bin: give the training shards; this preset has none")
         if not any(word.split("=")[0] == "--output_dir" for word in sys.argv):

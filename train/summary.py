@@ -12,11 +12,11 @@ from data.fingerprint import tokenizer_in_manifest
 from data.loader import Loader
 from data.mixed_loader import MixedLoader
 from data.shards import Shard
-from eval.reference import GPT2_ACC_NORM
 from train import optim
+from train.disk_space import warn_of_little_room
 from train.metrics import read_records
 from train.parallel import ParallelModel
-from train.plot import plot, plot_losses
+from train.plot import Plots
 from util.device import device_name
 from util.ranks import Ranks
 
@@ -50,7 +50,7 @@ def print_banner(
     if ranks.device.type == "cpu":
         cores = torch.get_num_threads() * ranks.world_size
         found += cpu_warnings(config, model.gpt.flops_per_token(config.sequence_length), cores)
-    for warning in found:
+    for warning in filter(None, [*found, warn_of_little_room(config, model.gpt)]):
         print(f"warning: {warning}")
 
 
@@ -107,9 +107,6 @@ def print_summary(config: Config, ranks: Ranks, first_step: int, step: int, skip
     if losses:
         also = f", {skipped} skipped" if skipped else ""
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps{also}")
-    curve = plot_losses(output_dir)
+    curve = Plots(config).draw()
     checkpoint = output_dir / "checkpoints" / f"step_{step:08d}"
     print(f"checkpoint: {checkpoint}" + (f", loss curve: {curve}" if curve else ""))
-    if config.hellaswag_every:
-        keys = {"completion": "hellaswag_acc_norm", "lm_eval": "hellaswag_lm_eval_acc_norm"}
-        plot(output_dir, "hellaswag", "HellaSwag acc_norm", keys, GPT2_ACC_NORM)

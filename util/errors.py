@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from util.ctrl_c import EXIT_CODE, raise_on_ctrl_c
 from util.values import parse_count, user_path
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EREMOTEIO)
@@ -140,8 +141,9 @@ def one_line_errors() -> Iterator[None]:
             raise
         exit_with(storage)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
@@ -152,6 +154,7 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoRetu
     run (pytorch#179291), and a thread that waits for another rank would hide a failure from torchrun.
     """
     code = 1
+    raise_on_ctrl_c()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not stop a command

@@ -160,6 +160,25 @@ def _rename_to_new(name: str, path: Path) -> None:
         os.rename(name, path)  # a file system without links
 
 
+def is_at(file: IO[str], path: Path) -> bool:
+    """Returns whether an open file is still at `path`: not deleted, moved or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
+
+
+def reopen(file: IO[str], path: Path) -> IO[str]:
+    """Returns `file`, opened with "a+". If it is no longer at `path`, writes its content there and opens that file."""
+    if is_at(file, path):
+        return file
+    with file:
+        file.flush()
+        file.seek(0)
+        write_atomically(path, file.read().encode(errors="replace"))
+    return open(path, "a+", errors="replace", buffering=1)
+
+
 def take_lock(path: Path) -> tuple[IO[str], str | None]:
     """Locks `path` until the returned file is closed or the process ends.
 

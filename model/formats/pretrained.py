@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -141,6 +142,17 @@ def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
         if isinstance(flags, dict):
             return flags
     raise UserError(f"{where}: contains no checkpoint")
+
+
+def flags_to_resume(output_dir: str, resume: str) -> dict[str, Any]:
+    """Returns the flags in the checkpoint that a run with these flags resumes from, {} if it starts fresh."""
+    names = {"never": [], "auto": [output_dir]}.get(resume, [output_dir, resume])
+    for name in names:
+        path = Path(os.path.expanduser(name))
+        if os.path.isdir(path):
+            with suppress(UserError):
+                return _flags_of_run(path, name)
+    return {}
 
 
 def _tokenizer_of_size(vocab_size: int) -> str:

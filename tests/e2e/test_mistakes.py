@@ -58,7 +58,10 @@ def test_a_broken_shard_is_an_error_that_names_it(trainer, good, tmp_path, name)
         (["--input_train_bin=a=1:nowhere/*.bin"], "--input_train_bin=nowhere/*.bin matches no file"),
         (["--input_train_bin=a=1:x,b=-1:y"], "--input_train_bin: the weight of b is '-1'"),
         (["--input_val_bin=a=1:x,b=1:y"], "validation reads one set of shards"),
+        (["--num_epochs=2"], "--num_epochs=2: --num_iterations is given too; leave one of them out"),
+        (["--num_epochs=-1"], "--num_epochs=-1: input should be greater than or equal to 0"),
         (["--total_batch_size=100"], "nearest: 64 or 128"),
+        (["--batch_size=3"], "= 3 × 32 × 1 = 96; lower --batch_size to 2, or choose the nearest: 192 or 288"),
         (["--n_embd=33"], "nearest: 32 or 34"),
         (["--learning_rate=-1"], "--learning_rate=-1: input should be greater than 0"),
         (["--learning_rate=nan"], "--learning_rate=nan: input should be a finite number"),
@@ -89,6 +92,12 @@ def test_a_vocabulary_far_larger_than_the_token_ids_is_a_warning(trainer, tmp_pa
         done = trainer.run(tmp_path / str(size), f"--vocab_size={size}", "--num_iterations=1", "--input_val_bin=")
         warning = f"warning: --vocab_size={size}, but the largest token id found in {shards} is {VOCAB - 1}; "
         assert (warning in done.stdout) == (size > 2 * VOCAB)
+
+
+def test_the_advice_for_a_small_validation_set_names_what_matters_there(trainer, tmp_path):
+    write_shard(tmp_path / "x_val.bin", np.arange(20), VOCAB)
+    line = one_line(trainer, tmp_path / "run", f"--input_val_bin={tmp_path}/*_val.bin")
+    assert "--input_val_bin has 20 tokens, too few for one sequence of 33; lower --sequence_length, or add data" in line
 
 
 def test_a_bad_token_id_beyond_the_sample_is_found_when_it_is_read(trainer, tmp_path, shards):

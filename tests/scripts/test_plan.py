@@ -154,6 +154,7 @@ def test_flags_of_the_strategy_narrow_the_choice(answer):
         ("--cfg=llama3-8b --gpus=7 --replicas=2", ["--replicas=2", "7"]),
         ("--cfg=gpt2-124m --batch_size=5", ["--total_batch_size", "5"]),
         ("--flash=0", ["--flash=0"]),
+        ("--num_epochs=2", ["--num_epochs", "--tokens"]),
         ("--zero_stagee=1", ["zero_stage"]),
         ("--cfg=gpt2-124m --gpus=1 --zero_stage=1", ["no strategy"]),
     ],
