@@ -230,7 +230,7 @@ def test_an_argument_without_a_flag_and_a_flag_without_a_value():
         ("--block_size=64", "--sequence_length"),
         ("--lr", "--learning_rate"),
         ("--gradient_accumulation_steps=40", "--total_batch_size (tokens per optimizer step over all ranks)"),
-        ("--n_epochs=1", "--num_iterations (epochs × training tokens / total_batch_size)"),
+        ("--n_epochs=1", "--num_epochs"),
         ("--device-batch-size=32", "--batch_size"),
         ("--depth=20", "--n_layer (the width, --n_embd, does not follow from it)"),
     ],
