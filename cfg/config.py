@@ -174,9 +174,10 @@ def resolve(config: Config, world_size: int) -> Config:
 
 
 def keep_batch(config: Config, saved: dict[str, Any], world_size: int) -> Config:
-    """Keeps the total batch size of the run that is resumed, also on another number of ranks.
+    """Keeps the total batch size of the run that is resumed, even on another number of ranks.
 
-    `saved` are the flags of its checkpoint. If --batch_size does not divide a rank's share, it is lowered, with a line.
+    `saved` are the flags of its checkpoint. If --batch_size does not divide a rank's share, it is lowered, and a line
+    says so.
     """
     total, length = saved.get("total_batch_size"), config.sequence_length
     if not isinstance(total, int) or total < length or saved.get("sequence_length") != length:

@@ -16,7 +16,7 @@ from util.values import parse_count
 
 # Marks a flag of ModelConfig that changes training but not the function that the trained weights compute.
 TRAINING_ONLY: dict[str, Any] = {"training_only": True}
-DEFAULT_OUTPUT_DIR = "outdir/run-NAME"  # cfg.config.resolve fills in the name
+DEFAULT_OUTPUT_DIR = "outdir/run-NAME"  # cfg.config.default_output_dir fills in the name
 
 
 class Flags(BaseModel):

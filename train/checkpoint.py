@@ -120,7 +120,8 @@ class Checkpointer:
         }
         files = self.tokenizer.files if self.tokenizer else {}
         record["save_s"] = self.writer.save(step, self.model.gpt, self.optimizer, state, files)
-        if self.ranks.is_main:
+        self.started_from = "auto"  # a roll-back from now on returns to a checkpoint of this run
+        if self.ranks.is_main and step < self.config.num_iterations:  # the end draws them too
             self.plots.redraw()
 
     def roll_back(self, record: dict[str, Any], problem: str) -> int:
@@ -155,7 +156,7 @@ class Checkpointer:
 
         def load() -> tuple[dict[str, Any], list[str]]:
             state = read_state(path)
-            check_same_data(state["data"], self.train_data.fingerprint, path.parent.parent)
+            check_same_data(state["data"], self.train_data.fingerprint, path)
             check_same_tokenizer(state.get("tokenizer", {"name": "none"}), self.fingerprint)
             changes = check_same_model(path, self.config)
             load_checkpoint(path, self.model.gpt, self.optimizer)

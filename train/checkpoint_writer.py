@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ from model.formats.checkpoint import (
 from model.gpt import GPT
 from train.disk_space import advise_when_full, checkpoint_bytes
 from train.optim import named_states
-from util.errors import StorageError
+from util.errors import StorageError, UserError
 from util.files import fault_point, file_sha256, flush_to_disk, path_in_errors, write_atomically
 from util.ranks import Ranks, group_timeout
 
@@ -175,14 +176,17 @@ class CheckpointWriter:
         def clean_up() -> str:
             shutil.rmtree(self.folder / f"{SAVING}{step:08d}", ignore_errors=True)
             is_full = any(os.strerror(number) in str(problem) for number in (errno.ENOSPC, errno.EDQUOT))
-            return f"{advise_when_full(self.folder, self._bytes)}, then " if is_full else ""
+            with suppress(OSError, UserError):
+                intact = "earlier checkpoints are intact: " if list_checkpoints(self.folder.parent) else ""
+                return intact + (f"{advise_when_full(self.folder, self._bytes)}, then " if is_full else "")
+            return ""
 
         try:
             return self.ranks.on_all(act, convert)
         except StorageError as error:
             problem = error
         advice = self.ranks.on_main(clean_up)
-        raise StorageError(f"{problem}; earlier checkpoints are intact: {advice}run the same command again to resume")
+        raise StorageError(f"{problem}; {advice}run the same command again to resume")
 
     def _write_tensors(self, temporary: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         for kind, tensors in parts.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from cfg.config import Config
 from model.formats.checkpoint import list_checkpoints
 from model.gpt import GPT
+from util.errors import UserError
 
 
 def checkpoint_bytes(model: GPT) -> int:
@@ -17,21 +18,29 @@ def checkpoint_bytes(model: GPT) -> int:
 
 def warn_of_little_room(config: Config, model: GPT) -> str:
     """Returns a warning if the checkpoints that the run will keep do not fit on the disk, otherwise ""."""
-    folder = Path(config.output_dir)
-    saves = -(-config.num_iterations // config.save_every_niter) if config.save_every_niter else 1
-    count = min(config.keep_last + 1, saves) - len(list_checkpoints(folder))
-    size, free = checkpoint_bytes(model), shutil.disk_usage(folder).free
+    folder, every = Path(config.output_dir), config.save_every_niter
+    saves = -(-config.num_iterations // every) if every else 1
+    kept = config.num_iterations // config.keep_every if config.keep_every and every else 0
+    try:
+        count = min(config.keep_last + 1 + kept, saves) - len(list_checkpoints(folder))
+        size, free = checkpoint_bytes(model), shutil.disk_usage(folder).free
+    except (OSError, UserError):
+        return ""
     if count * size <= free:
         return ""
+    flags = f"--keep_last={config.keep_last}" + (f" and --keep_every={config.keep_every}" if kept else "")
     return (
-        f"--output_dir={folder}: {_text(free)} are free, and a checkpoint takes {_text(size)}; --keep_last="
-        f"{config.keep_last} needs room for {count} more, because the newest is complete before the oldest is deleted;"
-        f" free {_text(count * size - free)}" + (", or lower --keep_last" if config.keep_last > 1 else "")
+        f"--output_dir={folder}: {_text(free)} are free, but {flags} needs {_text(count * size)}, {count} checkpoints"
+        f" of {_text(size)} (the newest is complete before the oldest is deleted); delete"
+        f" {_text(count * size - free)} on this disk" + (", or keep fewer" if config.keep_last > 1 or kept else "")
     )
 
 
 def advise_when_full(folder: Path, size: int) -> str:
-    """Returns how much room a checkpoint of `size` bytes lacks in `folder`, and what can be deleted."""
+    """Returns how much room a checkpoint of `size` bytes lacks in `folder`, and what can be deleted.
+
+    Raises OSError or UserError if the folder cannot be read.
+    """
     free = shutil.disk_usage(folder).free
     lack = f"{_text(size - free)} are missing" if free < size else "a quota may be used up"
     newest, *older = [path.name for path in list_checkpoints(folder.parent)] or [""]

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from train.rank_log import note
-from train.run_dir import write_status
+from train.run_dir import is_running, write_status
 from util.ctrl_c import EXIT_CODE
 from util.launcher import launched_rank
 from util.ranks import Ranks
@@ -87,9 +87,10 @@ def end_on_ctrl_c(output_dir: Path) -> None:
 
 
 def end_interrupted(output_dir: Path) -> NoReturn:
-    """Ends the process at once, without a checkpoint. status.json then says `interrupted`."""
-    with suppress(OSError):
-        write_status(output_dir, "interrupted", reason="Ctrl-C")
+    """Ends the process at once, without a checkpoint. status.json then says `interrupted`, unless the run had ended."""
+    if is_running():
+        with suppress(OSError):
+            write_status(output_dir, "interrupted", reason="Ctrl-C")
     _say("interrupted")
     os._exit(EXIT_CODE)
 
@@ -98,6 +99,7 @@ def _say(line: str) -> None:
     """Prints a line on rank 0 from a signal handler or a thread: print() could interrupt itself in the main thread."""
     if launched_rank() == 0:
         with suppress(OSError, RuntimeError):
+            note(line)
+        with suppress(OSError):  # the terminal may be closed
             start = "\n" if sys.stderr.isatty() else ""  # after a progress bar, or the terminal's ^C
             os.write(2, f"{start}{line}\n".encode())
-            note(line)

@@ -175,7 +175,7 @@ class Metrics:
         self.wandb_id = self.wandb_id or secrets.token_hex(4)
         if mode == "offline":  # each start writes a folder, all with one id
             folders = f"{shlex.quote(self.config.output_dir)}/wandb/offline-run-*-{self.wandb_id}"
-            self.say(f"wandb: upload all starts of this run later, as one: wandb sync --id {self.wandb_id} {folders}")
+            self.say(f"wandb: to upload this run later as one W&B run: wandb sync --id {self.wandb_id} {folders}")
         try:
             self._wandb = wandb.init(
                 project=self.config.wandb_project_id,

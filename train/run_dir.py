@@ -15,6 +15,7 @@ from util.files import fault_point, is_at, take_lock, write_atomically
 from util.ranks import Ranks
 
 _held_lock: IO[str] | None = None
+_status = ""  # the last one written
 
 
 def lock_output_dir(output_dir: Path) -> None:
@@ -57,7 +58,7 @@ def restore_output_dir(output_dir: Path, config_yaml: str) -> bool:
         write_config(output_dir, config_yaml)
     except (UserError, OSError) as e:
         raise StorageError(f"{gone}, and cannot be restored: {e}") from e
-    print(f"warning: {gone}; restored what is in memory: config.yaml, metrics.jsonl, logs, and now a checkpoint")
+    print(f"warning: {gone}; created again with config.yaml, metrics.jsonl and logs; a checkpoint follows")
     return True
 
 
@@ -68,9 +69,16 @@ def write_status(output_dir: Path, status: str, step: int | None = None, reason:
     checkpoint), out of time (--max_minutes, with a checkpoint), interrupted (by Ctrl-C, without a checkpoint), user
     error, diverged, storage error. Only the process that has locked the directory writes the file.
     """
+    global _status
     if _held_lock is not None and is_at(_held_lock, output_dir / ".lock"):
         content = {"status": status, "step": step, "reason": reason}
         write_atomically(output_dir / "status.json", (json.dumps(content) + "\n").encode())
+        _status = status
+
+
+def is_running() -> bool:
+    """Returns whether status.json still says that the run goes on."""
+    return _status == "running"
 
 
 def refuse_restart_after_divergence(output_dir: Path) -> None:

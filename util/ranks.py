@@ -166,7 +166,7 @@ def _meet(timeout: timedelta) -> dist.Store:
     """Returns torchrun's store, with a separate prefix for each restart (torchrun --max-restarts).
 
     The store lives as long as torchrun, and keeps the addresses of earlier workers. After a restart gloo and NCCL
-    would connect to the dead workers, and fail or hang (pytorch#135712, torch 2.11 to 2.13). Machines may count
+    would connect to the dead workers, and fail or hang (pytorch#135712, seen in torch 2.11 to 2.13). Machines may count
     restarts differently; on several machines TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every restart a new store.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

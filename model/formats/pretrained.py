@@ -149,6 +149,7 @@ def flags_to_resume(output_dir: str, resume: str) -> dict[str, Any]:
     names = {"never": [], "auto": [output_dir]}.get(resume, [output_dir, resume])
     for name in names:
         path = Path(os.path.expanduser(name))
+        path = path.parent if is_latest_file(path) else path
         if os.path.isdir(path):
             with suppress(UserError):
                 return _flags_of_run(path, name)

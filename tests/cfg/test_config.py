@@ -492,21 +492,6 @@ def test_a_pretrained_model_has_its_own_folder():
         assert config.output_dir == f"outdir/run-12x768-from-{name}"
 
 
-def test_a_run_in_the_default_folder_of_earlier_versions_is_not_started_again(tmp_path):
-    (tmp_path / "outdir").mkdir()
-    (tmp_path / "outdir/config.yaml").write_text(to_yaml(load("--output_dir=outdir")))
-
-    def start(*flags):
-        command = [sys.executable, str(ROOT / "train_gpt.py"), "--input_train_bin=none", *flags]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    done = start()
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--output_dir=outdir" in done.stderr and "--output_dir=outdir/run-12x768" in done.stderr
-    for flags in (["--output_dir=outdir"], ["--output_dir=outdir/run-12x768"], ["--cfg=gpt2-350m"]):
-        assert "--input_train_bin=none matches no file" in start(*flags).stderr
-
-
 # Command lines
 
 
