@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.config import Config, load_config
-from data.tokenizers.load import tokenizer_size
 from model.formats.pretrained import open_pretrained
 from util.command import parse_first
 from util.errors import CommandParser, UserError, closest, run_command
@@ -67,6 +66,7 @@ from typing import Any
 
 import torch
 
+from data.tokenizers.load import tokenizer_size
 from model.gpt import GPT
 from train.memory import (
     CONTEXT_BYTES,

@@ -59,7 +59,7 @@ def slow(*case):
 @pytest.mark.parametrize(
     "family, how, recompute",
     [
-        ([], "1", "none"),
+        slow([], "1", "none"),
         (LLAMA, "1", "none"),
         (MODERN, "1", "none"),
         ([], "model", "selective"),

@@ -81,8 +81,17 @@ def test_the_plan_of_the_8b_model_on_up_to_1024_ranks(ranks, flags, stage, recom
         assert planned == pytest.approx(found, rel=0.1), what
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
-@pytest.mark.parametrize("family", [*FAMILIES, "bfloat16 residual"])
+KINDS = [*FAMILIES, "bfloat16 residual"]
+RECOMPUTE = ["none", "block", "selective"]
+# By default every family with "none", and every other value with two families.
+COMPILED = [
+    pytest.param(family, recompute, marks=() if not j or (i + j) % 3 == 0 else pytest.mark.slow)
+    for i, family in enumerate(KINDS)
+    for j, recompute in enumerate(RECOMPUTE)
+]
+
+
+@pytest.mark.parametrize("family, recompute", COMPILED)
 def test_a_compiled_block_keeps_what_the_plan_says(family, recompute):
     """The compiler's own partition of forward and backward, run by plain kernels."""
     residual = "bfloat16" if family == "bfloat16 residual" else "float32"
