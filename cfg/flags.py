@@ -144,8 +144,14 @@ class BatchConfig(Flags):
 class OptimizerConfig(Flags):
     """Optimizer and learning rate"""
 
-    optimizer: Literal["adamw"] = Field("adamw", description="optimizer")
-    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="optimizer; muon: Muon for the hidden matrices, AdamW for the rest"
+    )
+    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate of adamw")
+    matrix_lr: float = Field(0.02, gt=0, description="muon: peak learning rate of the hidden matrices")
+    embedding_lr: float = Field(0.3, gt=0, description="muon: peak learning rate of the embeddings")
+    head_lr: float = Field(0.004, gt=0, description="muon: peak learning rate of an untied output head")
+    scalar_lr: float = Field(0.015, gt=0, description="muon: peak learning rate of biases and norms")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="shape of the learning rate after warm-up"
     )
@@ -156,7 +162,7 @@ class OptimizerConfig(Flags):
     cooldown_frac: float = Field(
         0.2, gt=0, le=1, description="wsd: the last fraction of the run, over which the rate falls linearly"
     )
-    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on weights of two or more dimensions")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay: adamw on weights of two or more dimensions, muon on the hidden matrices, falling to 0")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
