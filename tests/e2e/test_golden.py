@@ -140,7 +140,14 @@ def check_events(found, printed):
     assert records[f"step {STEPS}"]["val_loss"] < records["step 30"]["val_loss"]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# The numbers of stages 0 and 1 on two ranks are also in tests/e2e/test_reference.py.
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(s, marks=pytest.mark.slow if s in ("two_ranks_stage_0", "two_ranks_stage_1") else ())
+        for s in SETTINGS
+    ],
+)
 def test_the_run_gives_the_recorded_numbers(trainer, data_flags, tmp_path, setting):
     ranks, stage, file = SETTINGS[setting]
     command = tmp_path / "run", *FLAGS, *data_flags, f"--zero_stage={stage}"

@@ -14,8 +14,8 @@ from tests.soak.processes import processes_of
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 # Few kills: starting the launcher and its workers takes about 7 s of one core, starting only the workers 5 s.
 SHORT = {
-    0: [("launcher", "start-up"), ("worker", "save"), ("all", "prune")],
-    3: [("all", "start-up"), ("worker", "evaluation"), ("launcher", "save"), ("worker", "prune")],
+    0: [("launcher", "start-up"), ("worker", "save"), ("all", "prune"), ("all", "start-up")],
+    3: [("worker", "evaluation"), ("launcher", "save")],
 }
 
 
@@ -33,7 +33,7 @@ def soak(stage, folder, *flags, plan=None):
     "bit-equal; no orphan processes; only the steps since the last save are repeated",
 )
 @pytest.mark.parametrize("stage", [3, pytest.param(0, marks=pytest.mark.slow)])
-def test_killed_at_start_up_and_in_save_prune_and_evaluation(injected, tmp_path, stage):
+def test_a_run_killed_in_several_phases_ends_bit_equal(injected, tmp_path, stage):
     kills, most = soak(stage, tmp_path, "--n_embd=32", "--val_max_steps=10", plan=SHORT[stage])
     assert [(kill.target, kill.planned) for kill in kills] == SHORT[stage]
     hit = [kill.phase == kill.planned for kill in kills]
