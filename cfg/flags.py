@@ -162,7 +162,11 @@ class OptimizerConfig(Flags):
     cooldown_frac: float = Field(
         0.2, gt=0, le=1, description="wsd: the last fraction of the run, over which the rate falls linearly"
     )
-    weight_decay: float = Field(0.1, ge=0, description="weight decay: adamw on weights of two or more dimensions, muon on the hidden matrices, falling to 0")
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="weight decay: adamw on weights of two or more dimensions, muon on the hidden matrices, falling to 0",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")

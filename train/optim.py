@@ -11,11 +11,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 
 from cfg.config import Config
-from model.gpt import GPT
 from train.muon import Muon, empty_state
 
 
-def make_optimizer(model: GPT, config: Config, world_size: int) -> Optimizer:
+def make_optimizer(model: nn.Module, config: Config, world_size: int) -> Optimizer:
     """Returns the optimizer of --optimizer: AdamW (Loshchilov and Hutter 2019, fused into one kernel), or Muon.
 
     In stage 1 each rank keeps the states of some parameters, updates those, and broadcasts them.
@@ -44,39 +43,57 @@ def adamw_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def muon_groups(model: GPT, config: Config) -> list[dict[str, Any]]:
-    """Returns Muon's groups: one for each kind of hidden matrix, and AdamW groups for the other parameters.
+# Ends of parameter names, in the order of Muon's groups. The first three are the hidden matrices; "" is the rest.
+MUON_GROUPS = (
+    "attn.c_attn.weight",
+    "mlp.c_fc.weight",
+    "c_proj.weight",
+    "wte.weight",
+    "wpe.weight",
+    "lm_head.weight",
+    "",
+)
+HIDDEN = MUON_GROUPS[:3]
+
+
+def muon_group(name: str) -> str:
+    """Returns the entry of MUON_GROUPS to which a parameter belongs.
 
     Parameters are chosen by name: the number of dimensions misleads where parameters are flat or sharded
-    (DeepSpeed#8438). Each group has its rate relative to --matrix_lr.
+    (DeepSpeed#8438).
+    """
+    return next(end for end in MUON_GROUPS if name.endswith(end))
+
+
+def muon_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Returns Muon's groups: one for each kind of hidden matrix, and AdamW groups for the other parameters.
+
+    Each group has its learning rate relative to --matrix_lr.
     """
     c = config
-    attention = [size * c.head_size for size in (c.n_head, c.n_kv_head, c.n_kv_head)]
-    hidden = [c.mlp_hidden] * (2 if c.mlp == "swiglu" else 1)  # gate and value
-    muon = {"weight_decay": c.weight_decay, "relative_rate": 1.0}
-    kinds: dict[str, dict[str, Any]] = {
-        "attn.c_attn.weight": {"parts": attention, **muon},
-        "mlp.c_fc.weight": {"parts": hidden, **muon},
-        "c_proj.weight": {"parts": [c.n_embd], **muon},
-        "wte.weight": {"relative_rate": c.embedding_lr / c.matrix_lr},
-        "wpe.weight": {"relative_rate": c.embedding_lr / c.matrix_lr},
-        "lm_head.weight": {"relative_rate": c.head_lr / c.matrix_lr},
-        "": {"relative_rate": c.scalar_lr / c.matrix_lr},  # biases and norms
+    parts = {
+        "attn.c_attn.weight": [heads * c.head_size for heads in (c.n_head, c.n_kv_head, c.n_kv_head)],
+        "mlp.c_fc.weight": [c.mlp_hidden] * (2 if c.mlp == "swiglu" else 1),  # gate and value
+        "c_proj.weight": [c.n_embd],
     }
-    for group in kinds.values():
-        group["params"] = []
+    rates = {"wte.weight": c.embedding_lr, "wpe.weight": c.embedding_lr, "lm_head.weight": c.head_lr, "": c.scalar_lr}
+    groups: dict[str, dict[str, Any]] = {
+        end: {"params": [], "parts": parts.get(end), "relative_rate": rates.get(end, c.matrix_lr) / c.matrix_lr}
+        for end in MUON_GROUPS
+    }
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kinds[next(end for end in kinds if name.endswith(end))]["params"].append(p)
-    assert all(p.dim() < 2 for p in kinds[""]["params"]), "a matrix without a group"
-    return list(kinds.values())
+            groups[muon_group(name)]["params"].append(p)
+    assert all(p.dim() < 2 for p in groups[""]["params"]), "a matrix is in no group"
+    return list(groups.values())
 
 
 def describe(optimizer: Optimizer, config: Config) -> str:
     """Returns the banner's line about the optimizer."""
     if config.optimizer == "muon":
-        counts = [sum(p.numel() for g in optimizer.param_groups if bool(g["parts"]) is m for p in g["params"]) for m in (True, False)]
-        return f"Muon: {counts[0]:,} parameters; AdamW (fused): {counts[1]:,}"
+        matrices = sum(p.numel() for group in optimizer.param_groups if group["parts"] for p in group["params"])
+        total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        return f"Muon: {matrices:,} parameters in hidden matrices; AdamW (fused): {total - matrices:,} others"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     matrices = sum(p.numel() for p in parameters if p.dim() >= 2)
     vectors = sum(p.numel() for p in parameters if p.dim() < 2)

@@ -30,7 +30,9 @@ def assert_close(ours, reference, limit=5e-6):
         assert a == pytest.approx(b, rel=0, abs=limit)
 
 
-def test_stage_1_equals_stage_0_bit_for_bit_and_resumes_its_checkpoint(trainer, trace, parameters_of, stage_0, tmp_path):
+def test_stage_1_equals_stage_0_bit_for_bit_and_resumes_its_checkpoint(
+    trainer, trace, parameters_of, stage_0, tmp_path
+):
     run = cut_back(stage_0, tmp_path / "run")
     assert "step_00000010" in trainer.run(run, *FLAGS, "--zero_stage=1", ranks=2).stdout
     assert trace(run) == trace(stage_0)  # ==: all digits

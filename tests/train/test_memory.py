@@ -24,6 +24,8 @@ from train.memory import (
     possible_peaks,
     usable_bytes,
 )
+from train.muon import empty_state
+from train.optim import make_optimizer
 from util.errors import UserError
 from util.ranks import Ranks
 
@@ -46,6 +48,8 @@ SIMULATED = [
     ("llama", 8, 2, "--zero_stage=3 --activation_checkpointing=selective"),
     ("llama", 64, 1, "--zero_stage=3 --replicas=8 --dtype=float32"),
     ("gpt2", 8, 1, "--zero_stage=3 --residual_dtype=bfloat16"),
+    ("llama", 8, 1, "--zero_stage=3 --optimizer=muon"),
+    ("gpt2", 8, 1, "--zero_stage=1 --optimizer=muon"),
     ("gpt2", 8, 1, "--zero_stage=3 --vocab_size=500 --activation_checkpointing=block"),  # the loss is not the peak
 ]
 
@@ -110,6 +114,23 @@ def test_a_compiled_block_keeps_what_the_plan_says(family, recompute):
     assert block_activations(c, recompute) * tokens == pytest.approx(sum(kept.values()), rel=0.01)
 
 
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_the_fullest_rank_of_stage_1_holds_the_states_of_zero_redundancy_optimizer_with_muon(ranks):
+    c = config("--n_embd=64", "--optimizer=muon", family="llama")
+    model = GPT(c)
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        zero = make_optimizer(model, c.model_copy(update={"zero_stage": 1}), ranks)
+        partition = zero._partition_parameters()
+    finally:
+        dist.destroy_process_group()
+    sizes = [
+        sum(s.numel() for g in rank for p in g["params"] for s in empty_state(p, g).values()) for rank in partition
+    ]
+    steps = [sum(len(g["params"]) for g in rank if not g["parts"]) for rank in partition]  # AdamW's step counters
+    assert largest_partition(c, ranks) == max(4 * (size - few) for size, few in zip(sizes, steps, strict=True))
+
+
 @pytest.mark.parametrize("ranks", [2, 5, 64])
 def test_the_fullest_rank_of_stage_1_is_that_of_zero_redundancy_optimizer(ranks):
     c = config(family="gpt2")
@@ -122,8 +143,8 @@ def test_the_fullest_rank_of_stage_1_is_that_of_zero_redundancy_optimizer(ranks)
     finally:
         dist.destroy_process_group()
     sizes = [sum(p.numel() for group in rank for p in group["params"]) for rank in partition]
-    assert largest_partition(config("--n_embd=64"), ranks) == max(sizes)
-    assert largest_partition(c, 1) == sum(p.numel() for p in GPT(c).parameters())
+    assert largest_partition(config("--n_embd=64"), ranks) == 8 * max(sizes)
+    assert largest_partition(c, 1) == 8 * sum(p.numel() for p in GPT(c).parameters())
 
 
 def test_closed_forms_of_the_8b_model():

@@ -96,7 +96,9 @@ def test_steps_are_those_of_a_plain_implementation():
         reference.step()
     expected |= {n: p.detach() for n, p in adam.items()}
     for n, p in model.named_parameters():
-        torch.testing.assert_close(p.detach().double(), expected[n], rtol=2e-5, atol=2e-6, msg=lambda m, n=n: f"{n}: {m}")
+        torch.testing.assert_close(
+            p.detach().double(), expected[n], rtol=2e-5, atol=2e-6, msg=lambda m, n=n: f"{n}: {m}"
+        )
 
 
 def test_frozen_parameters_are_not_updated_and_need_no_matrices():
