@@ -53,6 +53,7 @@ def train(config: Config) -> int:
     tokenizer = inputs.open_tokenizer(config, ranks)  # None if the shards' tokenizer is unknown
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # without one --doc_mask is an error
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
+    config = inputs.count_iterations(config, train_data, ranks)  # from --num_epochs
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
     pretrained = inputs.load_pretrained(config, ranks)  # None: random weights from --seed
 
@@ -82,7 +83,7 @@ def train(config: Config) -> int:
     model.check_replicas()  # raises if copies of a parameter differ between ranks
     model.warm_up()  # DDP arranges its buckets now: a resumed run adds gradients in the order of an uninterrupted one
     metrics.start(step, last_record.get("elapsed_s", 0.0))
-    stop = interrupt.StopRequest(config.max_minutes, STARTED)  # SIGTERM, SIGINT, SIGUSR1, SIGHUP, or out of time
+    stop = interrupt.StopRequest(config.max_minutes, STARTED, output_dir)  # signals, or out of time
     # `pending` is the record of a step that is not yet evaluated and logged, or None. After a resume it is the
     # checkpoint's record, if metrics.jsonl lacks that step.
     pending = last_record if step and not metrics.has(step) else None
@@ -219,6 +220,7 @@ def main(config: Config) -> int:
     """Trains; an error is also written to status.json."""
     output_dir = Path(config.output_dir)
     run_dir.refuse_restart_after_divergence(output_dir)
+    interrupt.end_on_ctrl_c(output_dir)
     with run_dir.status_on_error(output_dir):
         try:
             return train(config)

@@ -84,8 +84,21 @@ def check_run(c: Config, world_size: int) -> None:
         raise UserError(
             f"--total_batch_size={c.total_batch_size} must be a multiple of batch_size × sequence_length × ranks"
             f" = {rows} × {c.sequence_length} × {world_size} = {micro};"
-            f" nearest: {_multiples(c.total_batch_size, micro)}"
+            f"{_smaller_batch(c, world_size)} nearest: {_multiples(c.total_batch_size, micro)}"
         )
+
+
+def _smaller_batch(c: Config, world_size: int) -> str:
+    """Returns advice to lower --batch_size to one that divides the total batch, or "" if there is none."""
+    rows, rest = divmod(c.total_batch_size, c.sequence_length * world_size)
+    if rest or not c.batch_size or not rows:
+        return ""
+    return f" lower --batch_size to {largest_divisor(rows, c.batch_size)}, or choose the"
+
+
+def largest_divisor(n: int, most: int) -> int:
+    """Returns the largest divisor of `n` that is at most `most`, and at most 4096: no micro-batch is larger."""
+    return next(d for d in range(min(n, most, 4096), 0, -1) if n % d == 0)
 
 
 def _multiples(value: int, of: int) -> str:

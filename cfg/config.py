@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cfg.checks import PATH_FLAGS, check_model, check_run
-from cfg.flags import GROUPS, Config, ModelConfig, shown_default, training_only_flags, type_name
+from cfg.checks import PATH_FLAGS, check_model, check_run, largest_divisor
+from cfg.flags import DEFAULT_OUTPUT_DIR, GROUPS, Config, ModelConfig, shown_default, training_only_flags, type_name
+from cfg.other_trainers import OTHER_NAMES
 from util.errors import CommandParser, UserError, closest, quote
 from util.files import read_yaml
-from util.launcher import launched_world_size
+from util.launcher import launched_rank, launched_world_size
 
 __all__ = ["Config", "ModelConfig", "load_config", "model_config", "resolve", "to_yaml"]
 
@@ -38,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="train_gpt.py",
         usage="train_gpt.py [--flag=value ...]",
-        description="Train a GPT. Flags take --flag=value or --flag value; booleans take 0/1/true/false.",
+        description="Train a GPT. Flags take --flag=value or --flag value; booleans take 0/1/true/false,"
+        " integers also 1e4, 10_000 or 0.5M (K, M, B, T).",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -54,15 +57,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _find_preset(name: str) -> Path:
+    """Returns the path of cfg/NAME.yaml, or of NAME itself if it is a file."""
+    for path in (PRESETS / f"{name}.yaml", Path(name)):
+        if os.path.isfile(path):
+            return path
+    near = closest(name, _presets())
+    hint = f"did you mean {near}?" if near else f"presets are {', '.join(_presets())}"
+    if os.path.isfile(config := os.path.join(name, "config.yaml")):
+        hint = f"did you mean --cfg={config}?"
+    raise UserError(f"--cfg={quote(name)}: no such preset or file; {hint}")
+
+
 def _read_preset(name: str) -> dict[str, Any]:
-    """Reads cfg/NAME.yaml, or NAME itself if it is a path."""
+    """Reads a preset, given by its name or path."""
     name = os.path.expanduser(name)
-    path = Path(name) if name.endswith((".yaml", ".yml")) or os.sep in name else PRESETS / f"{name}.yaml"
-    if not os.path.isfile(path):
-        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
-        near = closest(name, known)
-        hint = f"did you mean {near}?" if near else f"presets are {', '.join(known)}"
-        raise UserError(f"--cfg={quote(name)}: no such preset or file; {hint}")
+    path = _find_preset(name)
     try:
         values = read_yaml(path)
     except (ValueError, OSError) as e:
@@ -71,7 +85,7 @@ def _read_preset(name: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--cfg={name}: {path} must hold `flag: value` lines")
+        raise UserError(f"--cfg={name}: {path} is not a preset in YAML, which is lines of `flag: value`")
     for key in values:
         if key not in Config.model_fields:
             raise UserError(f"--cfg={name}: unknown flag {quote(key)!r} in {path}{_did_you_mean(quote(key))}")
@@ -79,8 +93,24 @@ def _read_preset(name: str) -> dict[str, Any]:
 
 
 def _did_you_mean(name: str) -> str:
+    name = name.replace("-", "_")
+    if name in OTHER_NAMES:
+        return f"; rawgpt's flag is {OTHER_NAMES[name]}"
     near = closest(name, Config.model_fields)
     return f"; did you mean {near}?" if near else "; see --help for all flags"
+
+
+def _unknown(word: str) -> UserError:
+    """Returns the error about a word that the parser of the command line did not use."""
+    name, equals, _ = word.partition("=")
+    if name.startswith("-"):
+        return UserError(f"unknown flag {quote(name)}{_did_you_mean(name.lstrip('-'))}")
+    if near := closest(name, Config.model_fields) if equals else None:
+        return UserError(f"unknown argument {quote(word)}; did you mean --{near}?")
+    is_file = name.endswith((".yaml", ".yml")) and os.path.isfile(name)
+    preset = name if is_file else closest(Path(name).stem, _presets())
+    hint = f"did you mean --cfg={preset}?" if preset else "flags begin with --; see --help"
+    return UserError(f"unknown argument {quote(word)}; {hint}")
 
 
 def _validate(values: dict[str, Any]) -> Config:
@@ -88,6 +118,10 @@ def _validate(values: dict[str, Any]) -> Config:
         return Config(**values)
     except ValidationError as e:
         raise UserError("; ".join(f"--{line}" for line in _messages(e))) from e
+
+
+def _epochs(values: dict[str, Any]) -> float:
+    return _validate({"num_epochs": values.get("num_epochs", 0)}).num_epochs
 
 
 def _messages(error: ValidationError) -> list[str]:
@@ -113,6 +147,14 @@ def model_config(flags: dict[str, Any], where: str) -> ModelConfig:
     return config
 
 
+def default_output_dir(config: Config) -> str:
+    """Returns outdir/run-NAME. NAME is the preset or LAYERSxWIDTH, and after -from- the model of --init_from."""
+    name = Path(config.cfg).stem or f"{config.n_layer}x{config.n_embd}"
+    if config.init_from != "scratch":
+        name += "-from-" + re.split("[:/]", config.init_from.rstrip("/"))[-1]
+    return DEFAULT_OUTPUT_DIR.replace("NAME", name)
+
+
 def resolve(config: Config, world_size: int) -> Config:
     """Replaces the zeros that mean "derive it" and checks how the flags fit together."""
     c = config
@@ -131,35 +173,89 @@ def resolve(config: Config, world_size: int) -> Config:
     return c
 
 
+def keep_batch(config: Config, saved: dict[str, Any], world_size: int) -> Config:
+    """Keeps the total batch size of the run that is resumed, also on another number of ranks.
+
+    `saved` are the flags of its checkpoint. If --batch_size does not divide a rank's share, it is lowered, with a line.
+    """
+    total, length = saved.get("total_batch_size"), config.sequence_length
+    if not isinstance(total, int) or total < length or saved.get("sequence_length") != length:
+        return config
+    if config.total_batch_size not in (0, total):
+        return config
+    rows, rest = divmod(total // length, world_size)
+    if rest:
+        fewer = largest_divisor(total // length, world_size)
+        raise UserError(
+            f"--output_dir={config.output_dir}: the run to resume has --total_batch_size={total}, which is"
+            f" {total // length} sequences; {world_size} ranks cannot share them equally, but {fewer} can"
+        )
+    size = config.batch_size
+    if size and rows % size:
+        size = largest_divisor(rows, config.batch_size)
+        if launched_rank() == 0:
+            why = f"the resumed run has {rows} sequences per step and rank"
+            print(f"--batch_size={config.batch_size}: lowered to {size}; {why}")
+    return config.model_copy(update={"total_batch_size": total, "batch_size": size})
+
+
 def load_config(
-    argv: list[str] | None = None, world_size: int | None = None, describe: Callable[[str], Any] | None = None
+    argv: list[str] | None = None,
+    world_size: int | None = None,
+    describe: Callable[[str], Any] | None = None,
+    tokenizer_size: Callable[[str], int] | None = None,
+    saved_flags: Callable[[Config], dict[str, Any]] | None = None,
 ) -> Config:
     """Parses a command line (default: sys.argv) into a checked Config. Flags win over the preset of --cfg.
 
     `world_size` defaults to what torchrun put into the environment. `describe` turns the value of --init_from into a
     `PretrainedModel`: callers that accept --init_from pass model.formats.pretrained.open_pretrained, which cfg/ may
-    not import (docs/architecture.md, layers).
+    not import (docs/architecture.md, layers). Callers that accept --tokenizer pass data.tokenizers.load.tokenizer_size:
+    it is the --vocab_size if none is given. `saved_flags` returns the flags in the checkpoint that a run resumes from,
+    or {}; a resumed run keeps its total batch size.
     """
     argv = sys.argv[1:] if argv is None else argv
     known, rest = _parser().parse_known_args(argv)
     if rest:
-        name = rest[0].split("=")[0]
-        what = "flag" if name.startswith("-") else "argument"
-        raise UserError(f"unknown {what} {quote(name)}{_did_you_mean(name.lstrip('-').replace('-', '_'))}")
+        raise _unknown(rest[0])
     flags = vars(known)
-    values = (_read_preset(flags["cfg"]) if flags.get("cfg") else {}) | flags
+    preset = _read_preset(flags["cfg"]) if flags.get("cfg") else {}
+    if "num_iterations" in flags:  # replaces a preset's --num_epochs, and the other way round
+        preset.pop("num_epochs", None)
+    if _epochs(flags):
+        preset.pop("num_iterations", None)
+    values = preset | flags
+    if _epochs(values) and "num_iterations" in values:
+        raise UserError(f"--num_epochs={values['num_epochs']}: --num_iterations is given too; leave one of them out")
     world_size = launched_world_size() if world_size is None else world_size
+    pretrained = None
     if (source := str(values.get("init_from", "scratch"))) == "scratch":
-        return resolve(_validate(values), world_size)
+        config = _with_tokenizer_size(_validate(values), values, tokenizer_size)
+    else:
+        if describe is None:
+            raise RuntimeError("this caller of load_config accepts --init_from: pass describe=open_pretrained")
+        pretrained = describe(source)
+        if "tokenizer" not in flags and values.get("tokenizer", "none") == "none":
+            values["tokenizer"] = pretrained.tokenizer
+        config = _with_pretrained_flags(pretrained, values)
+        if config.resize_embeddings:
+            config = _with_tokenizer_size(config, values, tokenizer_size)
 
-    if describe is None:
-        raise RuntimeError("this caller of load_config accepts --init_from: pass describe=open_pretrained")
-    pretrained = describe(source)
-    if "tokenizer" not in flags and values.get("tokenizer", "none") == "none":
-        values["tokenizer"] = pretrained.tokenizer
-    config = resolve(_with_pretrained_flags(pretrained, values), world_size)
-    _check_against_pretrained(config, pretrained, values)
+    if config.output_dir == DEFAULT_OUTPUT_DIR:
+        config = config.model_copy(update={"output_dir": default_output_dir(config)})
+    if saved_flags is not None:
+        config = keep_batch(config, saved_flags(config), world_size)
+    config = resolve(config, world_size)
+    if pretrained is not None:
+        _check_against_pretrained(config, pretrained, values)
     return config
+
+
+def _with_tokenizer_size(config: Config, values: dict[str, Any], tokenizer_size: Callable[[str], int] | None) -> Config:
+    """Returns the config with the tokenizer's size as --vocab_size, unless `values` give one."""
+    if "vocab_size" in values or config.tokenizer == "none" or tokenizer_size is None:
+        return config
+    return config.model_copy(update={"vocab_size": tokenizer_size(config.tokenizer)})
 
 
 def _with_pretrained_flags(pretrained: Any, values: dict[str, Any]) -> Config:
@@ -186,8 +282,6 @@ def _check_against_pretrained(config: Config, pretrained: Any, values: dict[str,
             resize = "; or resize it with --resize_embeddings=1"
             way_out = resize if name == "vocab_size" else f"; leave the flag out{preset}"
             raise UserError(f"--{name}={value}, but the model of --init_from has {pretrained.flags[name]}{way_out}")
-    if config.resize_embeddings and "vocab_size" not in values:
-        raise UserError("--resize_embeddings=1: give the --vocab_size of the --tokenizer to change to")
     if config.resize_embeddings and "none" in (pretrained.tokenizer, config.tokenizer):
         unknown = "the model of --init_from has no tokenizer" if pretrained.tokenizer == "none" else "--tokenizer=none"
         raise UserError(f"--resize_embeddings=1 needs both tokenizers, but {unknown}")

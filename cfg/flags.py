@@ -5,14 +5,18 @@ cfg/checks.py has the checks between flags, cfg/config.py reads the command line
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from util.values import parse_count
+
 # Marks a flag of ModelConfig that changes training but not the function that the trained weights compute.
 TRAINING_ONLY: dict[str, Any] = {"training_only": True}
+DEFAULT_OUTPUT_DIR = "outdir/run-NAME"  # cfg.config.resolve fills in the name
 
 
 class Flags(BaseModel):
@@ -22,11 +26,14 @@ class Flags(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_not_a_boolean(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses true and false for a number: pydantic would take them for 1 and 0."""
+    def _check_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads counts such as 0.5M. Refuses true and false for a number: pydantic would take them for 1 and 0."""
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind in (int, float):
             raise PydanticCustomError("boolean", "input should be a number, not true or false")
+        if isinstance(value, str) and kind is int:
+            with suppress(ValueError):  # pydantic has the message
+                return parse_count(value)
         return value
 
 
@@ -38,9 +45,7 @@ class ModelConfig(Flags):
     n_kv_head: int = Field(0, ge=0, le=2**16, description="key/value heads (grouped-query attention); 0: n_head")
     n_embd: int = Field(768, ge=1, le=2**24, description="width of the residual stream")
     head_dim: int = Field(0, ge=0, le=2**16, description="width of a head; 0: n_embd/n_head")
-    vocab_size: int = Field(
-        50257, ge=2, le=2**24, description="size of the vocabulary; token ids at or above it are an error"
-    )
+    vocab_size: int = Field(50257, ge=2, le=2**24, description="number of token ids; if not given, that of --tokenizer")
     vocab_pad: int = Field(
         64, ge=1, le=2**24, description="pad the embedding to a multiple of this many rows; padding is never predicted"
     )
@@ -107,15 +112,14 @@ class DataConfig(Flags):
 
     input_train_bin: str = Field(
         "data/tinyshakespeare/*_train.bin",
-        min_length=1,
-        description="glob of the training shards, or a weighted mix of several: web=0.7:GLOB,code=0.3:GLOB",
+        description="glob or folder of the training shards, or a weighted mix: web=0.7:GLOB,code=0.3:GLOB",
     )
-    input_val_bin: str = Field("", description="glob of the validation shards; empty: no validation")
+    input_val_bin: str = Field("", description="glob or folder of the validation shards; empty: no validation")
     tokenizer: str = Field(
         "gpt2",
         min_length=1,
         description="the shards' tokenizer, for samples and bits per byte: gpt2, gpt2-fim, cl100k_base, o200k_base,"
-        " the path of a tokenizer.json, of its folder or of a llama2.c tokenizer.bin, hf:NAME; none: unknown",
+        " bytes, the path of a tokenizer.json, of its folder or of a llama2.c tokenizer.bin, hf:NAME; none: unknown",
     )
     shuffle: bool = Field(True, description="draw windows in a seeded random order, new each epoch; 0: file order")
     check_data: bool = Field(False, description="check every token id at the start, not only a sample")
@@ -126,6 +130,12 @@ class BatchConfig(Flags):
     """Run length and batch"""
 
     num_iterations: int = Field(1000, ge=1, description="optimizer steps in the whole run")
+    num_epochs: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="epochs to train for (may be a fraction), instead of --num_iterations; 0: off",
+    )
     sequence_length: int = Field(1024, ge=1, le=2**24, description="tokens per sequence")
     batch_size: int = Field(
         4,
@@ -264,7 +274,11 @@ class EvalConfig(Flags):
 class CheckpointConfig(Flags):
     """Checkpoints and resume"""
 
-    output_dir: str = Field("outdir", min_length=1, description="folder for everything the run writes")
+    output_dir: str = Field(
+        DEFAULT_OUTPUT_DIR,
+        min_length=1,
+        description="folder for everything the run writes; NAME is the preset, or n_layer x n_embd without one",
+    )
     save_every_niter: int = Field(
         1000, ge=0, description="steps between checkpoints; 0: only at the end and when stopped"
     )

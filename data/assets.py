@@ -22,6 +22,7 @@ from pathlib import Path
 
 from util.errors import UserError
 from util.files import write_atomically
+from util.values import user_path
 
 URL_TIMEOUT, PIP_TIMEOUT = 30, 300  # seconds
 
@@ -113,8 +114,31 @@ ASSETS = {
 }
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rawgpt"
+def cache_dirs() -> list[Path]:
+    """Returns the folders for downloaded files, the preferred one first.
+
+    A container's user may have no home directory, or one that cannot be written. The temporary folder is for them.
+    """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return [user_path(given) / "rawgpt"]
+    home = user_path("~")
+    temporary = Path(tempfile.gettempdir()) / f"rawgpt-{os.getuid()}"
+    return [home / ".cache" / "rawgpt", temporary] if home.is_absolute() else [temporary]
+
+
+def _write_to_cache(name: str, content: bytes) -> Path:
+    """Writes a file into the first cache folder that can be written, and returns its path."""
+    failed = ""
+    for path in (folder / name for folder in cache_dirs()):
+        try:
+            write_atomically(path, content)
+        except OSError as e:
+            failed = f"{path} cannot be written: {e.strerror}; set XDG_CACHE_HOME to another folder"
+            continue
+        if path.parent.name != "rawgpt":  # the temporary folder
+            print(f"no home directory that can be written: {name} is kept in {path.parent}", file=sys.stderr)
+        return path
+    raise UserError(failed)
 
 
 def _from_url(asset: Asset) -> bytes:
@@ -138,14 +162,14 @@ def fetch(name: str, given: str = "", flag: str = "input") -> Path:
     """Returns the path of a verified copy of asset `name`. `given` is the path of a copy, given with --`flag`."""
     asset = ASSETS[name]
     if given:
-        if not Path(given).is_file():
+        path = user_path(given)
+        if not path.is_file():
             raise UserError(f"--{flag}={given}: no such file")
-        if not asset.matches(Path(given).read_bytes()):
+        if not asset.matches(path.read_bytes()):
             raise UserError(f"--{flag}={given}: not {name} ({asset.size:,} bytes, sha256 {asset.sha256[:8]}…)")
-        return Path(given)
-    cached = cache_dir() / name
+        return path
     folder = os.environ.get("RAWGPT_DATA")
-    for path in ([Path(folder) / name] if folder else []) + [cached]:
+    for path in ([user_path(folder) / name] if folder else []) + [folder / name for folder in cache_dirs()]:
         if path.is_file():
             if asset.matches(path.read_bytes()):
                 return path
@@ -159,13 +183,7 @@ def fetch(name: str, given: str = "", flag: str = "input") -> Path:
             failures.append(f"{source}: {e}")
             continue
         if asset.matches(content):
-            try:
-                write_atomically(cached, content)
-            except OSError as e:
-                raise UserError(
-                    f"{cached} cannot be written: {e.strerror}; set XDG_CACHE_HOME to another folder"
-                ) from e
-            return cached
+            return _write_to_cache(name, content)
         failures.append(f"{source}: hash differs")
     raise UserError(
         f"{name} cannot be downloaded ({'; '.join(failures)}); put the file"

@@ -14,10 +14,14 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from util.ctrl_c import exit_on_ctrl_c
 
-from data.prepare.cli import add_flags, check, check_flags, folder, run
-from data.prepare.job import MANIFEST, PARTIAL, RECIPE, read_object
-from data.prepare.sources import input_files
+    exit_on_ctrl_c()
+
+from data.prepare.cli import add_flags, check, check_flags, run
+from data.prepare.inputs import input_files
+from data.prepare.job import MANIFEST, PARTIAL
+from data.prepare.journal import RECIPE, read_object
 from util.errors import CommandParser, UserError, closest, run_command
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
@@ -84,7 +88,7 @@ def main() -> None:
         "--revision", help="commit of the data set on the hub (default: the newest, then always the first used)"
     )
     parser.add_argument("--download", action="store_true", help="download all files before reading them")
-    parser.add_argument("--output_dir", type=folder, help="default: data/edu_fineweb10B for sample-10BT")
+    parser.add_argument("--output_dir", type=Path, help="default: data/edu_fineweb10B for sample-10BT")
     add_flags(parser)
     args = parser.parse_args()
     check_flags(args)
@@ -94,7 +98,7 @@ def main() -> None:
     if args.check:
         return check(args.output_dir, args.tokenizer)
     if args.input:
-        files, recipe = input_files(args.input), {}
+        files, recipe = input_files(args.input, args.format), {}
     else:
         files = [] if args.revision or args.download else files_of_earlier_command(args.output_dir, args.name)
         files = files or hub_files(REPOSITORY, args.name, args.revision, args.download)

@@ -18,13 +18,17 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from util.ctrl_c import exit_on_ctrl_c
+
+    exit_on_ctrl_c()
 
 import numpy as np
 
 from data import assets
 from data.tokenizers.load import load_tokenizer
-from util.errors import CommandParser, UserError, quote, run_command, user_errors
+from util.errors import CommandParser, UserError, quote, refuse_broken_link, run_command, user_errors
 from util.files import write_atomically
+from util.values import user_path
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "hellaswag"
 OFFICIAL = "hellaswag_val.jsonl"
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
 
+    refuse_broken_link(args.output_dir, "output_dir")
     source = find_source(args.input, args.output_dir)
     if source.name != OFFICIAL:
         print(f"{source}: not verified; results are comparable with HellaSwag's only if it is {OFFICIAL}")
@@ -218,9 +223,9 @@ def find_source(given: str, output_dir: Path, flag: str = "input") -> Path:
     """
     written = output_dir / OFFICIAL
     if given and Path(given).name != OFFICIAL:
-        if not Path(given).is_file():
+        if not (path := user_path(given)).is_file():
             raise UserError(f"--{flag}={given}: no such file")
-        return Path(given)
+        return path
     if not given and written.is_file() and assets.ASSETS[OFFICIAL].matches(written.read_bytes()):
         return written
     return assets.fetch(OFFICIAL, given, flag)

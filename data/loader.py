@@ -143,9 +143,11 @@ class Loader:
         self.windows = max(0, len(self.stream) - 1) // sequence_length
         if self.windows < sequences_per_batch:
             need = sequences_per_batch * sequence_length + 1
+            what, lower = "batch", "--total_batch_size or --sequence_length"
+            if sequences_per_batch == 1:  # as in validation, which does not depend on the batch
+                what, lower = "sequence", "--sequence_length"
             raise UserError(
-                f"--{flag} has {len(self.stream)} tokens, too few for one batch of {need};"
-                f" lower --total_batch_size or --sequence_length, or add data"
+                f"--{flag} has {len(self.stream)} tokens, too few for one {what} of {need}; lower {lower}, or add data"
             )
         # Everything that decides which tokens a step sees. Checkpoints store it, and a resume compares it. It is
         # computed now, because the files could be replaced during the run.

@@ -127,6 +127,11 @@ class MixedLoader:
     def shards(self) -> list[Shard]:
         return [shard for loader in self.loaders for shard in loader.shards]
 
+    @property
+    def windows(self) -> int:
+        """The number of windows of all sources together."""
+        return sum(loader.windows for loader in self.loaders)
+
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the source of each sample and its number within the source, both (n,) int64."""
         rounds, slots = np.divmod(samples, SLOTS)

@@ -15,8 +15,7 @@ from util.errors import UserError
 def open_shards(config: Config, pattern: str, flag: str, tokenizer: dict[str, Any]) -> list[Shard]:
     """Opens and checks the shards of a glob. `tokenizer` is the fingerprint that manifests beside them must have."""
     paths = find_shards(pattern, flag)
-    if config.tokenizer != "none":
-        check_shards_tokenizer(paths, tokenizer, flag)
+    check_shards_tokenizer(paths, tokenizer, config.vocab_size, flag)
     return [open_shard(path, config.vocab_size, config.check_data) for path in paths]
 
 

@@ -3,7 +3,8 @@
 A shard is a header of 256 little-endian int32 ([0] magic, [1] version, [2] token count, the rest 0) and the tokens.
 Magic 20240520 with version 1 has uint16 tokens (llm.c's GPT-2 files), 20240801 with version 7 uint32 (llm.c's Llama 3
 files). nanoGPT's headerless uint16 files are read under nanoGPT's names, train.bin and val.bin. Any file would parse as
-headerless, so guessing by content could silently train on garbage.
+headerless, so guessing by content could silently train on garbage. A .npy file is an array of tokens, as build-nanogpt
+writes it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ from typing import IO, Any
 import numpy as np
 
 from util.errors import UserError, closest, user_errors
-from util.files import file_sha256, write_atomically
+from util.files import file_sha256, find_paths, refuse_lfs_pointer, write_atomically
 
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 HEADERLESS_NAMES = ("train.bin", "val.bin")
+FOLDER_NAMES = ("*_{}_*.bin", "*_{}_*.npy", "*_{}.bin", "{}.bin")  # of the shards in a folder; the first that match
+TINY_SHAKESPEARE = "python data/tiny_shakespeare.py"
+COMMANDS = {  # for folders that presets name
+    "tinyshakespeare": TINY_SHAKESPEARE,
+    "tinyshakespeare_bytes": f"{TINY_SHAKESPEARE} --tokenizer bytes --output_dir data/tinyshakespeare_bytes",
+}
+REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE_BLOCKS, SAMPLE_BLOCK = 64, 16384  # the sample of ids that is checked without --check_data
 READ_BLOCK = 2**24  # tokens read at a time when a whole file is checked
 
@@ -48,6 +56,7 @@ class Shard:
     dtype: np.dtype
     offset: int
     vocab_size: int = 2**32  # ids are below this
+    largest_id: int = 0  # of those that open_shard checked
 
     def read(self, start: int, length: int, fd: int | None = None) -> np.ndarray:
         """Returns tokens [start, start + length), (length,).
@@ -70,14 +79,16 @@ class Shard:
             )
         return np.frombuffer(content, self.dtype)
 
-    def check(self, tokens: np.ndarray, start: int) -> None:
-        """Checks that `tokens`, which start at index `start`, are in the vocabulary."""
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+    def check(self, tokens: np.ndarray, start: int) -> int:
+        """Checks that `tokens`, which start at index `start`, are in the vocabulary. Returns the largest."""
+        largest = int(tokens.max(initial=0))
+        if largest >= self.vocab_size:
             at = int(tokens.argmax())
             raise UserError(
                 f"{self.path}: token id {tokens[at]} at position {start + at} is not below"
                 f" --vocab_size={self.vocab_size}; the file is from another tokenizer, or damaged"
             )
+        return largest
 
 
 def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
@@ -91,10 +102,14 @@ def open_shard(path: Path, vocab_size: int, check_all: bool = False) -> Shard:
             header = np.frombuffer(f.read(HEADER_BYTES), "u1")
     if size == 0:
         raise UserError(f"{path}: empty file; make it again")
-    shard = _headerless(path, size, header) or _with_header(path, size, header)
+    if size < HEADER_BYTES:
+        refuse_lfs_pointer(path)
+    if path.suffix == ".npy":
+        shard = _numpy(path)
+    else:
+        shard = _headerless(path, size, header) or _with_header(path, size, header)
     shard = replace(shard, vocab_size=vocab_size)
-    _check_ids(shard, check_all)
-    return shard
+    return replace(shard, largest_id=_check_ids(shard, check_all))
 
 
 def _headerless(path: Path, size: int, header: np.ndarray) -> Shard | None:
@@ -106,6 +121,19 @@ def _headerless(path: Path, size: int, header: np.ndarray) -> Shard | None:
     if size % 2:
         raise UserError(f"{path}: odd number of bytes ({size}), but tokens are uint16; truncated?")
     return Shard(path, size // 2, np.dtype("<u2"), 0)
+
+
+def _numpy(path: Path) -> Shard:
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OverflowError) as e:  # damaged
+        raise UserError(f"{path}: not an array of tokens: {e}") from e
+    if tokens.ndim != 1 or tokens.dtype not in ("<u2", "<u4"):
+        raise UserError(
+            f"{path}: an array of {tokens.dtype} with shape {tokens.shape}, but tokens are uint16 or uint32 in one"
+            f" dimension; save it again with np.save(path, tokens.astype(np.uint16))"
+        )
+    return Shard(path, len(tokens), tokens.dtype, tokens.offset)
 
 
 def _with_header(path: Path, size: int, header: np.ndarray) -> Shard:
@@ -128,14 +156,17 @@ def _with_header(path: Path, size: int, header: np.ndarray) -> Shard:
     return Shard(path, count, dtype, HEADER_BYTES)
 
 
-def _check_ids(shard: Shard, check_all: bool) -> None:
+def _check_ids(shard: Shard, check_all: bool) -> int:
+    """Checks the ids of a sample of blocks, or all. Returns the largest."""
     if check_all or shard.count <= SAMPLE_BLOCKS * SAMPLE_BLOCK:
         starts, length = list(range(0, shard.count, READ_BLOCK)), READ_BLOCK
     else:
         starts, length = np.linspace(0, shard.count - SAMPLE_BLOCK, SAMPLE_BLOCKS, dtype=int).tolist(), SAMPLE_BLOCK
+    largest = 0
     for start in starts:
         length = min(length, shard.count - start)
-        shard.check(shard.read(start, length), start)
+        largest = max(largest, shard.check(shard.read(start, length), start))
+    return largest
 
 
 def shard_header(count: int, vocab_size: int) -> bytes:
@@ -154,7 +185,7 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 class ShardWriter:
-    """A writer that appends tokens to shards. Another writer can resume from what `flush` returns."""
+    """A writer that appends tokens to shards. Another writer can resume from a `position`."""
 
     def __init__(self, folder: Path, layout: Iterator[tuple[str, int]], vocab_size: int):
         self.folder, self.layout, self.vocab_size = folder, layout, vocab_size
@@ -199,12 +230,15 @@ class ShardWriter:
             if self._held == self._size:
                 self.close()
 
-    def flush(self) -> dict[str, Any]:
-        """Writes everything to disk and returns the arguments of `resume`."""
+    def flush(self) -> None:
+        """Writes everything to disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-        return {"files": self.files, "held": self._held if self._file is not None else 0}
+
+    def position(self) -> dict[str, Any]:
+        """Returns the arguments with which `resume` continues from here, once everything before is on disk."""
+        return {"files": list(self.files), "held": self._held if self._file is not None else 0}
 
     def close(self) -> None:
         """Completes the current shard, if there is one."""
@@ -223,29 +257,41 @@ class ShardWriter:
 
 
 def find_shards(pattern: str, flag: str) -> list[Path]:
-    """Returns the files that match a glob, or the file with that name, sorted by name."""
-    if os.path.isfile(pattern):
-        return [Path(pattern)]
-    paths = sorted({Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)})
-    if paths:
-        return paths
-    raise UserError(f"--{flag}={pattern} matches no file: {_no_match_hint(Path(pattern))}")
+    """Returns the files that match a glob, or the file with that name, sorted by name.
+
+    A folder stands for the training shards in it, or for its validation shards if `flag` is input_val_bin. A path below
+    data/ that matches nothing is looked up in the repository too, where the commands in data/ write by default.
+    """
+    split = "val" if flag == "input_val_bin" else "train"
+    places = ["", str(REPOSITORY)] if Path(pattern).parts[:1] == ("data",) else [""]
+    for place in places:
+        path = os.path.join(place, pattern)
+        patterns = [path]
+        if os.path.isdir(path):
+            patterns = [os.path.join(path, name.format(split)) for name in FOLDER_NAMES]
+        for each in patterns:
+            if paths := sorted({Path(p) for p in find_paths(each) if os.path.isfile(p)}):
+                return paths
+    is_folder = os.path.isdir(pattern) or not (glob.has_magic(pattern) or Path(pattern).suffix)
+    place = "" if os.path.isdir("data") else places[-1]
+    hint = _no_match_hint(Path(place, pattern, "*" if is_folder else ""))
+    raise UserError(f"--{flag}={pattern} matches no file: {hint}")
 
 
 def _no_match_hint(pattern: Path) -> str:
     """Explains why a glob matches nothing, and names a similar path."""
     parent = Path(pattern.anchor)
     for part in pattern.parts[len(parent.parts) : -1]:
-        if glob.has_magic(part):
+        if glob.has_magic(part) and not os.path.isdir(parent / part):
             break
         if not os.path.isdir(parent / part):
             missing = f"folder {parent / part} does not exist"
             siblings = [d.name for d in parent.iterdir() if os.path.isdir(d)] if os.path.isdir(parent) else []
-            near = closest(part, siblings)
+            near = None if part in COMMANDS else closest(part, siblings)
             if near:
                 return f"{missing}; did you mean {parent / near}?"
-            if closest(part, ["tinyshakespeare"]):
-                return f"{missing}; python data/tiny_shakespeare.py makes data/tinyshakespeare"
+            if made := closest(part, COMMANDS):
+                return f"{missing}; {COMMANDS[made]} makes data/{made}"
             return f"{missing}; docs/data.md explains how to make shards"
         parent = parent / part
     there = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if os.path.isdir(parent) else []

@@ -1,9 +1,11 @@
 """`python data/text.py FILE_OR_GLOB... --output_dir DIR`: token shards from any text.
 
-A document is a .txt file, a line of .jsonl or a row of .parquet (their field --text_key). .txt and .jsonl may be
-compressed (.gz, .zst). A folder stands for all text files below it. `--mixture FILE` draws from several sources by
-weight instead (data/prepare/mixture.py describes the file). The first tokens become DIR/NAME_val_000000.bin, the rest
-DIR/NAME_train_%06d.bin. After an interruption, repeat the command to resume.
+A document is a .txt or .md file, or its part between <|endoftext|> markers; a line of .jsonl, .ndjson or .json, or an
+item of a JSON list; or a row of .parquet (the field --text_key). All but .parquet may be compressed (.gz, .zst, .bz2,
+.xz). A folder stands for all text files below it, and hf:OWNER/NAME[/CONFIG][:SPLIT] for a data set of the Hugging Face
+hub. `--mixture FILE` draws from several sources by weight instead (data/prepare/mixture.py describes the file). The
+first tokens become DIR/NAME_val_000000.bin, the rest DIR/NAME_train_%06d.bin. After an interruption, repeat the command
+to resume.
 """
 
 from __future__ import annotations
@@ -13,17 +15,20 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from util.ctrl_c import exit_on_ctrl_c
 
-from data.prepare.cli import add_flags, check, check_flags, folder, run
-from data.prepare.sources import input_files
+    exit_on_ctrl_c()
+
+from data.prepare.cli import add_flags, check, check_flags, run
+from data.prepare.inputs import input_files
 from util.errors import CommandParser, UserError, run_command
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("inputs", nargs="*", metavar="FILE_OR_GLOB")
-    parser.add_argument("--mixture", default="", metavar="FILE", help="a YAML file of sources, weights and tokens")
-    parser.add_argument("--output_dir", type=folder, required=True)
+    parser.add_argument("--mixture", type=Path, metavar="FILE", help="a YAML file of sources, weights and tokens")
+    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--name", default="", help="first part of the shards' names (default: the folder's name)")
     parser.add_argument(
         "--val_tokens",
@@ -46,7 +51,7 @@ def main() -> None:
     if bool(args.inputs) == bool(args.mixture):
         raise UserError("give either files or a --mixture")
     recipe = {"val_tokens": args.val_tokens}
-    run(args, name, input_files(args.inputs), recipe, val_tokens=args.val_tokens, val_tenth=True)
+    run(args, name, input_files(args.inputs, args.format), recipe, val_tokens=args.val_tokens, val_tenth=True)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from util.ctrl_c import exit_on_ctrl_c
+
+    exit_on_ctrl_c()
 
 import numpy as np
 
 from data import assets
-from data.prepare.cli import folder
-from data.prepare.job import Job, Progress, disk_errors, locked, open_job, publish
+from data.prepare.job import Job, disk_errors, locked, open_job, publish
+from data.prepare.journal import Progress
 from data.prepare.workers import EncodeOptions
 from data.shards import ShardWriter
 from data.tokenizers.load import load_tokenizer
@@ -28,7 +31,7 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parent / "tinyshakespeare"
 def main() -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--input", default="", help="a copy of tinyshakespeare.txt if it cannot be downloaded")
-    parser.add_argument("--output_dir", type=folder, default=DEFAULT_OUTPUT)
+    parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     parser.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
     args = parser.parse_args()
 

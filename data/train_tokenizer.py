@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from util.ctrl_c import exit_on_ctrl_c
 
-from data.prepare.sources import documents, input_files, plan
+    exit_on_ctrl_c()
+
+from data.prepare.inputs import ReadOptions, add_reading_flags, input_files, read_options
+from data.prepare.sources import documents, plan
 from data.tokenizers.hf_json import GPT4_PATTERN, TOKENIZER, TOKENIZER_CONFIG
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import END_OF_TEXT
-from util.errors import CommandParser, UserError, run_command
+from util.errors import CommandParser, UserError, refuse_broken_link, run_command
 from util.files import write_atomically
 
 if TYPE_CHECKING:
@@ -34,13 +38,13 @@ HOLD_OUT_EVERY, HELD_OUT_BYTES = 20, 2**24
 SPECIAL_NAME = re.compile(r"<\|\w+\|>")  # the patterns split such a name, so merges cannot make it
 
 
-def pieces(inputs: list[str], text_key: str, max_bytes: int, skip_bad: bool) -> Iterator[str]:
+def pieces(inputs: list[str], options: ReadOptions, max_bytes: int) -> Iterator[str]:
     """Yields the text of all documents in pieces, up to `max_bytes` of UTF-8."""
     used = 0
     skipped: Counter[str] = Counter()
-    for unit in plan(input_files(inputs), text_key):
-        for document in documents(unit, text_key, skip_bad, skipped):
-            for block in document:
+    for unit in plan(input_files(inputs, options.format), options):
+        for document in documents(unit, options, skipped):
+            for block in document.text:
                 for start in range(0, len(block), PIECE):
                     piece = block[start : start + PIECE]
                     used += len(piece.encode())
@@ -104,7 +108,8 @@ def check_arguments(args: argparse.Namespace, special: list[str]) -> tuple[Path,
         )
     if args.max_bytes < 1:
         raise UserError(f"--max_bytes={args.max_bytes} must be at least 1")
-    output: Path = args.output.expanduser()
+    output: Path = args.output
+    refuse_broken_link(output, "output")
     file = output if output.suffix == ".json" else output / TOKENIZER
     paths = file, file.with_name(TOKENIZER_CONFIG)
     for path in paths:
@@ -122,8 +127,7 @@ def main() -> None:
         "--special_tokens", default="", help=f"in addition to {END_OF_TEXT}: <|fim_prefix|>,<|fim_middle|>,..."
     )
     parser.add_argument("--pattern", choices=["gpt4", "gpt2"], default="gpt4", help="how text is split before merging")
-    parser.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
-    parser.add_argument("--skip_bad", action="store_true", help="skip damaged text")
+    add_reading_flags(parser)
     parser.add_argument("--max_bytes", type=int, default=10**9, help="text to use (default: 1,000,000,000)")
     args = parser.parse_args()
     special = parse_special(args.special_tokens)
@@ -134,7 +138,7 @@ def main() -> None:
 
     def training_text() -> Iterator[str]:
         nonlocal used, held
-        for number, piece in enumerate(pieces(args.inputs, args.text_key, args.max_bytes, args.skip_bad), 1):
+        for number, piece in enumerate(pieces(args.inputs, read_options(args), args.max_bytes), 1):
             size = len(piece.encode())
             if number % HOLD_OUT_EVERY == 0 and held < HELD_OUT_BYTES:
                 held_out.append(piece)

@@ -30,6 +30,21 @@ def text_encoder(tokenizer: Tokenizer) -> TextEncoder:
     )
 
 
+def encode_prompt(
+    tokenizer: Tokenizer, text: str, bos: bool | None = None, special_tokens: bool = True
+) -> tuple[list[int], list[int]]:
+    """Returns the ids that stand before a prompt, and the ids of its text.
+
+    Before it stands what the tokenizer itself puts before a text: nothing for GPT-2, <s> for Llama. With `bos` it is
+    the token that documents start with, without it (False) nothing. An empty prompt always starts a document. With
+    `special_tokens` the name of a special token in the text stands for the token.
+    """
+    ids = tokenizer.encode_prompt(text) if special_tokens else tokenizer.encode(text)
+    if bos or not text:
+        return tokenizer.bos_tokens, ids
+    return tokenizer.prefix if bos is None else [], ids
+
+
 def continuation_encoder(encode: Encode) -> Encode:
     """Returns a function that encodes continuations.
 

@@ -14,8 +14,10 @@ if __name__ == "__main__":
 from util.command import parse_first
 from util.errors import CommandParser, UserError, run_command, user_errors
 from util.launcher import launched_world_size
+from util.values import user_path
 
 HOLE = "<FILL_ME>"
+TEMPERATURE, TOP_K = 0.8, 50  # the defaults here and for the samples of a run
 TOP_P_CANDIDATES = 1024  # the number of most likely tokens that top_p looks at first
 
 
@@ -25,7 +27,7 @@ TOP_P_CANDIDATES = 1024  # the number of most likely tokens that top_p looks at 
 def read_prompt_file(name: str) -> str:
     """Reads a UTF-8 file; "-" is stdin."""
     with user_errors(f"--prompt_file={name}"):
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        content = sys.stdin.buffer.read() if name == "-" else user_path(name).read_bytes()
     try:
         text = content.decode()
     except UnicodeDecodeError as e:
@@ -74,10 +76,29 @@ def parser() -> CommandParser:
         help="a file that contains one prompt; - is stdin. Repeat both flags for a batch of prompts",
     )
     add("--infill", action="store_true", help=f"fill in the {HOLE} in each prompt (models trained with --fim_rate)")
+    add(
+        "--bos",
+        type=int,
+        choices=[0, 1],
+        help="1: put the token that documents start with before each prompt; 0: nothing (default: what the tokenizer"
+        " itself puts there, which is nothing for GPT-2)",
+    )
+    add(
+        "--special_tokens",
+        type=int,
+        choices=[0, 1],
+        default=1,
+        help="1: <|endoftext|> and other special tokens in a prompt are tokens; 0: they are text (default: 1)",
+    )
     add("--num_samples", type=int, default=1, help="continuations of each prompt")
     add("--max_new_tokens", type=int, default=100)
-    add("--temperature", type=float, default=1.0, help="0: always the most likely token")
-    add("--top_k", type=int, default=0, help="sample from the k most likely tokens; 0: all")
+    add(
+        "--temperature",
+        type=float,
+        default=TEMPERATURE,
+        help="0: always the most likely token (default: %(default)s, as for the samples of a run)",
+    )
+    add("--top_k", type=int, default=TOP_K, help="sample from the k most likely tokens; 0: all (default: %(default)s)")
     add("--top_p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability; 1: all")
     add("--stop", action="append", default=[], type=check_stop, help="end before this string; may be repeated")
     add("--ignore_eot", action="store_true", help="continue after the end-of-text token")
@@ -99,6 +120,8 @@ def read_flags() -> argparse.Namespace:
         raise UserError(f"--top_p={args.top_p} must be above 0 and at most 1, which keeps all tokens")
     if args.seed < 0:
         raise UserError(f"--seed={args.seed} must be at least 0")
+    if args.infill and args.bos is not None:
+        raise UserError(f"--bos={args.bos}: with --infill a prompt always starts a document; leave out --bos")
     if args.infill and args.ignore_eot:
         raise UserError("--infill: the filled-in text ends at an end-of-text token; leave out --ignore_eot")
     for prompt in args.prompts if args.infill else []:
@@ -116,6 +139,7 @@ from torch import Tensor
 
 from data.tokenizers.fim import infill_prompt
 from data.tokenizers.tokenizer import Tokenizer
+from eval.encoding import encode_prompt
 from eval.model import load_model_tokenizer
 from eval.text_stream import TextStream
 from model.formats.pretrained import load_model
@@ -284,8 +308,12 @@ def make_rows(args: argparse.Namespace, tokenizer: Tokenizer, n_positions: int) 
     prompts, rows = [], []
     for text in args.prompts:
         before, after = text.split(HOLE) if args.infill else (text, "")
-        ids = infill_prompt(before, after, tokenizer) if args.infill else tokenizer.encode(text)
-        prompts.append([*tokenizer.bos_tokens, *ids])
+        if args.infill:  # a rearranged document, which starts as documents do
+            begin, ids = tokenizer.bos_tokens, infill_prompt(before, after, tokenizer)
+        else:
+            bos = None if args.bos is None else bool(args.bos)
+            begin, ids = encode_prompt(tokenizer, text, bos, bool(args.special_tokens))
+        prompts.append([*begin, *ids])
         if args.infill and len(prompts[-1]) + args.max_new_tokens > n_positions:
             raise UserError(
                 f"--infill: a prompt of {len(prompts[-1])} tokens and --max_new_tokens={args.max_new_tokens} exceed"

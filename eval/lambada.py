@@ -38,11 +38,11 @@ def parser() -> CommandParser:
 # Before torch is imported, so that --help and typos are answered at once.
 args = parse_first(__name__, lambda: parser().parse_args(), cli.check)
 
+from data.prepare.text_files import json_lines
 from eval.encoding import TextEncoder, encode_pair
 from eval.model import load_eval_model
 from eval.reference import LAMBADA_GPT2
 from eval.scoring import Request, Score, score_requests
-from eval.texts import json_lines, text_field
 
 OFFICIAL_EXAMPLES = 5153
 
@@ -58,13 +58,25 @@ class Example:
 def read_lambada(path: Path, limit: int = 0) -> list[Example]:
     """Reads the first `limit` passages of a .jsonl file; 0: all."""
     examples = []
-    for number, row in json_lines(path):
+    for number, row in json_lines(str(path)):
         examples.append(to_example(row, f"{path}, line {number}"))
         if len(examples) == limit:
             break
     if not examples:
         raise UserError(f"{path}: contains no examples")
     return examples
+
+
+def text_field(row: dict[str, Any], key: str, where: str) -> str:
+    """Returns a field of a passage, which must be text."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: not an object with text in a field {key!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: field {key!r} contains an unpaired surrogate, which is not valid text") from e
+    return value
 
 
 def to_example(row: Any, where: str) -> Example:

@@ -182,6 +182,9 @@ def load_hf(args: Namespace, ranks: Ranks, batch_tokens: int) -> EvalModel:
             f"--hf={args.hf}: transformers cannot load it ({type(e).__name__}: {str(e)[:200]}){where}"
         ) from e
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None and "bos_token" not in tokenizer.init_kwargs:  # as in read_tokenizer_json
+        derived = model.generation_config._from_model_config  # from config.json
+        bos = None if derived else model.generation_config.bos_token_id
     return EvalModel(
         forward=in_dtype(hf_forward(model), ranks.device, getattr(torch, args.dtype)),
         ranks=ranks,

@@ -1,7 +1,8 @@
 """Loss, perplexity and bits per byte: `python eval/perplexity.py --checkpoint RUN --input FILES`, or --hf FOLDER.
 
-The input is token shards (.bin), which are concatenated to one long text, as in training; or plain text files, each of
-which is a document; or .jsonl files, in which each line is a document. A document starts with the end-of-text token.
+The input is token shards (.bin), which are concatenated to one long text, as in training; or documents from the files
+that data/text.py reads, in the same way. Files of unknown kinds are read as text. A document starts with the
+end-of-text token.
 
 Every token except the first of a text is scored once. The model sees --window tokens at a time. Each window starts
 --stride tokens after the previous one and scores only the tokens that the previous one did not reach. So each token has
@@ -12,7 +13,7 @@ window, stride and tokenizer. Bits per byte are comparable between tokenizers.
 
 loss           the mean over scored tokens, in nats
 perplexity     exp(loss)
-bits per byte  the summed loss in bits, divided by the number of UTF-8 bytes: for text files the bytes of the file, for
+bits per byte  the summed loss in bits, divided by the number of UTF-8 bytes: for documents their bytes, for
                shards the bytes of the scored tokens. End-of-text tokens in shards cost bits but have no bytes
 
 A model trained with --doc_mask=1 sees no earlier documents, and neither does it here. Under torchrun the ranks share
@@ -35,6 +36,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from data.prepare.inputs import add_reading_flags, read_options
 from eval import cli
 from util.command import parse_first
 from util.errors import CommandParser, UserError, run_command
@@ -43,9 +45,9 @@ from util.errors import CommandParser, UserError, run_command
 def parser() -> CommandParser:
     parser = cli.eval_parser(__doc__)
     parser.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="FILE", help="shards, text, .jsonl; or globs"
+        "--input", nargs="+", action="extend", required=True, metavar="FILE", help="shards or text; or globs"
     )
-    parser.add_argument("--text_key", default="text", help="the field of a .jsonl line that contains the text")
+    add_reading_flags(parser)
     parser.add_argument(
         "--window", type=int, default=0, help="tokens of context (default: as many as the model can see)"
     )
@@ -181,10 +183,10 @@ def check_window(args: Namespace, n_positions: int) -> tuple[int, int]:
 
 
 def main(args: Namespace) -> None:
-    shards, files = find_inputs(args.input)
+    shards, files = find_inputs(args.input, args.format)
     model = load_eval_model(args, needs_tokenizer=bool(files))
     window, stride = check_window(args, model.n_positions)
-    texts = truncate(open_texts(shards, files, args.text_key, model), args.max_tokens)
+    texts = truncate(open_texts(shards, files, read_options(args), model), args.max_tokens)
     if not texts:
         raise UserError(f"--input={' '.join(args.input)}: too short; at least one text needs two tokens")
     count = count_bytes(texts, byte_lengths_for(shards, model))

@@ -1,26 +1,26 @@
-"""Input of eval/perplexity.py: token shards as one long text, and documents from text and .jsonl files."""
+"""Input of eval/perplexity.py: token shards as one long text, and the documents that data/text.py reads from files."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.fingerprint import check_shards_tokenizer, same_tokenizer, tokenizer_in_manifest
 from data.loader import TokenStream
+from data.prepare.inputs import ReadOptions, find_files
+from data.prepare.sources import documents, plan
 from data.shards import find_shards, open_shard
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS
 from eval.encoding import TextEncoder
 from eval.model import EvalModel
-from util.errors import UserError, user_errors
+from util.errors import UserError
 
-COMPRESSED = (".parquet", ".gz", ".zst")
+SHARDS = (".bin", ".npy")
 BLOCK = 2**20  # tokens that are read at a time
 # A text for which different tokenizers give different ids.
 PROBE = " The 3 naïve Übermenschen don't   know: f(x) != 東京\n\tdef x_1(): return None"
@@ -62,35 +62,27 @@ def count_bytes(texts: Iterable[Text], byte_lengths: np.ndarray | None) -> int |
     return total
 
 
-def find_inputs(patterns: list[str]) -> tuple[list[Path], list[Path]]:
-    """Returns the shards and the text files that names and globs match, in order and without duplicates."""
-    if folders := [pattern for pattern in patterns if os.path.isdir(os.path.expanduser(pattern))]:
-        raise UserError(
-            f"--input: {folders[0]} is a folder; name its files, for example '{Path(folders[0]) / '*.bin'}'"
-        )
-    paths = dict.fromkeys(path for pattern in patterns for path in find_shards(os.path.expanduser(pattern), "input"))
-    if compressed := [path for path in paths if path.suffix in COMPRESSED]:
-        raise UserError(
-            f"--input: {compressed[0]} must be .bin, .jsonl or plain text; convert it to shards with"
-            " python data/text.py"
-        )
-    return [p for p in paths if p.suffix == ".bin"], [p for p in paths if p.suffix != ".bin"]
+def find_inputs(patterns: list[str], format: str) -> tuple[list[Path], list[str]]:
+    """Returns the shards and the text files that names, globs and folders name, in order, each once."""
+    shards = [path for p in patterns if p.endswith(SHARDS) for path in find_shards(p, "input")]
+    paths = find_files([p for p in patterns if not p.endswith(SHARDS)], format)
+    shards += [Path(p) for p in paths if p.endswith(SHARDS)]
+    return list(dict.fromkeys(shards)), [p for p in paths if not p.endswith(SHARDS)]
 
 
-def open_texts(shards: list[Path], files: list[Path], text_key: str, model: EvalModel) -> list[Text]:
+def open_texts(shards: list[Path], files: list[str], options: ReadOptions, model: EvalModel) -> list[Text]:
     """Returns the concatenated shards as one text, then each document of the files."""
     texts = [shard_text(shards, model)] if shards else []
-    for path in files:
-        documents = json_documents(path, text_key) if path.suffix == ".jsonl" else iter([read_text(path)])
-        texts += [document_text(document, model.text) for document in documents]
+    for unit in plan(files, options):
+        for document in documents(unit, options, Counter()):
+            texts.append(document_text("".join(document.text), model.text))
     return texts
 
 
 def shard_text(paths: list[Path], model: EvalModel) -> Text:
     """Returns the concatenated shards, checked against the model's tokenizer."""
     fingerprint = model.checkpoint.tokenizer_fingerprint if model.checkpoint else {"name": "none"}
-    if fingerprint["name"] != "none":
-        check_shards_tokenizer(paths, fingerprint, "input")
+    check_shards_tokenizer(paths, fingerprint, model.vocab_size, "input")
     stream = TokenStream([open_shard(path, model.vocab_size) for path in paths])
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -128,44 +120,3 @@ def byte_lengths_for(paths: list[Path], model: EvalModel) -> np.ndarray | None:
             f" the tokenizer of {model.name}; use text files, or shards made with that tokenizer"
         )
     return tokenizer.byte_lengths(max(model.vocab_size, tokenizer.vocab_size))
-
-
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 file without changing its line ends. An empty file is an error."""
-    with user_errors(path):
-        content = path.read_bytes()
-    if not content:
-        raise UserError(f"{path}: empty file")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields the number (from 1) and the JSON value of each line that is not blank."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{path}, line {number}: not JSON") from e
-
-
-def json_documents(path: Path, text_key: str) -> Iterator[str]:
-    """Yields the field `text_key` of each line of a .jsonl file, except empty ones."""
-    for number, row in json_lines(path):
-        if document := text_field(row, text_key, f"{path}, line {number}", "; see --text_key"):
-            yield document
-
-
-def text_field(row: Any, key: str, where: str, hint: str = "") -> str:
-    """Returns a text field of a line's JSON value. `where` names the line in errors."""
-    value = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(value, str):
-        raise UserError(f"{where}: not an object with text in a field {key!r}{hint}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{where}: field {key!r} contains an unpaired surrogate, which is not valid text") from e
-    return value

@@ -25,11 +25,14 @@ recent .venv/bin/python || fail ".venv has a Python older than 3.10; move it awa
 stamp=.venv/installed-$(cat requirements-gpu.txt "$requirements" | cksum | tr ' ' -)
 if [ ! -f "$stamp" ]; then
     echo "installing $requirements into .venv (a minute or two) ..."
+    options=(-r "$requirements")
+    .venv/bin/python -c 'import importlib.metadata; importlib.metadata.version("torch")' 2> /dev/null ||
+        options+=(-c scripts/constraints.txt)
     # uv makes environments without pip: install with uv, or add pip.
     if .venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/bin/python -m ensurepip > /dev/null 2>&1; then
-        .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$requirements"
+        .venv/bin/python -m pip install -qq --disable-pip-version-check "${options[@]}"
     elif command -v uv > /dev/null; then
-        uv pip install --quiet --python .venv/bin/python -r "$requirements"
+        uv pip install --quiet --python .venv/bin/python "${options[@]}"
     else
         fail ".venv has no pip, and neither ensurepip nor uv can install it; add pip to .venv, or move .venv away"
     fi

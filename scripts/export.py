@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from util.command import parse_first
-from util.errors import CommandParser, UserError, run_command
+from util.errors import CommandParser, UserError, refuse_broken_link, run_command
 
 NAMES = {"hf": "a folder", "llmc": "a file", "consolidated": "a folder"}
 
@@ -130,8 +130,7 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     if tokenizer:
         for name, content in tokenizer_files(tokenizer, source.config.n_positions).items():
             (folder / name).write_bytes(content)
-        # BOS is the token that starts documents. In most tokenizers it is the end-of-text token.
-        ids = {"bos_token_id": (tokenizer.prefix or [tokenizer.end_of_text])[0], "eos_token_id": tokenizer.end_of_text}
+        ids = {"bos_token_id": tokenizer.bos_tokens[0], "eos_token_id": tokenizer.end_of_text}
     kind = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**model, **ids, "torch_dtype": kind})
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
@@ -207,6 +206,7 @@ def write_folder(output: Path, write: Callable[[Path], None]) -> None:
 
 def main(args: Namespace) -> None:
     output, dtype = args.output, getattr(torch, args.dtype)
+    refuse_broken_link(output, "output")
     if os.path.lexists(output):
         raise UserError(f"--output={output} exists; choose another name")
     if not args.max_file_gb > 0:

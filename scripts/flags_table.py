@@ -14,6 +14,7 @@ def flags_markdown() -> str:
     """Returns the content of docs/flags.md."""
     lines = ["# Flags of train_gpt.py", "", "Generated from `cfg/config.py` by `python scripts/flags_table.py`.", ""]
     lines += [f"`--cfg NAME`: {Config.model_fields['cfg'].description}.", ""]
+    lines += ["INT: `10000`, `10_000`, `1e4`, `10K` and `0.01M` are equal. B is 10^9, T 10^12.", ""]
     for group in GROUPS:
         lines += [f"## {(group.__doc__ or '').strip()}", "", "| flag | type | default | meaning |", "|---|---|---|---|"]
         for name, field in group.model_fields.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cfg.config import Config, load_config
+from data.tokenizers.load import tokenizer_size
 from model.formats.pretrained import open_pretrained
 from util.command import parse_first
 from util.errors import CommandParser, UserError, closest, run_command
@@ -34,7 +35,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     p.add_argument("--memory_gb", type=float, help="memory of a GPU (default: from the table)")
     p.add_argument("--mfu", type=float, default=0.4, help="share of the peak FLOP/s that is reached (default 0.4)")
     p.add_argument("--price", type=float, help="price of a GPU hour")
-    p.add_argument("--tokens", type=float, help="tokens to train on (default num_iterations*total_batch_size)")
+    p.add_argument("--tokens", type=int, help="tokens to train on (default num_iterations*total_batch_size)")
     p.add_argument("--markdown", action="store_true", help="print only the table, as in docs/memory.md")
     args, flags = p.parse_known_args(argv)
     known = {name.lower(): name for name in GPU_MEMORY_GB}
@@ -293,9 +294,11 @@ def suggestions(config: Config, given: dict[str, Any], args: argparse.Namespace)
 
 
 def main(args: argparse.Namespace, flags: list[str]) -> None:
-    base = load_config(flags, args.gpus, open_pretrained)
+    base = load_config(flags, args.gpus, open_pretrained, tokenizer_size)
     if not base.flash:
         raise UserError("--flash=0: its T × T scores are not part of the plan; use --flash=1")
+    if base.num_epochs and not args.tokens:
+        raise UserError("--num_epochs: the plan does not read the shards; give --tokens, or --num_iterations instead")
     changes: dict[str, Any] = {}
     if args.tokens:
         changes["num_iterations"] = math.ceil(args.tokens / base.total_batch_size)

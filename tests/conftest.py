@@ -163,6 +163,21 @@ def trainer(shards: Path, warm_python: Python) -> Trainer:
     return Trainer(shards, warm_python)
 
 
+@pytest.fixture(scope="session")
+def imports_of() -> Callable[..., tuple[subprocess.CompletedProcess[str], set[str]]]:
+    """A function that runs a command in a cold interpreter and also returns the modules that it has imported."""
+
+    def run(*words: object) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+        command = [sys.executable, "-X", "importtime", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = done.stderr.splitlines()
+        imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+        done.stderr = "\n".join(line for line in lines if not line.startswith("import time:"))
+        return done, imported
+
+    return run
+
+
 def read_metrics(output_dir: Path) -> list[dict]:
     path = output_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

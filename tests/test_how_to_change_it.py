@@ -94,11 +94,12 @@ def test_the_changed_sources_prepare_data_train_and_resume(changed):
     train = [sys.executable, "train_gpt.py", *TRAIN, "--input_train_bin=data/mine/*_train_*.bin"]
     done = run(changed, *train)
     assert done.returncode == 0 and "radam: " in done.stdout, done.stderr
-    whole = (changed / "outdir/metrics.jsonl").read_text().splitlines()
-    shutil.rmtree(changed / "outdir/checkpoints/step_00000004")
+    (output_dir,) = (changed / "outdir").iterdir()
+    whole = (output_dir / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(output_dir / "checkpoints/step_00000004")
     done = run(changed, *train)
     assert done.returncode == 0 and "step_00000002" in done.stdout, done.stderr
-    resumed = (changed / "outdir/metrics.jsonl").read_text().splitlines()
+    resumed = (output_dir / "metrics.jsonl").read_text().splitlines()
     keys = "step", "loss", "grad_norm", "clipped", "lr"
     first, second = ([{key: json.loads(line)[key] for key in keys} for line in lines] for lines in (whole, resumed))
     assert first == second and [record["clipped"] for record in first] == [1] * 4

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from cfg.config import Config, ModelConfig
+from cfg.config import Config, ModelConfig, to_yaml
 from cfg.flags import training_only_flags
 from data.fingerprint import check_same_data, check_same_tokenizer
 from data.loader import Loader
@@ -32,8 +32,11 @@ from train.inputs import tokenizer_fingerprint
 from train.metrics import Metrics
 from train.optim import forget_states, make_states
 from train.parallel import ParallelModel
+from train.plot import Plots
+from train.rank_log import restore_log
+from train.run_dir import restore_output_dir
 from train.stability import LossScaler, SpikeGuard
-from util.errors import DivergedError, UserError, quote
+from util.errors import DivergedError, StorageError, UserError, closest, quote
 from util.ranks import Ranks
 
 # Model flags that may differ between a checkpoint and the run that resumes it.
@@ -65,6 +68,7 @@ class Checkpointer:
         self.train_data, self.tokenizer = train_data, tokenizer
         self.fingerprint = tokenizer_fingerprint(config, tokenizer)
         self.writer = CheckpointWriter(config, ranks)
+        self.plots = Plots(config)
         self.started_from = "auto"  # the checkpoint of another run from which this one branched off, if any
 
     def __enter__(self) -> Checkpointer:
@@ -102,6 +106,9 @@ class Checkpointer:
     def save(self, step: int, record: dict[str, Any]) -> None:
         """Saves the checkpoint of `step`, and adds to its record how long training waited."""
         watchdog.progress(f"the save of step {step}", self.config.start_timeout_minutes)
+        if self.ranks.on_main(lambda: restore_output_dir(self.output_dir, to_yaml(self.config))):
+            self.ranks.on_all(lambda: restore_log(self.output_dir, self.ranks))
+            self.metrics.restore(step)
         self.metrics.flush()
         state = {
             "record": record.copy(),
@@ -113,6 +120,8 @@ class Checkpointer:
         }
         files = self.tokenizer.files if self.tokenizer else {}
         record["save_s"] = self.writer.save(step, self.model.gpt, self.optimizer, state, files)
+        if self.ranks.is_main:
+            self.plots.redraw()
 
     def roll_back(self, record: dict[str, Any], problem: str) -> int:
         """Restores the last good checkpoint and returns its step. The data since then is skipped.
@@ -146,7 +155,7 @@ class Checkpointer:
 
         def load() -> tuple[dict[str, Any], list[str]]:
             state = read_state(path)
-            check_same_data(state["data"], self.train_data.fingerprint)
+            check_same_data(state["data"], self.train_data.fingerprint, path.parent.parent)
             check_same_tokenizer(state.get("tokenizer", {"name": "none"}), self.fingerprint)
             changes = check_same_model(path, self.config)
             load_checkpoint(path, self.model.gpt, self.optimizer)
@@ -172,6 +181,10 @@ def find_checkpoint_to_resume(output_dir: Path, resume: str, report: Callable[[s
     Going back to an older checkpoint of the same run is refused.
     """
     own = list_checkpoints(output_dir)
+    if not (resume in ("auto", "never") or os.path.exists(resume) or _began_from(resume, own)):
+        near = closest(resume, ("auto", "never"))
+        hint = f"did you mean {near}?" if near else "give auto, never or the path of a checkpoint"
+        raise UserError(f"--resume={quote(resume)}: no such checkpoint or run directory; {hint}")
     if resume == "never":
         if own:
             raise UserError(
@@ -185,7 +198,7 @@ def find_checkpoint_to_resume(output_dir: Path, resume: str, report: Callable[[s
                 f"--resume={resume}: {output_dir} holds newer checkpoints; give another --output_dir to branch off"
             )
         if resume != "auto":
-            report(f"--resume={resume} is where this run began; it resumes from its own checkpoints")
+            report(f"--resume={resume}: {output_dir} contains checkpoints already, and resumes from them")
         return find_checkpoint(output_dir, report) if own else None
     try:
         found = find_checkpoint(Path(resume), report)
@@ -194,6 +207,15 @@ def find_checkpoint_to_resume(output_dir: Path, resume: str, report: Callable[[s
     if found is None:
         raise UserError(f"--resume={resume}: contains no checkpoint")
     return found
+
+
+def _began_from(resume: str, own: list[Path]) -> bool:
+    """Returns whether one of a run's own checkpoints was made with --resume=`resume`, which may be deleted by now."""
+    for path in own:
+        with suppress(StorageError):
+            if read_manifest(path)["config"].get("resume") == resume:
+                return True
+    return False
 
 
 def check_same_model(path: Path, config: Config) -> list[str]:

@@ -11,6 +11,7 @@ model/formats/checkpoint.py reads checkpoints, for any strategy and any number o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -43,6 +44,7 @@ from model.formats.checkpoint import (
     with_sha256,
 )
 from model.gpt import GPT
+from train.disk_space import advise_when_full, checkpoint_bytes
 from train.optim import named_states
 from util.errors import StorageError
 from util.files import fault_point, file_sha256, flush_to_disk, path_in_errors, write_atomically
@@ -83,6 +85,7 @@ class CheckpointWriter:
         timeout = group_timeout(config.start_timeout_minutes)
         group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.ranks = replace(ranks, cpu_group=group)
+        self._bytes = 0  # size of a checkpoint
         self._thread: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
         if config.async_save == "1" or (config.async_save == "auto" and ranks.device.type == "cuda"):
@@ -101,6 +104,7 @@ class CheckpointWriter:
         """
         before = time.perf_counter()
         self.wait()
+        self._bytes = checkpoint_bytes(model)
         parts = {
             "model": {name: p.detach() for name, p in model.named_parameters()},
             "optimizer": {name: t.detach() for name, t in named_states(optimizer, model).items()},
@@ -165,15 +169,20 @@ class CheckpointWriter:
             where = f" on rank {rank}" if self.ranks.world_size > 1 else ""
             return StorageError(
                 f"--output_dir={self.config.output_dir}: the checkpoint of step {step} could not be written"
-                f" ({reason}{where}); earlier checkpoints are intact: run the same command again to resume"
+                f" ({reason}{where})"
             )
+
+        def clean_up() -> str:
+            shutil.rmtree(self.folder / f"{SAVING}{step:08d}", ignore_errors=True)
+            is_full = any(os.strerror(number) in str(problem) for number in (errno.ENOSPC, errno.EDQUOT))
+            return f"{advise_when_full(self.folder, self._bytes)}, then " if is_full else ""
 
         try:
             return self.ranks.on_all(act, convert)
-        except StorageError:
-            if self.ranks.is_main:
-                shutil.rmtree(self.folder / f"{SAVING}{step:08d}", ignore_errors=True)
-            raise
+        except StorageError as error:
+            problem = error
+        advice = self.ranks.on_main(clean_up)
+        raise StorageError(f"{problem}; earlier checkpoints are intact: {advice}run the same command again to resume")
 
     def _write_tensors(self, temporary: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         for kind, tensors in parts.items():

@@ -17,8 +17,8 @@ from data.loader import Loader
 from data.open import open_val_data
 from data.tokenizers.tokenizer import Tokenizer
 from eval import hellaswag
-from eval.encoding import text_encoder
-from eval.generate import Sampling, generate
+from eval.encoding import encode_prompt, text_encoder
+from eval.generate import TEMPERATURE, TOP_K, Sampling, generate
 from eval.scoring import ScoringModel, gpt_forward, score_in_steps
 from eval.validation import fixed_windows, summarize, windows_loss
 from train import watchdog
@@ -29,7 +29,7 @@ from util.errors import storage_error
 from util.ranks import Ranks
 
 T = TypeVar("T")
-SAMPLING = Sampling(temperature=0.8, top_k=50)
+SAMPLING = Sampling(TEMPERATURE, TOP_K)
 MIN_TOKENS = 4096  # of a batch of HellaSwag: without gradients that needs little memory
 
 
@@ -44,6 +44,8 @@ class Evaluator:
     def __init__(self, config: Config, ranks: Ranks, tokenizer: Tokenizer | None):
         self.config, self.ranks, self.tokenizer = config, ranks, tokenizer
         self.end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
+        # The ids before and of --sample_prompt.
+        self.prompt = encode_prompt(tokenizer, config.sample_prompt) if tokenizer else ([0], [])
         self.val_data: Loader | None = None
         if config.input_val_bin:
             self.val_data = open_val_data(config, tokenizer_fingerprint(config, tokenizer))
@@ -114,10 +116,9 @@ class Evaluator:
     def _generate(self, model: ParallelModel, step: int) -> Generator[None, None, str]:
         """Generates the sample of `step` token by token, writes it, and returns it."""
         config, tokenizer = self.config, self.tokenizer
-        begin = tokenizer.bos_tokens if tokenizer else [0]
-        prompt = [*begin, *(tokenizer.encode(config.sample_prompt) if tokenizer else [])]
-        tokens = prompt[len(begin) :]
-        for (token,) in generate(model.gpt, [prompt], config.sample_tokens, SAMPLING, config.seed + step):
+        begin, ids = self.prompt
+        tokens = ids.copy()
+        for (token,) in generate(model.gpt, [[*begin, *ids]], config.sample_tokens, SAMPLING, config.seed + step):
             tokens.append(token)
             yield
         text = tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from cfg.config import Config
+from data.loader import Loader
+from data.mixed_loader import MixedLoader
 from data.tokenizers.load import NAMES, load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS, Tokenizer
 from data.tokenizers.transfer import token_rows
@@ -46,6 +50,21 @@ def open_tokenizer(config: Config, ranks: Ranks) -> Tokenizer | None:
 def tokenizer_fingerprint(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Returns name, size and hash of the tokenizer, which shards and checkpoints are compared with."""
     return tokenizer.fingerprint if tokenizer else NAMED_FINGERPRINTS.get(config.tokenizer, {"name": "none"})
+
+
+def count_iterations(config: Config, data: Loader | MixedLoader, ranks: Ranks) -> Config:
+    """Replaces --num_epochs with the number of steps that reads the training data so often; prints it.
+
+    An epoch of a mixture has as many windows as all its sources together.
+    """
+    if not config.num_epochs:
+        return config
+    rows = config.total_batch_size // config.sequence_length
+    steps = max(1, math.ceil(Fraction(str(config.num_epochs)) * data.windows / rows))
+    if ranks.is_main:
+        about = f"{data.windows:,} sequences an epoch, {rows:,} a step"
+        print(f"--num_epochs={config.num_epochs:g}: --num_iterations={steps} ({about})")
+    return config.model_copy(update={"num_iterations": steps, "num_epochs": 0.0})
 
 
 def load_pretrained(config: Config, ranks: Ranks) -> InitialValue | None:

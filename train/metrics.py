@@ -7,18 +7,19 @@ import math
 import netrc
 import os
 import secrets
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlparse
 
 from cfg.config import Config
 from train.rank_log import note
 from util.device import device_name, peak_memory
 from util.errors import StorageError, UserError
-from util.files import fault_point, path_in_errors, write_atomically
+from util.files import fault_point, path_in_errors, reopen, write_atomically
 from util.gpus import peak_flops
 from util.ranks import Ranks
 
@@ -32,9 +33,15 @@ def duration(seconds: float) -> str:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a metrics.jsonl, without lines that are not the record of a step (cut off by a kill)."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
+    return list(iterate_records(path))
+
+
+def iterate_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of `read_records` one by one: those of a long run take a gigabyte together."""
+    if not path.is_file():
+        return
+    with open(path, errors="replace") as lines:
+        for line in lines:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -42,8 +49,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 continue
             if type(record.get("step")) is int and isinstance(record.get("loss", ""), int | float | None):
-                records.append(record)
-    return records
+                yield record
 
 
 def to_json(record: dict[str, Any]) -> str:
@@ -130,7 +136,7 @@ class Metrics:
     def _rewind(self, step: int) -> None:
         """Drops records after `step`, which will be written again, and keeps them in logs/."""
         self._cut(step)
-        self._file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
+        self._file: IO[str] = open(self.path, "a+")  # noqa: SIM115 - open for the whole run
 
     def _cut(self, step: int) -> None:
         kept = list({r["step"]: r for r in read_records(self.path) if r["step"] <= step}.values())
@@ -146,6 +152,17 @@ class Metrics:
             f.writelines(line + "\n" for line in before.splitlines() if line not in again)
         write_atomically(self.path, after.encode())
 
+    def restore(self, step: int) -> None:
+        """Writes metrics.jsonl and TensorBoard's file again after the directory was deleted."""
+
+        def act() -> None:
+            self._file = reopen(self._file, self.path)
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+                self._start_tensorboard(step)
+
+        self._on_main(act)
+
     def _start_wandb(self) -> None:
         try:
             import wandb
@@ -154,8 +171,11 @@ class Metrics:
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not _has_wandb_key():
             mode = "offline"
-            self.say("wandb: no key found, so this run is logged offline; `wandb sync` uploads it later")
+            self.say("wandb: no key found, so this run is logged offline")
         self.wandb_id = self.wandb_id or secrets.token_hex(4)
+        if mode == "offline":  # each start writes a folder, all with one id
+            folders = f"{shlex.quote(self.config.output_dir)}/wandb/offline-run-*-{self.wandb_id}"
+            self.say(f"wandb: upload all starts of this run later, as one: wandb sync --id {self.wandb_id} {folders}")
         try:
             self._wandb = wandb.init(
                 project=self.config.wandb_project_id,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cfg.config import Config
 from model.gpt import GPT, InitialValue, init_weights
 from model.loss import compiled_chunk_loss
+from util.errors import UserError
 from util.ranks import Ranks, set_timeout
 
 
@@ -138,7 +141,11 @@ class ParallelModel:
 
 
 def set_math_mode(config: Config, device: torch.device) -> None:
-    """Applies --tensorcores and --deterministic to torch."""
+    """Applies --tensorcores and --deterministic to torch, and checks that --compile has a C++ compiler on a CPU."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch's choice
+    if config.compile and device.type == "cpu" and not shutil.which(compiler):
+        flag = f"--compile={config.compile if config.compile == 'model' else 1}"
+        raise UserError(f"{flag} on a CPU needs a C++ compiler, but {compiler} is not installed; use --compile=0")
     if config.tensorcores and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if config.deterministic:

@@ -10,14 +10,15 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 
 from util.errors import UserError
+from util.files import reopen
 from util.ranks import Ranks
 
-_log: TextIO | None = None
+_log: IO[str] | None = None
 
 
 class _Console:
@@ -51,7 +52,7 @@ class _Console:
 def keep_log(output_dir: Path, ranks: Ranks) -> None:
     """Copies stdout, stderr and the stacks of a fatal signal to this rank's log from now on."""
     global _log
-    _log = open(log_path(output_dir, ranks.rank), "a", errors="replace", buffering=1)
+    _log = open(log_path(output_dir, ranks.rank), "a+", errors="replace", buffering=1)
     faulthandler.enable(_log)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     note(
@@ -59,6 +60,14 @@ def keep_log(output_dir: Path, ranks: Ranks) -> None:
         f" {ranks.device}, torch {torch.__version__}"
     )
     sys.stdout, sys.stderr = _Console(sys.stdout), _Console(sys.stderr)
+
+
+def restore_log(output_dir: Path, ranks: Ranks) -> None:
+    """Writes the log again if the directory was deleted."""
+    global _log
+    if _log is not None:
+        _log = reopen(_log, log_path(output_dir, ranks.rank))
+        faulthandler.enable(_log)
 
 
 def log_path(output_dir: Path, rank: int) -> Path:

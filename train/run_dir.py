@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from util.errors import DISK_REFUSES, DivergedError, StorageError, UserError, storage_error
-from util.files import fault_point, take_lock, write_atomically
+from util.errors import DISK_REFUSES, DivergedError, StorageError, UserError, refuse_broken_link, storage_error
+from util.files import fault_point, is_at, take_lock, write_atomically
 from util.ranks import Ranks
 
 _held_lock: IO[str] | None = None
@@ -23,6 +23,7 @@ def lock_output_dir(output_dir: Path) -> None:
     The kernel drops the lock when the process ends, so a lock never becomes stale.
     """
     global _held_lock
+    refuse_broken_link(output_dir, "output_dir")
     for name in ("config.yaml", "metrics.jsonl"):
         if (output_dir / name).exists() and not (output_dir / "checkpoints").is_dir():
             raise UserError(
@@ -45,14 +46,29 @@ def lock_output_dir(output_dir: Path) -> None:
         )
 
 
+def restore_output_dir(output_dir: Path, config_yaml: str) -> bool:
+    """Creates and locks the directory again if it was deleted or moved during the run. Returns whether it was."""
+    lock = output_dir / ".lock"
+    if _held_lock is None or _held_lock.name != str(lock) or is_at(_held_lock, lock):
+        return False
+    gone = f"--output_dir={output_dir} was deleted or moved while this run used it"
+    try:
+        lock_output_dir(output_dir)
+        write_config(output_dir, config_yaml)
+    except (UserError, OSError) as e:
+        raise StorageError(f"{gone}, and cannot be restored: {e}") from e
+    print(f"warning: {gone}; restored what is in memory: config.yaml, metrics.jsonl, logs, and now a checkpoint")
+    return True
+
+
 def write_status(output_dir: Path, status: str, step: int | None = None, reason: str = "") -> None:
     """Writes status.json, for scripts: torchrun exits with 1 whatever its workers exit with.
 
     The status is one of: running (if no process is, it crashed or was killed), done, stopped (by a signal, with a
-    checkpoint), out of time (--max_minutes, with a checkpoint), user error, diverged, storage error. Only the process
-    that has locked the directory writes the file.
+    checkpoint), out of time (--max_minutes, with a checkpoint), interrupted (by Ctrl-C, without a checkpoint), user
+    error, diverged, storage error. Only the process that has locked the directory writes the file.
     """
-    if _held_lock is not None:
+    if _held_lock is not None and is_at(_held_lock, output_dir / ".lock"):
         content = {"status": status, "step": step, "reason": reason}
         write_atomically(output_dir / "status.json", (json.dumps(content) + "\n").encode())
 

@@ -8,16 +8,20 @@ import torch
 from torch.optim import Optimizer
 
 from cfg.config import Config
+from data.fingerprint import tokenizer_in_manifest
 from data.loader import Loader
 from data.mixed_loader import MixedLoader
 from data.shards import Shard
-from eval.reference import GPT2_ACC_NORM
 from train import optim
+from train.disk_space import warn_of_little_room
 from train.metrics import read_records
 from train.parallel import ParallelModel
-from train.plot import plot, plot_losses
+from train.plot import Plots
 from util.device import device_name
 from util.ranks import Ranks
+
+# Measured with --cfg=shakespeare and --cfg=overfit in float32 on two cores with AVX-512.
+CPU_CORE_FLOPS = 50e9
 
 
 def print_banner(
@@ -42,7 +46,11 @@ def print_banner(
     )
     if isinstance(train_data, MixedLoader):
         print(train_data.describe(config.num_iterations))
-    for warning in warnings(config, ranks.device, train_data.shards, val_data.shards if val_data else []):
+    found = warnings(config, ranks.device, train_data.shards, val_data.shards if val_data else [])
+    if ranks.device.type == "cpu":
+        cores = torch.get_num_threads() * ranks.world_size
+        found += cpu_warnings(config, model.gpt.flops_per_token(config.sequence_length), cores)
+    for warning in filter(None, [*found, warn_of_little_room(config, model.gpt)]):
         print(f"warning: {warning}")
 
 
@@ -57,8 +65,32 @@ def warnings(config: Config, device: torch.device, train: list[Shard], val: list
         found.append("float16 on a CPU is slow and meant for trying out what a GPU does; float32 is faster")
     if both := {s.path.resolve() for s in train} & {s.path.resolve() for s in val}:
         found.append(f"{min(both)} is used for both training and validation")
+    for folder in dict.fromkeys(s.path.parent for s in train):
+        largest = max(s.largest_id for s in train if s.path.parent == folder)
+        if config.vocab_size > 2 * (largest + 1) and tokenizer_in_manifest(folder) is None:
+            found.append(
+                f"--vocab_size={config.vocab_size}, but the largest token id found in {folder} is {largest}; were these"
+                f" shards made with --tokenizer={config.tokenizer}?"
+            )
     if config.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         found.append("this GPU only emulates bfloat16; --dtype=float16 is faster")
+    return found
+
+
+def cpu_warnings(config: Config, flops_per_token: int, cores: int) -> list[str]:
+    """Returns warnings about a run that takes long on a CPU. The time is FLOPs / (cores × CPU_CORE_FLOPS)."""
+    found = []
+    flops = config.num_iterations * config.total_batch_size * flops_per_token
+    hours = flops / (cores * CPU_CORE_FLOPS) / 3600
+    if hours >= 1:
+        time = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+        found.append(
+            f"{config.num_iterations:,} steps would take about {time} on this CPU (estimate:"
+            f" {CPU_CORE_FLOPS / 1e9:.0f} GFLOP/s per core × {cores}); use a GPU, or a small model such as"
+            f" --cfg=shakespeare"
+        )
+    if config.compile:
+        found.append("--compile on a CPU: the first step takes up to three minutes longer; --compile=0 starts at once")
     return found
 
 
@@ -75,9 +107,6 @@ def print_summary(config: Config, ranks: Ranks, first_step: int, step: int, skip
     if losses:
         also = f", {skipped} skipped" if skipped else ""
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps{also}")
-    curve = plot_losses(output_dir)
+    curve = Plots(config).draw()
     checkpoint = output_dir / "checkpoints" / f"step_{step:08d}"
     print(f"checkpoint: {checkpoint}" + (f", loss curve: {curve}" if curve else ""))
-    if config.hellaswag_every:
-        keys = {"completion": "hellaswag_acc_norm", "lm_eval": "hellaswag_lm_eval_acc_norm"}
-        plot(output_dir, "hellaswag", "HellaSwag acc_norm", keys, GPT2_ACC_NORM)

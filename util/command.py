@@ -8,7 +8,8 @@ set, and no helper can be imported to set it. Every command in eval/, data/ and 
 
 (parents[2] in scripts/bench/). The root replaces the folder of the command, because files in these folders have the
 names of other modules: eval/lm_eval.py, scripts/bench/tokenize.py. In scripts/bench/ the line comes before all imports
-but sys and pathlib, since parts of the standard library import tokenize.
+but sys and pathlib, since parts of the standard library import tokenize. Commands that do not use parse_first then
+call exit_on_ctrl_c, so that Ctrl-C during their imports prints no traceback.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+from util.ctrl_c import exit_on_ctrl_c
 from util.errors import one_line_errors
 
 T = TypeVar("T")
@@ -35,6 +37,7 @@ def parse_first(name: str, parse: Callable[[], T], check: Callable[[T], object] 
     """
     if name != "__main__":
         return cast(T, None)
+    exit_on_ctrl_c()
     with one_line_errors():
         args = parse()
         if check is not None:

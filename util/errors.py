@@ -21,6 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from util.ctrl_c import EXIT_CODE, raise_on_ctrl_c
+from util.values import parse_count, user_path
+
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EREMOTEIO)
 MACHINE_REFUSES = (
     *DISK_REFUSES,
@@ -65,6 +68,19 @@ def user_errors(path: Path | str) -> Iterator[None]:
         raise UserError(f"{path}: {e.strerror}") from e
 
 
+def refuse_broken_link(path: Path, flag: str) -> None:
+    """Raises UserError if the output `path`, or a folder above it, is a symbolic link to nothing.
+
+    The target is not created: it may be on a disk that is not mounted.
+    """
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            raise UserError(
+                f"--{flag}={path}: {link} is a link to {os.readlink(link)}, which does not exist; create it or"
+                f" remove the link"
+            )
+
+
 def closest(word: str, candidates: Iterable[str]) -> str | None:
     """Returns the candidate most similar to `word`, or None if none is similar."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
@@ -102,10 +118,12 @@ def exit_with(error: UserError) -> NoReturn:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors."""
+    """An argument parser whose errors are UserErrors. `type=int` takes 1e4 and 0.5M, `type=Path` takes ~/x."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**({"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs))
+        self.register("type", int, parse_count)
+        self.register("type", Path, user_path)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; see --help")
@@ -123,8 +141,9 @@ def one_line_errors() -> Iterator[None]:
             raise
         exit_with(storage)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoReturn:
@@ -135,6 +154,7 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> NoRetu
     run (pytorch#179291), and a thread that waits for another rank would hide a failure from torchrun.
     """
     code = 1
+    raise_on_ctrl_c()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not stop a command

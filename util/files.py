@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -16,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from util.errors import UserError, user_errors
+
 # RAWGPT_FAULT=POINT[@RANK][#TIME]=WHAT; see fault_point.
 _FAULT = re.compile(r"(?P<point>[a-z ]+)(@(?P<rank>\d+))?(#(?P<time>\d+))?=(?P<what>[A-Z]+)")
 _fault = _FAULT.fullmatch(os.environ.get("RAWGPT_FAULT", ""))
 _times_passed = 0
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def file_sha256(path: Path) -> str:
@@ -31,6 +35,32 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def find_paths(pattern: str) -> list[str]:
+    """Returns the path, if it exists, or else the paths that match it as a glob, sorted.
+
+    Folders at the start of the pattern that exist are taken literally, so `[v2]/*.bin` finds the files of a folder
+    named [v2]. If nothing matches, brackets are taken literally everywhere.
+    """
+    pattern = os.path.expanduser(pattern)
+    if os.path.lexists(pattern):
+        return [pattern]
+    parts, n = Path(pattern).parts, 0
+    while n < len(parts) and os.path.isdir(os.path.join(*parts[: n + 1])):
+        n += 1
+    folder, rest = os.path.join("", *parts[:n]), os.path.join("", *parts[n:])
+    for tail in (rest, rest.replace("[", "[[]")):
+        if found := glob.glob(os.path.join(glob.escape(folder), tail), recursive=True):
+            return sorted(set(found))
+    return []
+
+
+def refuse_lfs_pointer(path: Path | str) -> None:
+    """Raises a UserError if the file is the pointer that Git LFS leaves in place of a file it has not downloaded."""
+    with user_errors(path), open(path, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+
+
 @contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
     """Adds `path` to an OSError without a file name, such as the error of a write to a full disk."""
@@ -40,6 +70,11 @@ def path_in_errors(path: Path) -> Iterator[None]:
         if e.filename is None:
             e.filename = str(path)
         raise
+
+
+def is_latest_file(path: Path) -> bool:
+    """Returns whether `path` is the file `latest` beside checkpoints, which contains the name of the newest."""
+    return path.name == "latest" and path.is_file()
 
 
 def read_json(path: Path) -> Any:
@@ -56,10 +91,12 @@ def read_yaml(path: Path) -> Any:
     """Reads a YAML file of plain values. Raises OSError if it cannot be read, ValueError if its content is not YAML."""
     import yaml
 
+    from util import strict_yaml
+
     if path.exists() and not path.is_file():
         raise ValueError("is not a file")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return strict_yaml.load(path.read_text(encoding="utf-8"))
     except RecursionError as e:
         raise ValueError("is nested too deeply") from e
     except yaml.YAMLError as e:
@@ -121,6 +158,25 @@ def _rename_to_new(name: str, path: Path) -> None:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from e
         os.rename(name, path)  # a file system without links
+
+
+def is_at(file: IO[str], path: Path) -> bool:
+    """Returns whether an open file is still at `path`: not deleted, moved or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
+
+
+def reopen(file: IO[str], path: Path) -> IO[str]:
+    """Returns `file`, opened with "a+". If it is no longer at `path`, writes its content there and opens that file."""
+    if is_at(file, path):
+        return file
+    with file:
+        file.flush()
+        file.seek(0)
+        write_atomically(path, file.read().encode(errors="replace"))
+    return open(path, "a+", errors="replace", buffering=1)
 
 
 def take_lock(path: Path) -> tuple[IO[str], str | None]:

@@ -7,6 +7,9 @@ import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -22,6 +25,28 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if _launcher_is_gone():  # it died before the call above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def watch_launcher() -> Iterator[None]:
+    """Sends SIGKILL to this worker if torchrun's store is down at the start of the block, or goes down within it.
+
+    A killed torchrun loses its children before its sockets close. A worker that calls `die_with_launcher` between the
+    two has no launcher and does not notice. It would wait for the store in the rendezvous until the timeout.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if _launcher_is_gone():
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.wait(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _launcher_is_gone() -> bool:

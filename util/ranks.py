@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from util.device import choose_device
 from util.errors import UserError, storage_error
-from util.launcher import launched_world_size
+from util.launcher import launched_world_size, watch_launcher
 
 T = TypeVar("T")
 MARGIN = 30.0  # seconds by which process groups time out later than train/watchdog.py, which names the blocking rank
@@ -170,7 +170,8 @@ def _meet(timeout: timedelta) -> dist.Store:
     restarts differently; on several machines TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every restart a new store.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    with watch_launcher():
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
     return dist.PrefixStore(f"restart_{restarts}" if one_machine else "run", store)

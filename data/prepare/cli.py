@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from data.fingerprint import same_tokenizer
+from data.prepare.hub import pin_datasets
+from data.prepare.inputs import add_reading_flags, read_options
 from data.prepare.job import Job, prepare, read_manifest, summary
 from data.prepare.parts import checked_files, join_parts, parse_part, part_of
-from data.prepare.sources import file_fingerprint, plan
+from data.prepare.sources import fingerprint, plan
 from data.prepare.workers import EncodeOptions
 from data.shards import find_shards, open_shard
 from data.tokenizers.load import load_tokenizer
@@ -23,22 +25,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def folder(text: str) -> Path:
-    """Expands ~ in --output_dir=~/x, which the shell does not."""
-    return Path(os.path.expanduser(text))
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--shard_size", type=int, default=10**8, help="tokens per shard (default: 100,000,000)")
     output.add_argument("--max_tokens", type=int, default=0, help="stop after this many tokens; 0: no limit")
     output.add_argument("--tokenizer", default="gpt2", help="name, or path of a tokenizer.json (default: gpt2)")
-    output.add_argument("--text_key", default="text", help="jsonl field or parquet column (default: text)")
-    output.add_argument("--skip_bad", action="store_true", help="skip damaged text, and count it")
     output.add_argument(
         "--fim_rate", type=float, default=0.0, help="share of documents rearranged for fill-in-the-middle"
     )
     output.add_argument("--fim_spm_rate", type=float, default=0.0, help="share of these in suffix-prefix-middle order")
+    add_reading_flags(parser.add_argument_group("input"))
     work = parser.add_argument_group("work")
     work.add_argument("--workers", type=int, default=cores(), help="processes (default: one per core)")
     work.add_argument(
@@ -76,16 +72,24 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
         mixture = read_mixture(Path(args.mixture))
     else:
         mixture = None
-    options = EncodeOptions(args.text_key, args.skip_bad, args.fim_rate, args.fim_spm_rate, args.encoder == "auto")
+    reading = read_options(args)
+    options = EncodeOptions(
+        **vars(reading), fim_rate=args.fim_rate, fim_spm_rate=args.fim_spm_rate, fast=args.encoder == "auto"
+    )
+    files = pin_datasets(files, args.output_dir)
+    fingerprints = {path: fingerprint(path) for path in files}
+    # Defaults are left out, as in the manifests of versions without these flags.
+    added = {key: getattr(reading, key) for key in ("format", "document_separator") if getattr(reading, key)}
     decisive = ("text_key", "skip_bad", "fim_rate", "fim_spm_rate", "shard_size", "max_tokens")
     whole = Job(
         output_dir=args.output_dir,
         name=name,
         recipe={
-            "source": [file_fingerprint(path) for path in files],
+            "source": list(fingerprints.values()),
             "tokenizer": tokenizer.sha256,  # its path may differ between machines
             "name": name,
             **{key: getattr(args, key) for key in decisive},
+            **added,
             **recipe,
         },
         tokenizer=tokenizer,
@@ -93,6 +97,7 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
         shard_size=args.shard_size,
         max_tokens=args.max_tokens,
         workers=args.workers,
+        fingerprints=fingerprints,
         **job,
     )
     if mixture and (args.part or args.join or args.max_tokens):
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
     elif args.part and (existing := read_manifest(whole.output_dir)) and existing["recipe"] == whole.recipe:
         made = None  # the parts have been joined already
     else:
-        units = plan(files, args.text_key)
+        units = plan(files, options)
         if args.part:
             whole, units = part_of(whole, units, *parse_part(args.part))
         made = prepare(whole, units)

@@ -17,6 +17,7 @@ from util.errors import UserError
 
 Encode = Callable[[str], np.ndarray]
 
+
 # The patterns for which splintr has hand-written scanners, in splintr's spelling. A test compares them with tiktoken on
 # every Unicode character. With other patterns splintr uses its regular expressions, which know other letters than
 # tiktoken's.
@@ -54,6 +55,8 @@ def make_encoder(
     Names of special tokens are encoded as ordinary text. The fast encoder is compared with tiktoken on SAMPLE and
     `sample`, unless the caller has `compared` them before.
     """
+    if tokenizer.is_bytes:
+        return lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint32), "bytes"
     splintr = _splintr(tokenizer) if fast else None
     if splintr is not None:
         texts = [] if compared else [*SAMPLE, *sample]
@@ -70,8 +73,8 @@ def _reference(tokenizer: Tokenizer) -> Encode:
             if type(e).__name__ != "PanicException":
                 raise
             raise UserError(
-                f"tiktoken cannot encode a document with {text[:40]!r}, perhaps because of millions of spaces in a row;"
-                f" install splintr-rs and use --encoder=auto, or remove the document"
+                f"tiktoken cannot encode a document with {text[:40]!r}, perhaps because of a million spaces in a row;"
+                f" skip it with --skip_bad, or install splintr-rs and use --encoder=auto"
             ) from e
 
     return encode
@@ -79,7 +82,7 @@ def _reference(tokenizer: Tokenizer) -> Encode:
 
 def _splintr(tokenizer: Tokenizer) -> Encode | None:
     """Returns splintr's encoder, or None if splintr is not installed or does not support the tokenizer."""
-    if tokenizer.ranks is None or tokenizer.pattern not in FAST_PATTERNS:
+    if tokenizer.ranks is None or tokenizer.pattern not in FAST_PATTERNS or tokenizer.missing_bytes:
         return None
     try:
         import splintr

@@ -12,7 +12,6 @@ them into the shards that a single run writes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,22 +19,36 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.prepare.journal import (
+    JOURNAL,
+    MAY_CHANGE,
+    RECIPE,
+    Journal,
+    Progress,
+    difference,
+    hash_units,
+    open_journal,
+    other_command,
+    read_object,
+    same_pieces,
+)
 from data.prepare.sources import WorkUnit
+from data.prepare.text_files import SEPARATORS
 from data.prepare.workers import Encoded, EncodeOptions, encoded_units, text_bytes
 from data.shards import ShardWriter, open_shard
 from data.tokenizers.fim import sentinels
-from data.tokenizers.tokenizer import Tokenizer
-from util.errors import MACHINE_REFUSES, UserError, user_errors
-from util.files import read_json, take_lock, write_atomically
+from data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
+from util.errors import MACHINE_REFUSES, UserError, quote, refuse_broken_link, user_errors
+from util.files import take_lock, write_atomically
 
-PARTIAL, RECUT, MANIFEST, RECIPE, JOURNAL = ".partial", "recut", "manifest.json", "recipe.json", "journal.json"
+PARTIAL, RECUT, MANIFEST = ".partial", "recut", "manifest.json"
 JOURNAL_SECONDS = 2.0
 READ_TOKENS = 2**22
 
@@ -54,7 +67,7 @@ class Job:
     val_tenth: bool = False  # validation gets at most a tenth of all tokens
     max_tokens: int = 0  # 0: no limit
     workers: int = 1
-    plan: str = ""  # hash of the work units; a journal is valid for this plan only
+    fingerprints: dict[str, Any] = field(default_factory=dict)  # of the input files, by path
     pieces: bool = False  # writes input for --join or a mixture instead of shards to train on
 
     def validation(self, total: int) -> int:
@@ -75,54 +88,36 @@ class Job:
             yield f"{self.name}_train_{i:06d}.bin", self.shard_size
 
 
-@dataclass
-class Progress:
-    """The progress of a job, as stored in its journal and its manifest."""
-
-    units: int = 0
-    tokens: int = 0
-    documents: int = 0
-    text_bytes: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-
-
 def prepare(job: Job, units: list[WorkUnit]) -> dict[str, Any] | None:
     """Encodes the units into the shards of `job`. Returns the manifest, or None if the shards existed already."""
     if job.options.fim_rate:
         sentinels(job.tokenizer)
-    partial = open_job(job.output_dir, job.recipe)
+    partial = open_job(job.output_dir, job.recipe, job)
     if partial is None:
         return None
-    job = replace(job, plan=hashlib.sha256(repr([astuple(unit)[1:] for unit in units]).encode()).hexdigest())
     with disk_errors(job.output_dir), locked(job.output_dir):
-        progress, writer = resume_job(job, partial)
+        for stale in partial.glob("unit_*"):
+            stale.unlink()
+        writer = ShardWriter(partial, job.layout(job.val_tokens), job.tokenizer.vocab_size)
+        journal = open_journal(partial, job.recipe, hash_units(units, job.fingerprints), writer)
+        progress = journal.progress
         if progress.units:
             print(f"{job.output_dir}: resuming after {progress.tokens:,} tokens")
         if not job.max_tokens or progress.tokens < job.max_tokens:
-            _encode(job, units, partial, progress, writer)
+            try:
+                _encode(job, units, journal)
+            except UserError:
+                journal.write()
+                raise
         writer.close()
-        _write_journal(partial, job, progress, writer)
+        journal.write()
         return _finish(job, partial, progress, writer.files)
 
 
-def resume_job(job: Job, partial: Path) -> tuple[Progress, ShardWriter]:
-    """Restores progress and writer from the journal. Without a journal it starts new ones."""
-    writer = ShardWriter(partial, job.layout(job.val_tokens), job.tokenizer.vocab_size)
-    for stale in partial.glob("unit_*"):
-        stale.unlink()
-    journal = read_object(partial / JOURNAL)
-    if not journal:
-        write_atomically(partial / RECIPE, json.dumps(job.recipe).encode())
-        return Progress(), writer
-    if journal.get("plan") != job.plan:
-        raise UserError(f"{partial} was written by another version of rawgpt; remove it to start again")
-    writer.resume(journal["files"], journal["held"])
-    return Progress(**{**journal["progress"], "skipped": Counter(journal["progress"]["skipped"])}), writer
-
-
-def _encode(job: Job, units: list[WorkUnit], partial: Path, progress: Progress, writer: ShardWriter) -> None:
+def _encode(job: Job, units: list[WorkUnit], journal: Journal) -> None:
     from tqdm import tqdm
 
+    progress = journal.progress
     options = replace(job.options, max_tokens=job.max_tokens)
     sizes = [unit.size for unit in units]
     started, saved, before = time.monotonic(), time.monotonic(), progress.tokens
@@ -136,13 +131,15 @@ def _encode(job: Job, units: list[WorkUnit], partial: Path, progress: Progress, 
         mininterval=0.1 if interactive else 60,
         delay=0 if interactive else 60,  # in a log file: one line a minute, none for the first minute
     ) as bar:
-        for encoded in encoded_units(units, progress.units, options, job.tokenizer, partial, job.workers):
-            _append(job, encoded, progress, writer)
+        for encoded in encoded_units(units, progress.units, options, job.tokenizer, journal.partial, job.workers):
+            if not progress.units or units[progress.units].path != units[progress.units - 1].path:
+                journal.file_start = journal.state()
+            _append(job, encoded, progress, journal.writer)
             rate = (progress.tokens - before) / (time.monotonic() - started)
             bar.set_postfix_str(f"{progress.tokens:,} tokens, {rate / 1e6:.2f}M tok/s", refresh=False)
             bar.update(sizes[progress.units - 1])
             if time.monotonic() - saved > JOURNAL_SECONDS:
-                _write_journal(partial, job, progress, writer)
+                journal.write()
                 saved = time.monotonic()
             if job.max_tokens and progress.tokens >= job.max_tokens:
                 return
@@ -168,11 +165,6 @@ def _append(job: Job, encoded: Encoded, progress: Progress, writer: ShardWriter)
                 progress.documents += int(np.count_nonzero(tokens == job.tokenizer.end_of_text))
                 progress.text_bytes += text_bytes(tokens, job.tokenizer)
     os.unlink(encoded.path)
-
-
-def _write_journal(partial: Path, job: Job, progress: Progress, writer: ShardWriter) -> None:
-    content = {"plan": job.plan, "progress": vars(progress), **writer.flush()}
-    write_atomically(partial / JOURNAL, json.dumps(content).encode())
 
 
 def _finish(job: Job, partial: Path, progress: Progress, files: list[dict[str, Any]]) -> dict[str, Any]:
@@ -235,11 +227,13 @@ def tokens_in(paths: list[Path], vocab_size: int) -> Iterator[np.ndarray]:
             yield shard.read(start, min(READ_TOKENS, shard.count - start))
 
 
-def open_job(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
+def open_job(output_dir: Path, recipe: dict[str, Any], job: Job | None = None) -> Path | None:
     """Returns the hidden folder to write into, or None if `output_dir` already holds the shards of `recipe`.
 
-    Shards of another recipe, complete or not, are an error: they are never overwritten.
+    Shards of another recipe, complete or not, are an error: they are never overwritten. With `job`, unfinished work may
+    differ in the keys that `open_journal` checks.
     """
+    refuse_broken_link(output_dir, "output_dir")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir={output_dir} is a file")
     partial = output_dir / PARTIAL
@@ -249,10 +243,10 @@ def open_job(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
     # --- complete ---
     existing = read_manifest(output_dir)
     if existing is not None:
-        if existing["recipe"] != recipe:
+        if existing["recipe"] != recipe and not (job and job.pieces and same_pieces(existing, recipe)):
             raise UserError(
                 f"{output_dir} holds shards made from other input or options"
-                f" ({_difference(existing['recipe'], recipe)}); choose another --output_dir or remove it"
+                f" ({', '.join(difference(existing['recipe'], recipe))}); choose another --output_dir or remove it"
             )
         for row in existing["files"]:
             path = output_dir / row["name"]
@@ -264,12 +258,8 @@ def open_job(output_dir: Path, recipe: dict[str, Any]) -> Path | None:
         raise UserError(f"{output_dir} holds .bin files without a manifest; choose another --output_dir or remove them")
     # --- unfinished, or new ---
     unfinished = read_object(partial / RECIPE) if (partial / JOURNAL).exists() else recipe
-    if unfinished != recipe:
-        raise UserError(
-            f"{output_dir} holds the unfinished work of a command with other input or options"
-            f" ({_difference(unfinished, recipe)}); repeat that command, choose another --output_dir, or"
-            f" remove {partial}"
-        )
+    if changed := [key for key in difference(unfinished, recipe) if not job or key not in MAY_CHANGE]:
+        raise other_command(partial, changed)
     with user_errors(f"--output_dir={output_dir}"):
         partial.mkdir(parents=True, exist_ok=True)
     return partial
@@ -287,36 +277,24 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, or {} if it cannot be read or is not an object."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    return ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key))
-
-
 def _skip_counts(skipped: Counter[str] | dict[str, int]) -> str:
     """Formats the counts as `, 3 null and 1 bad skipped`, or "" if nothing was skipped."""
-    counts = " and ".join(f"{n:,} {what}" for what, n in sorted(skipped.items()) if n)
+    counts = " and ".join(f"{n:,} {what}" for what, n in sorted(skipped.items()) if n and what != SEPARATORS)
     return f", {counts} skipped" if counts else ""
 
 
 def summary(output_dir: Path, manifest: dict[str, Any]) -> str:
     """Describes the output in one line."""
+    notes, separators = _skip_counts(manifest["skipped"]), manifest["skipped"].get(SEPARATORS, 0)
+    if separators:
+        separator = manifest["recipe"].get("document_separator", END_OF_TEXT)
+        notes += f", text split at {separators:,} {quote(separator)} (see --document_separator)"
     if "part" in manifest["recipe"]:
-        return (
-            f"{output_dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
-            f"{_skip_counts(manifest['skipped'])}, for --join"
-        )
+        return f"{output_dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens{notes}, for --join"
     val = sum(row["tokens"] for row in manifest["files"] if "_val_" in row["name"])
     return (
         f"{output_dir}: {manifest['documents']:,} documents, {manifest['tokens'] - val:,} training and {val:,}"
-        f" validation tokens{_skip_counts(manifest['skipped'])}"
+        f" validation tokens{notes}"
     )
 
 

@@ -2,7 +2,7 @@
 
 A mixture is a YAML file:
 
-    tokens: 1_000_000_000          # in total
+    tokens: 1B                     # in total, also 1_000_000_000 or 1e9
     sources:
       web:  {input: "web/*.parquet", weight: 0.7}
       code: {input: [src/], text_key: content, weight: 0.3, fim_rate: 0.5}
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data.prepare.hub import pin_datasets
+from data.prepare.inputs import input_files
 from data.prepare.job import (
-    JOURNAL,
     Job,
-    Progress,
     disk_errors,
     locked,
     open_job,
@@ -36,10 +36,12 @@ from data.prepare.job import (
     read_manifest,
     tokens_in,
 )
-from data.prepare.sources import file_fingerprint, input_files, plan
+from data.prepare.journal import JOURNAL, Progress
+from data.prepare.sources import fingerprint, plan
 from data.shards import ShardWriter
 from util.errors import UserError
 from util.files import read_yaml
+from util.values import parse_count
 
 SLACK = 2**20  # tokens prepared beyond a source's share, so that its last document is complete
 
@@ -57,6 +59,11 @@ class Mixture(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tokens: int = Field(ge=1, le=10**15)
     sources: dict[str, Source] = Field(min_length=1)
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _read_count(cls, value: Any) -> Any:
+        return parse_count(value) if isinstance(value, str) else value
 
 
 def read_mixture(path: Path) -> Mixture:
@@ -97,14 +104,16 @@ def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
 
     Files and settings of the sources become part of the recipe, because they decide the result.
     """
-    files = {
-        name: input_files([source.input] if isinstance(source.input, str) else source.input)
-        for name, source in mixture.sources.items()
-    }
-    described = {
-        name: {**source.model_dump(exclude={"input"}), "source": [file_fingerprint(path) for path in files[name]]}
-        for name, source in mixture.sources.items()
-    }
+    files: dict[str, list[str]] = {}
+    described: dict[str, dict[str, Any]] = {}
+    fingerprints: dict[str, Any] = {}
+    for name, source in mixture.sources.items():
+        inputs = [source.input] if isinstance(source.input, str) else source.input
+        files[name] = pin_datasets(input_files(inputs, job.options.format), job.output_dir)
+        fingerprints |= {path: fingerprint(path) for path in files[name]}
+        found = [fingerprints[path] for path in files[name]]
+        described[name] = {**source.model_dump(exclude={"input"}), "source": found}
+    settings = job.recipe
     job = replace(job, recipe={**job.recipe, "mixture": {"tokens": mixture.tokens, "sources": described}})
     folders = {name: job.output_dir / f"source_{name}" for name in mixture.sources}
     partial, made = open_job(job.output_dir, job.recipe), None
@@ -112,9 +121,12 @@ def mix(job: Job, mixture: Mixture) -> dict[str, Any] | None:
         for name, source in mixture.sources.items():
             options = replace(job.options, **source.model_dump(exclude={"input", "weight"}, exclude_unset=True))
             limit = math.ceil(source.weight * mixture.tokens) + SLACK
-            part = replace(job, output_dir=folders[name], recipe={**job.recipe, "of": name}, options=options)
+            # Only what decides the documents of this source: the work stays valid if another source changes.
+            decisive = {key: getattr(options, key) for key in ("text_key", "fim_rate", "fim_spm_rate")}
+            recipe = {**settings, **decisive, "of": name, "source": described[name]["source"], "max_tokens": limit}
+            part = replace(job, output_dir=folders[name], recipe=recipe, options=options, fingerprints=fingerprints)
             print(f"{name}: {source.weight:.1%} of {mixture.tokens:,} tokens")
-            prepare(replace(part, max_tokens=limit, pieces=True), plan(files[name], options.text_key))
+            prepare(replace(part, max_tokens=limit, pieces=True), plan(files[name], options))
         with disk_errors(job.output_dir), locked(job.output_dir):
             made = _draw(job, partial, mixture, folders)
     for folder in folders.values():

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data.prepare.job import JOURNAL, Job, Progress, disk_errors, locked, open_job, publish, read_manifest, tokens_in
+from data.prepare.job import Job, disk_errors, locked, open_job, publish, read_manifest, tokens_in
+from data.prepare.journal import JOURNAL, Progress, same_pieces
 from data.prepare.sources import WorkUnit
 from data.prepare.workers import text_bytes
 from data.shards import ShardWriter
@@ -58,7 +59,7 @@ def find_parts(job: Job) -> list[tuple[Path, dict[str, Any]]]:
         manifest = read_manifest(folder)
         if manifest is None:
             raise UserError(f"--join: part {k}/{n} is not finished; run its command with --part={k}/{n}")
-        if manifest["recipe"] != {**job.recipe, "part": f"{k}/{n}"}:
+        if not same_pieces(manifest, {**job.recipe, "part": f"{k}/{n}"}):
             raise UserError(
                 f"--join: {folder} was made from other input or options; prepare it again with the options of --join"
             )
@@ -85,7 +86,7 @@ def join_parts(job: Job) -> dict[str, Any] | None:
     made = None if partial is None else _join(job, partial)
     for folder in job.output_dir.glob("part_*_of_*"):  # also after an earlier --join that was interrupted here
         manifest = read_manifest(folder)
-        if manifest and {k: v for k, v in manifest["recipe"].items() if k != "part"} == job.recipe:
+        if manifest and same_pieces(manifest, {**job.recipe, "part": manifest["recipe"].get("part")}):
             shutil.rmtree(folder)
     return made
 

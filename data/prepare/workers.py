@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from data.prepare.encoder import Encode, make_encoder, split_safely
-from data.prepare.sources import Document, WorkUnit, documents, retry
+from data.prepare.inputs import Damaged, ReadOptions
+from data.prepare.sources import WorkUnit, documents, retry
 from data.shards import token_dtype
 from data.tokenizers import fim
 from data.tokenizers.load import load_tokenizer
@@ -31,11 +32,9 @@ SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 2**16
 
 
 @dataclass(frozen=True)
-class EncodeOptions:
+class EncodeOptions(ReadOptions):
     """The options that decide the tokens of a unit, and `fast`, which only decides the speed."""
 
-    text_key: str = "text"
-    skip_bad: bool = False
     fim_rate: float = 0.0
     fim_spm_rate: float = 0.0
     fast: bool = True
@@ -84,32 +83,44 @@ def encode_unit(unit: WorkUnit, path: Path, encoder: Encoder) -> Encoded:
     with open(half, "wb") as f:
 
         def write() -> None:
-            f.write(np.concatenate(held).astype(dtype).tobytes())
+            for tokens in held:
+                f.write(tokens.astype(dtype).tobytes())
             held.clear()
 
         holds = 0
-        for document in documents(unit, options.text_key, options.skip_bad, found.skipped):
+        for document in documents(unit, options, found.skipped):
             if options.max_tokens and found.tokens >= options.max_tokens:
                 break
+            before = replace(found)
             found.tokens += len(prefix)
             held.append(prefix)
             found.documents += 1
-            for part in parts(document, encoder):
-                tokens = np.array([part], np.uint32) if isinstance(part, int) else encoder.encode(part)
-                found.text_bytes += 0 if isinstance(part, int) else len(part.encode())
-                held.append(tokens)
-                found.tokens += len(tokens)
-                holds += len(tokens)
-                if holds > HELD_TOKENS:
-                    write()
-                    holds = 0
-        if held:
-            write()
+            try:
+                for part in parts(document.text, encoder):
+                    tokens = np.array([part], np.uint32) if isinstance(part, int) else encoder.encode(part)
+                    found.text_bytes += 0 if isinstance(part, int) else len(part.encode())
+                    held.append(tokens)
+                    found.tokens += len(tokens)
+                    holds += len(tokens)
+                    if holds > HELD_TOKENS:
+                        write()
+                        holds = 0
+            except Damaged:  # names its place already
+                raise
+            except UserError as e:  # from the encoder
+                if not options.skip_bad:
+                    raise UserError(f"{document.place()}: {e}") from e
+                write()
+                f.truncate(before.tokens * dtype.itemsize)
+                f.seek(0, os.SEEK_END)
+                found = before
+                found.skipped["bad"] += 1
+        write()
     os.replace(half, path)
     return found
 
 
-def parts(document: Document, encoder: Encoder) -> Iterator[str | int]:
+def parts(document: Iterable[str], encoder: Encoder) -> Iterator[str | int]:
     """Yields the pieces of a document to encode, in order: text, and the ids of sentinels for fill-in-the-middle."""
     options, tokenizer = encoder.options, encoder.tokenizer
     if options.fim_rate:
@@ -128,8 +139,8 @@ def check_fast(options: EncodeOptions, tokenizer: Tokenizer, units: list[WorkUni
         return options
 
     def beginnings(unit: WorkUnit) -> list[str]:
-        some = islice(documents(unit, options.text_key, True, Counter()), SAMPLE_DOCUMENTS)
-        return ["".join(islice(document, 1))[:SAMPLE_CHARACTERS] for document in some]
+        some = islice(documents(unit, replace(options, skip_bad=True), Counter()), SAMPLE_DOCUMENTS)
+        return ["".join(islice(document.text, 1))[:SAMPLE_CHARACTERS] for document in some]
 
     chosen = [units[0], units[len(units) // 2]] if units else []
     sample = [text for unit in chosen for text in retry(unit.path, partial(beginnings, unit))]

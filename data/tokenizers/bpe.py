@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TypeVar
 
 T = TypeVar("T", bytes, str)
 
 
-def merge(token: T, ranks: dict[T, int], until: int = 1) -> list[T]:
+def merge(token: T, ranks: Mapping[T, float], until: int = 1) -> list[T]:
     """Merges the letters of `token`, a string or bytes, until `until` parts are left or no pair of parts is a token.
 
     Each step merges the adjacent pair whose concatenation has the lowest rank, the leftmost if there are several.

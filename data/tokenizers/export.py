@@ -14,15 +14,15 @@ from data.tokenizers.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str, bytes]:
     """Returns names and contents of the files. `limit` is the model's context length (model_max_length).
 
-    A tokenizer that was read from a tokenizer.json keeps that file byte for byte. The end-of-text token of a named
-    tokenizer is also its bos_token, because documents start with it, as GPT-2's do.
+    A tokenizer that was read from a tokenizer.json keeps that file byte for byte. Its bos_token is the token that
+    documents start with. Without a BOS token this is the end-of-text token, as for GPT-2.
     """
     if tokenizer.files:
         content = tokenizer.files[TOKENIZER]
         config: dict[str, Any] = json.loads(tokenizer.files[TOKENIZER_CONFIG])
         names = {i: name for name, i in tokenizer.special.items()}
-        if len(tokenizer.prefix) == 1 and tokenizer.prefix[0] in names:
-            config.setdefault("bos_token", names[tokenizer.prefix[0]])
+        if tokenizer.bos_tokens[0] in names:
+            config["bos_token"] = names[tokenizer.bos_tokens[0]]
     else:
         content = json.dumps(_named_json(tokenizer), ensure_ascii=False).encode()
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}

@@ -1,8 +1,9 @@
 """Reader of tokenizer.json, the format of Hugging Face's `tokenizers`.
 
-It reads byte-pair encodings that can encode any text: byte-level ones, and SentencePiece's with byte fallback. Names of
-special and added tokens are encoded as ordinary text. tiktoken's core encodes if it gives the same ids, because it is
-faster; otherwise `tokenizers` does.
+It reads byte-level byte-pair encodings, and SentencePiece's with byte fallback. A byte-level one may lack tokens for
+some bytes; a text that contains such a byte is refused when it is encoded. Names of special and added tokens are
+encoded as ordinary text. tiktoken's core encodes if it gives the same ids, because it is faster; otherwise `tokenizers`
+does.
 
 Proof that both cores give the same ids. Both split text into pieces by the pattern and merge within a piece, one pair
 of adjacent tokens at a time, the leftmost pair if there are several of one rank. `tokenizers` merges the pair that
@@ -32,6 +33,7 @@ from data.tokenizers.tokenizer import CL100K_PATTERN, END_OF_TEXT, GPT2_PATTERN,
 from util.errors import UserError, user_errors
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 ROLES = ("bos_token", "pad_token", "unk_token")
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 # cl100k's pattern as GPT-4's and Llama 3's tokenizer.json have it. tiktoken's differs in trailing white space.
@@ -102,11 +104,18 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     file = path / TOKENIZER if path.is_dir() else path
     with user_errors(f"--tokenizer: {file}"):
         content = file.read_bytes()
-    return read_tokenizer_json(str(path), file, content, _read_config(file.with_name(TOKENIZER_CONFIG)))
+    config, generation = (_read_config(file.with_name(name)) for name in (TOKENIZER_CONFIG, GENERATION_CONFIG))
+    return read_tokenizer_json(str(path), file, content, config, generation)
 
 
-def read_tokenizer_json(name: str, file: Path, content: bytes, config: dict[str, Any]) -> Tokenizer:
-    """Creates a tokenizer from the content of a tokenizer.json and of its config. Errors name `file`."""
+def read_tokenizer_json(
+    name: str, file: Path, content: bytes, config: dict[str, Any], generation: dict[str, Any] | None = None
+) -> Tokenizer:
+    """Creates a tokenizer from the content of a tokenizer.json and of its config. Errors name `file`.
+
+    `generation` is the content of the generation_config.json beside it. Its bos_token_id counts if the config does not
+    mention a bos_token, unless transformers derived the file from config.json: then it may be the default of a class.
+    """
     data = _parse(file, content)
     try:
         model, added = data["model"], {token["content"]: int(token["id"]) for token in data.get("added_tokens") or []}
@@ -131,13 +140,18 @@ def read_tokenizer_json(name: str, file: Path, content: bytes, config: dict[str,
         what = f"{e} is missing" if isinstance(e, KeyError) else str(e) or type(e).__name__
         raise UserError(f"{file}: not a usable tokenizer.json ({what})") from e
     end = _end_of_text(file, special, config)
-    files = {TOKENIZER: content, TOKENIZER_CONFIG: _kept_config(config, end, {*vocab, *added})}
-    slow = Tokenizer(name, None, None, special, special[end], library, files, prefix)
+    ids = vocab | added
+    if "bos_token" not in config and generation and not generation.get("_from_model_config"):
+        config = config | {"bos_token": next((n for n, i in ids.items() if i == generation.get("bos_token_id")), None)}
+    bos = ids.get(_token_name(config, "bos_token") or "")
+    files = {TOKENIZER: content, TOKENIZER_CONFIG: _kept_config(config, end, set(ids))}
+    slow = Tokenizer(name, None, None, special, special[end], library, files, prefix, bos)
     if not same_ids:
         return slow
     ranks = {token: i for i, token in token_bytes.items()}
-    fast = Tokenizer(name, ranks, SAME_CUTS[_pattern(data)], special, special[end], None, files, prefix)
-    if any(fast.encode(text) != slow.encode(text) for text in [*SAMPLE, *special]):
+    fast = Tokenizer(name, ranks, SAME_CUTS[_pattern(data)], special, special[end], None, files, prefix, bos)
+    sample = ["".join(c for c in text if fast.find_missing_byte(c) is None) for text in [*SAMPLE, *special]]
+    if any(fast.encode(text) != slow.encode(text) for text in sample):
         print(f"{file}: tiktoken's core gives other ids; encoding with the tokenizers library, which is slower")
         return slow
     return fast
@@ -167,14 +181,9 @@ def _prefix(processor: dict[str, Any]) -> list[int]:
 
 
 def _token_bytes(file: Path, data: dict[str, Any], vocab: dict[str, int]) -> dict[int, bytes]:
-    """Maps ids of ordinary tokens to bytes. A tokenizer that cannot encode every text is an error."""
+    """Maps ids of ordinary tokens to bytes. A tokenizer that is not byte-level must have byte fallback."""
     letters = _byte_letters()
     if byte_level_steps(data):
-        if missing := [b for letter, b in letters.items() if letter not in vocab]:
-            raise UserError(
-                f"{file}: {len(missing)} of the 256 bytes have no token (0x{missing[0]:02x}), so some text would be"
-                f" lost; train it with the complete byte-level alphabet"
-            )
         # Tokens with other letters cannot occur in text.
         return {i: bytes(letters[c] for c in t) for t, i in vocab.items() if all(c in letters for c in t)}
     fallback = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
@@ -242,7 +251,7 @@ def _without_special(data: dict[str, Any], special: dict[str, int]) -> dict[str,
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Reads a tokenizer_config.json. Returns {} if the file does not exist."""
+    """Reads a JSON file beside a tokenizer.json. Returns {} if the file does not exist."""
     try:
         config = json.loads(file.read_bytes()) if file.is_file() else {}
         if not isinstance(config, dict):

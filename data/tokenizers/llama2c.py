@@ -5,7 +5,7 @@ int32 length and UTF-8 text. Ids 0 to 2 are <unk>, <s> and </s>, ids 3 to 258 th
 pieces were learned by SentencePiece; its ▁ is written as a space. llama2.c puts a space before the text and splits it
 into characters, or bytes for characters without a piece. As long as two neighbours form a piece, it merges the pair
 with the highest score, the leftmost if there are several. As with ranks, each piece is merged from a single pair
-(data/tokenizers/bpe.py). These pairs, ordered by score, are the list of merges of the tokenizer.json.
+(data/tokenizers/bpe.py). These pairs, ordered by score and then by id, are the list of merges of the tokenizer.json.
 
 llama2.c's data starts each story with <s> and has no </s>, and its samples stop at <s>. So <s> is the end-of-text
 token.
@@ -16,17 +16,19 @@ from __future__ import annotations
 import json
 import math
 import struct
-from itertools import pairwise
+from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from data.tokenizers.bpe import merges
+from data.tokenizers.bpe import merge, merges
 from data.tokenizers.hf_json import read_tokenizer_json
 from data.tokenizers.tokenizer import Tokenizer
 from util.errors import UserError, user_errors
 
 MAX_BYTES = 2**24  # of a file; Llama's file with 32,000 pieces has 434 kB
 MAX_PIECE = 2**8  # bytes; Llama's longest piece has 27
+MAX_TIED = 2**8  # pieces with a score that another piece has too; Llama has 16
 SPECIAL = ("<unk>", "<s>", "</s>")
 BYTES = tuple(f"<0x{b:02X}>" for b in range(256))
 FIRST = len(SPECIAL) + len(BYTES)  # id of the first learned piece
@@ -84,11 +86,9 @@ def tokenizer_json(pieces: dict[str, float]) -> dict[str, Any]:
     learned = names[FIRST:]
     if " " not in learned or any(SPACE in piece for piece in learned):
         raise ValueError(f"it has no piece for the space, or one with {SPACE}")
+    # Pieces of one score, such as Llama's runs of spaces, stay in the order of their ids.
     ranks = {piece: rank for rank, piece in enumerate(sorted(learned, key=lambda piece: -pieces[piece]))}
-    pairs = merges(ranks)
-    for one, other in pairwise(left + right for left, right in pairs):
-        if pieces[one] == pieces[other]:
-            raise ValueError(f"pieces {one!r} and {other!r} have one score, and so no order")
+    check_ties({piece: pieces[piece] for piece in learned}, ranks)
     vocab = [*SPECIAL, *BYTES, *(piece.replace(" ", SPACE) for piece in learned)]
     if len(set(vocab)) < len(vocab):
         raise ValueError("a learned piece has the name of a special token or byte")
@@ -117,9 +117,26 @@ def tokenizer_json(pieces: dict[str, float]) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {piece: i for i, piece in enumerate(vocab)},
-            "merges": [" ".join(part.replace(" ", SPACE) for part in pair) for pair in pairs],
+            "merges": [" ".join(part.replace(" ", SPACE) for part in pair) for pair in merges(ranks)],
         },
     }
+
+
+def check_ties(scores: dict[str, float], ranks: dict[str, int]) -> None:
+    """Checks that merging by rank gives the pieces of merging by score, where pieces of one score touch or overlap.
+
+    By rank the piece with the lower id is merged first, by score the leftmost one.
+    """
+    count = Counter(scores.values())
+    tied = [piece for piece, score in scores.items() if len(piece) > 1 and count[score] > 1]
+    if len(tied) > MAX_TIED:
+        raise ValueError(f"{len(tied):,} pieces share their score with another piece, and so have no order")
+    costs = {piece: -score for piece, score in scores.items()}
+    for one, other in product(tied, tied):
+        for shared in range(len(other)):
+            text = one + other[shared:]
+            if one.endswith(other[:shared]) and merge(text, costs) != merge(text, ranks):
+                raise ValueError(f"pieces {one!r} and {other!r} have one score, and so no order in {text!r}")
 
 
 def _sequence(parts: str, *steps: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,15 @@ from data import assets
 from data.tokenizers.hf_json import load_tokenizer_json
 from data.tokenizers.llama2c import load_llama2c_tokenizer
 from data.tokenizers.tokenizer import (
+    BYTE_RANKS,
     CL100K_PATTERN,
     END_OF_TEXT,
     FIM_MIDDLE,
     FIM_PREFIX,
     FIM_SUFFIX,
     GPT2_PATTERN,
+    MAX_UNUSED_IDS,
+    NAMED_FINGERPRINTS,
     O200K_PATTERN,
     Tokenizer,
     read_rank_file,
@@ -34,14 +37,14 @@ NAMED = {
     ),
     "o200k_base": ("o200k_base.tiktoken", O200K_PATTERN, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
 }
-NAMES = tuple(NAMED)
+NAMES = (*NAMED, "bytes")
 
 
 def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokenizer:
     """Loads one of NAMES, a tokenizer.json, a folder with a tokenizer.json, or llama2.c's tokenizer.bin.
 
     hf:NAME downloads the tokenizer of a model on the Hugging Face hub. `vocab_size` is the model's vocabulary, which
-    may be up to 16,384 ids larger than the tokenizer's.
+    may be up to MAX_UNUSED_IDS larger than the tokenizer's.
     """
     if name in NAMES:
         tokenizer = _load_named(name)
@@ -53,7 +56,7 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
         near = closest(name, (*NAMES, "none"))
         hint = f"did you mean {near}?" if near else f"give one of {', '.join(NAMES)}, or the path of a tokenizer.json"
         raise UserError(f"--tokenizer={quote(name)}: no such tokenizer or file; {hint}")
-    if vocab_size is not None and not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + 2**14:
+    if vocab_size is not None and not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + MAX_UNUSED_IDS:
         raise UserError(
             f"--vocab_size={vocab_size} does not fit tokenizer {name}; give --vocab_size={tokenizer.vocab_size}"
             f" or a little more"
@@ -61,11 +64,18 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
     return tokenizer
 
 
+def tokenizer_size(name: str) -> int:
+    """Returns the number of ids of a tokenizer. Those of a named tokenizer are known without its files."""
+    return NAMED_FINGERPRINTS[name]["vocab_size"] if name in NAMES else load_tokenizer(name).vocab_size
+
+
 def _load_path(path: Path) -> Tokenizer:
     return load_llama2c_tokenizer(path) if path.suffix == ".bin" and path.is_file() else load_tokenizer_json(path)
 
 
 def _load_named(name: str) -> Tokenizer:
+    if name == "bytes":  # GPT-2's pattern is for the export: without merges every pattern gives the same ids
+        return Tokenizer(name, BYTE_RANKS, GPT2_PATTERN, {END_OF_TEXT: 256}, 256)
     file, pattern, special = NAMED[name]
     ranks = read_rank_file(assets.fetch(file).read_bytes())
     return Tokenizer(name, ranks, pattern, special, special[END_OF_TEXT])

@@ -70,7 +70,8 @@ def _spelled(old: Tokenizer, tokens: dict[int, bytes]) -> dict[int, list[int]]:
     texts = {}
     for i, token in tokens.items():
         with suppress(UnicodeDecodeError):  # for example part of a character
-            texts[i] = token.decode()
+            if old.find_missing_byte(text := token.decode()) is None:
+                texts[i] = text
     bags: dict[int, list[int]] = {}
     # An encoder that puts a space before a text gets the token without its space, or after a newline that is removed.
     more = ((1, ""), (0, "\n")) if old.library and old.library.prepends_space else ()
@@ -83,7 +84,8 @@ def _spelled(old: Tokenizer, tokens: dict[int, bytes]) -> dict[int, list[int]]:
                 bags[i] = ids[start:]
     one_byte = {token: i for i, token in old.token_bytes.items() if len(token) == 1}
     ranks = old.ranks or one_byte
-    return bags | {i: [ranks[part] for part in merge(t, ranks)] for i, t in tokens.items() if i not in bags}
+    left = {i: token for i, token in tokens.items() if i not in bags and not set(token) & set(old.missing_bytes)}
+    return bags | {i: [ranks[part] for part in merge(token, ranks)] for i, token in left.items()}
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterable[list[int]]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from util.errors import StorageError, UserError, quote
-from util.files import fault_point, file_sha256, read_json
+from util.files import fault_point, file_sha256, is_latest_file, read_json
 
 # Silence DCP's warning: we read without a process group on purpose.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -46,7 +46,10 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
     Raises OSError if they cannot be listed: a run that found none instead would start over.
     """
-    folder = run_dir / "checkpoints"
+    return _steps_in(run_dir / "checkpoints")
+
+
+def _steps_in(folder: Path) -> list[Path]:
     try:
         fault_point("read list", folder)
         with os.scandir(folder) as entries:
@@ -117,16 +120,15 @@ def find_damage(path: Path, skip: str | None = None) -> str | None:
 def find_checkpoint(path: Path, report: Any = print, skip: str | None = None) -> Path | None:
     """Returns the newest valid checkpoint of the run directory `path`, or `path` itself if it is a checkpoint.
 
-    None if a run directory has no checkpoint. Damaged ones are reported and skipped. Files that begin with `skip` are
-    not hashed. Raises UserError if `path` does not exist, StorageError if all checkpoints are damaged, OSError if they
-    cannot be listed.
+    `path` may also be a run's `checkpoints`, a copy of it, or the file `latest` in it. None if there is no checkpoint.
+    Damaged ones are reported and skipped. Files that begin with `skip` are not hashed. Raises UserError if `path` does
+    not exist, StorageError if all checkpoints are damaged, OSError if they cannot be listed.
     """
+    path = path.parent if is_latest_file(path) else path
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such checkpoint or run directory")
-    if path.name == "checkpoints":
-        path = path.parent
     own = (path / MANIFEST).exists() or step_of(path) >= 0
-    candidates = [path] if own else list_checkpoints(path)
+    candidates = [path] if own else list_checkpoints(path) or _steps_in(path)
     problems = []
     for candidate in candidates:
         problem = find_damage(candidate, skip)

@@ -19,8 +19,10 @@ from torch import Tensor
 from util.errors import UserError
 
 HEAD = "lm_head.weight"
+EMBEDDINGS = ("transformer.wte.weight", "wte.weight", "model.embed_tokens.weight")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 2**24  # the header of a model with 1,000 tensors has about 100 kB
+BLOCK_ROWS = 2**14  # of the head and the embedding that are compared at a time
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The tensors of a Llama-like layer that make up each of our parameters, stacked in this order.
 ROTARY_PARTS = {
@@ -90,6 +92,20 @@ def find_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} ({only})")
     with open_safetensors(folder / SINGLE) as file:
         return {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118
+
+
+def has_other_head(folder: Path) -> bool:
+    """Returns whether a folder has an output head that differs from its token embedding."""
+    files = find_files(folder)
+    embedding = next((name for name in EMBEDDINGS if name in files), "")
+    if not embedding or HEAD not in files:
+        return False
+    with open_safetensors(files[HEAD]) as one, open_safetensors(files[embedding]) as other:
+        head, table = one.get_slice(HEAD), other.get_slice(embedding)
+        if head.get_shape() != table.get_shape():
+            return True
+        blocks = range(0, head.get_shape()[0], BLOCK_ROWS)
+        return not all(bool((head[i : i + BLOCK_ROWS] == table[i : i + BLOCK_ROWS]).all()) for i in blocks)
 
 
 def open_safetensors(path: Path) -> Any:

@@ -7,16 +7,21 @@ checkpoint of rawgpt. torch is imported in the functions that read weights, so t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfg.config import model_config
 from cfg.flags import ModelConfig
 from util.errors import UserError, quote
-from util.files import read_json
+from util.files import is_latest_file, read_json
 from util.hub import WEIGHTS, download, model_folder
+from util.launcher import launched_rank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +92,10 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
     if not isinstance(config, dict):
         raise UserError(f"{where}: {file} is damaged (not an object)")
     flags = hf.read_flags(config, f"{where}: {file.name}")
+    if flags["tie_embeddings"]:
+        if hub:  # so far only the description has been downloaded
+            download(hub, WEIGHTS, where)
+        flags["tie_embeddings"] = not _has_other_head(path)
     if (path / "tokenizer.json").is_file():
         tokenizer = f"hf:{hub}" if hub else str(path)
     else:
@@ -94,10 +103,28 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
     return PretrainedModel("hf", path, hub, flags, tokenizer)
 
 
+@cache
+def _has_other_head(folder: Path) -> bool:
+    """Returns whether the files contain a head that differs from the embedding, although config.json ties the two.
+
+    transformers 5 uses this head too. A folder without weights has none; reading them will be the error.
+    """
+    if not any(folder.glob("model*.safetensors")):
+        return False
+    from model.formats.hf_tensors import has_other_head
+
+    found = has_other_head(folder)
+    if found and launched_rank() == 0:
+        print(f"{folder}: lm_head.weight differs from the embedding, so the head is not tied to it", file=sys.stderr)
+    return found
+
+
 def _open_run(path: Path, where: str) -> PretrainedModel:
+    path = path.parent if is_latest_file(path) else path
     flags = _flags_of_run(path, where)
     model_config(flags, where)
-    own = next((str(p.parent) for p in sorted(path.rglob("tokenizer.json"))), "")
+    patterns = "tokenizer.json", "step_*/tokenizer.json", "checkpoints/step_*/tokenizer.json"  # no run in a subfolder
+    own = next((str(file.parent) for pattern in patterns for file in sorted(path.glob(pattern))), "")
     return PretrainedModel("", path, "", flags, own or str(flags.get("tokenizer", "none")))
 
 
@@ -106,8 +133,8 @@ def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
     if not os.path.isdir(path):
         kinds = ", ".join(f"{kind}:" for kind in KINDS)
         raise UserError(f"{where}: no such run or checkpoint; other models are named with {kinds} in front")
-    path = path.parent if path.name == "checkpoints" else path
-    for file in [path / "manifest.json", *sorted(path.glob("checkpoints/step_*/manifest.json"), reverse=True)]:
+    patterns = ("manifest.json", "checkpoints/step_*/manifest.json", "step_*/manifest.json")
+    for file in chain.from_iterable(sorted(path.glob(pattern), reverse=True) for pattern in patterns):
         try:
             flags = read_json(file)["config"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -115,6 +142,17 @@ def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
         if isinstance(flags, dict):
             return flags
     raise UserError(f"{where}: contains no checkpoint")
+
+
+def flags_to_resume(output_dir: str, resume: str) -> dict[str, Any]:
+    """Returns the flags in the checkpoint that a run with these flags resumes from, {} if it starts fresh."""
+    names = {"never": [], "auto": [output_dir]}.get(resume, [output_dir, resume])
+    for name in names:
+        path = Path(os.path.expanduser(name))
+        if os.path.isdir(path):
+            with suppress(UserError):
+                return _flags_of_run(path, name)
+    return {}
 
 
 def _tokenizer_of_size(vocab_size: int) -> str:

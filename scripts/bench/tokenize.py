@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from data.prepare.cli import cores
+from data.prepare.inputs import input_files
 from data.prepare.job import tokens_in
-from data.prepare.sources import input_files
 from data.shards import write_shard
 from data.tokenizers.load import load_tokenizer
 from util.errors import CommandParser, UserError, run_command

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -70,7 +72,7 @@ def parquet_file(path, documents, key, rows=None):
 
 def write_documents(folder: Path, suffix: str, documents: list[str], key: str = "text") -> Path:
     """Writes documents as files of one kind. Returns the path or glob to give to the command."""
-    if suffix.startswith(".txt"):
+    if suffix.startswith((".txt", ".md")):
         for i, document in enumerate(documents):
             (folder / f"doc{i}{suffix}").write_bytes(packed(document.encode(), suffix))
         return folder / f"*{suffix}"
@@ -84,8 +86,9 @@ def write_documents(folder: Path, suffix: str, documents: list[str], key: str = 
 
 
 def packed(content: bytes, suffix: str) -> bytes:
-    if suffix.endswith(".gz"):
-        return gzip.compress(content)
+    for end, library in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
+        if suffix.endswith(end):
+            return library.compress(content)
     return pa.compress(content, codec="zstd", asbytes=True) if suffix.endswith(".zst") else content
 
 

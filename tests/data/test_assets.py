@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import pwd
 import subprocess
 import zipfile
 from pathlib import Path
@@ -88,7 +90,27 @@ def test_without_a_data_folder_the_cache_is_used(world, monkeypatch):
 
 def test_the_cache_is_in_the_users_cache_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert assets.cache_dir() == Path.home() / ".cache" / "rawgpt"
+    assert assets.cache_dirs()[0] == Path.home() / ".cache" / "rawgpt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/elsewhere")
+    assert assets.cache_dirs() == [Path.home() / "elsewhere" / "rawgpt"]
+
+
+@pytest.mark.parametrize("home", [None, "a_file"])
+def test_without_a_home_that_can_be_written_the_cache_is_a_temporary_folder(world, monkeypatch, capsys, home):
+    """As in a container with --user: HOME is not set and the user has no passwd entry, or HOME cannot be written."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(assets.tempfile, "tempdir", str(world))
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    monkeypatch.setenv("HOME", str(put(world / home))) if home else monkeypatch.delenv("HOME")
+    assert assets.fetch(NAME, str(put(world / "given.txt"))) == world / "given.txt"
+    monkeypatch.setattr(assets, "_from_url", lambda asset: CONTENT)
+    cached = assets.fetch(NAME)
+    assert cached == world / f"rawgpt-{os.getuid()}" / NAME and cached.read_bytes() == CONTENT
+    assert f"{NAME} is kept in {cached.parent}" in capsys.readouterr().err
+    monkeypatch.setattr(assets, "_from_url", fail)
+    assert assets.fetch(NAME) == cached and not capsys.readouterr().err
+    mine = put(world / "mine" / NAME)
+    assert assets.fetch(NAME) == mine
 
 
 # Wrong bytes

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import assets, fineweb_edu, tiny_shakespeare
-from data.prepare import sources
+from data.prepare import encoder, job, sources, workers
+from data.prepare import hub as data_sets
+from data.tokenizers.tokenizer import Tokenizer
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +37,7 @@ def source(tmp_path, write_input):
 
 def test_documents_come_back_from_the_shards(tmp_path, write_input, whole, documents_in):
     """Reads files of every kind with two workers."""
-    for suffix in sources.SUFFIXES:
+    for suffix in (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst"):
         write_input(tmp_path, suffix, DOCUMENTS)
     done = command("*.txt*", "*.jsonl*", "*.parquet", "--output_dir", "out", "--workers=2", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr
@@ -84,6 +86,22 @@ def test_a_full_disk_is_one_line(tmp_path, source, workers, quick):
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_tokenizer_without_some_bytes_refuses_only_texts_with_these(tmp_path, source):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())  # without an alphabet for the trainer, it has only the bytes of its text
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    options = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
+    trained.train_from_iterator(DOCUMENTS, trainers.BpeTrainer(vocab_size=300, **options))
+    trained.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "bad.txt").write_text("a cost of €9")
+    args = ["--tokenizer", tmp_path / "tokenizer.json", "--output_dir", tmp_path / "out", "--workers=1"]
+    assert command(source, *args).returncode == 0
+    done = command(tmp_path / "bad.txt", *args[:2], "--output_dir", tmp_path / "bad", "--workers=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "bad.txt: --tokenizer=" in done.stderr and "'€' has no token, in the text 'a cost of €9'" in done.stderr
+
+
 # Options
 
 
@@ -113,6 +131,120 @@ def test_a_damaged_input_file_can_be_repaired_in_place(tmp_path, quick, whole, d
     path.write_text('{"text": "fine"}\n')
     quick(path, "--output_dir", tmp_path / "out")
     assert documents_in(whole(tmp_path / "out")) == ["fine"]
+
+
+@pytest.fixture
+def bad_file_last(tmp_path, write_input):
+    """Three files of which the last has a damaged line after a good one. Returns the arguments that prepare them."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_input(tmp_path / name, ".jsonl", [f"{name} {text}" for text in DOCUMENTS])
+    (tmp_path / "c.jsonl").write_text('{"text": "fine"}\noops\n{"text": "last"}\n')
+    args = [tmp_path / "a", tmp_path / "b", tmp_path / "c.jsonl", "--output_dir", tmp_path / "out"]
+    return [*args, "--val_tokens=0"]
+
+
+GOOD = [f"{name} {text}" for name in "ab" for text in DOCUMENTS]
+
+
+@pytest.mark.parametrize("remedy", ["skip", "repair", "remove", "add"])
+def test_finished_files_are_kept_when_a_bad_one_is_repaired_or_skipped(
+    tmp_path, quick, bad_file_last, remedy, whole, documents_in, monkeypatch, capsys
+):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 10)  # so that the good line of the bad file is done too
+    with pytest.raises(UserError, match="c.jsonl: line 2 is not JSON; repair it, or skip damaged text with --skip_bad"):
+        quick(*bad_file_last)
+    (tmp_path / "d.txt").write_text("new")
+    encoded, real = [], workers.encode_unit
+    monkeypatch.setattr(workers, "encode_unit", lambda unit, *args: encoded.append(unit.path) or real(unit, *args))
+    more = ["--skip_bad"] if remedy in ("skip", "add") else []
+    if remedy == "add":
+        bad_file_last.insert(3, tmp_path / "d.txt")
+    elif remedy == "repair":
+        (tmp_path / "c.jsonl").write_text('{"text": "fine and longer"}\n{"text": "last"}\n')
+    elif remedy == "remove":
+        bad_file_last.remove(tmp_path / "c.jsonl")
+    quick(*bad_file_last, *more)
+    ends = {"skip": ["fine", "last"], "repair": ["fine and longer", "last"], "add": ["fine", "last", "new"]}
+    assert documents_in(whole(tmp_path / "out")) == GOOD + ends.get(remedy, [])
+    assert {Path(path).name for path in encoded} == {"remove": set(), "add": {"c.jsonl", "d.txt"}}.get(
+        remedy, {"c.jsonl"}
+    )
+    out = capsys.readouterr().out
+    assert ("encoded again" in out) == (remedy in ("repair", "remove")) and "resuming after" in out
+
+
+def test_options_that_concern_finished_work_may_not_change(tmp_path, quick, bad_file_last, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 10)
+    with pytest.raises(UserError, match="line 2"):
+        quick(*bad_file_last)
+    for option in ("--shard_size=50", "--val_tokens=7", "--max_tokens=9", "--document_separator=none"):
+        name = option[2:].split("=")[0]
+        with pytest.raises(UserError, match=f"unfinished work of a command with other input or options .{name}."):
+            quick(*bad_file_last, option)
+    with pytest.raises(UserError, match="other input or options .source."):
+        quick(tmp_path / "b", *bad_file_last)
+    quick(*bad_file_last, "--skip_bad", "--max_tokens=1000")
+
+
+def test_work_that_skipped_bad_text_does_not_become_work_that_skipped_none(tmp_path, quick, bad_file_last, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 10)
+    (tmp_path / "d.parquet").write_bytes(b"x")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stop"):
+        patch.setattr(job, "_finish", lambda *args: (_ for _ in ()).throw(UserError("stop")))
+        quick(*bad_file_last, "--skip_bad")
+    with pytest.raises(UserError, match="other input or options .skip_bad."):
+        quick(*bad_file_last)
+
+
+def test_parts_may_differ_in_skip_bad(tmp_path, quick, source, monkeypatch, content):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 300)
+    source.write_text(source.read_text() + "oops\n")
+    args = [source, "--output_dir", tmp_path / "out"]
+    quick(*args, "--part=1/2")
+    with pytest.raises(UserError, match="line 101 is not JSON"):
+        quick(*args, "--part=2/2")
+    quick(*args, "--part=2/2", "--skip_bad")
+    quick(*args, "--join", "--skip_bad")
+    quick(*args[:1], "--output_dir", tmp_path / "one", "--skip_bad", "--name=out")
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_document_that_the_encoder_cannot_take(tmp_path, quick, skip_bad, whole, documents_in, monkeypatch):
+    """tiktoken panics at a million spaces in a row, after it has tried for long. Here it panics at a zero."""
+    monkeypatch.setattr(workers, "HELD_TOKENS", 2)
+    monkeypatch.setattr(encoder, "LONG", 100)
+    panic, real = type("PanicException", (BaseException,), {}), Tokenizer.encode
+
+    def encode(self, text):
+        if "\0" in text:
+            raise panic
+        return real(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    rows = ["one", "x " * 200 + "\0", "two"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    args = [tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens=0"]
+    if not skip_bad:
+        with pytest.raises(UserError, match="a.jsonl: line 2: tiktoken cannot encode .* skip it with --skip_bad"):
+            quick(*args)
+        return
+    quick(*args, "--skip_bad")
+    assert documents_in(whole(tmp_path / "out")) == ["one", "two"]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["skipped"] == {"bad": 1} and (manifest["documents"], manifest["text_bytes"]) == (2, 6)
+
+
+def test_the_summary_says_at_how_many_separators_text_was_split(tmp_path, quick, whole, documents_in, capsys):
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
+    args = [tmp_path / "a.txt", "--val_tokens=0"]
+    quick(*args, "--output_dir", tmp_path / "split")
+    assert "2 documents, 4 training and 0 validation tokens, text split at 2 <|endoftext|> " in capsys.readouterr().out
+    quick(*args, "--output_dir", tmp_path / "none", "--document_separator=none")
+    assert "1 documents" in capsys.readouterr().out
+    quick(*args, "--output_dir", tmp_path / "own", "--document_separator=o")
+    assert documents_in(whole(tmp_path / "own")) == ["ne\n<|end", "ftext|>\ntw", "<|end", "ftext|>"]
 
 
 WRONG = """--shard_size=0 --shard_size=-5 --shard_size=2147483648 --val_tokens=-1 --val_tokens=2147483648
@@ -299,6 +431,73 @@ def test_without_a_network_the_error_names_both_solutions(tmp_path):
     *_, line = done.stderr.splitlines()
     assert done.returncode == 2 and "check the network" in line and "--input 'FOLDER/*.parquet'" in line
     assert not (tmp_path / "out").exists()
+
+
+# Data sets of the hub, simulated by a local folder
+
+
+@pytest.fixture
+def data_set(tmp_path, monkeypatch):
+    """A folder in the hub's layout with two configurations, of parquet files and of JSON lines."""
+    folder = tmp_path / "set"
+    (folder / "pages").mkdir(parents=True)
+    for i in range(2):
+        pq.write_table(pa.table({"text": [f"Page {i} {j}." for j in range(20)]}), folder / f"pages/train-{i}.parquet")
+    rows = [{"meta": {"body": "one"}}, {"meta": {"body": ""}}, {"meta": {"body": "two"}}]
+    (folder / "lines").mkdir()
+    (folder / "lines/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs = [("pages", "train", "pages/train-*"), ("lines", "test", "lines/*")]
+    header = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {path}\n" for name, split, path in configs
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{header}---\n")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    return folder
+
+
+def test_a_data_set_in_the_layout_of_the_hub(tmp_path, quick, data_set, whole, documents_in, capsys):
+    quick(f"hf:{data_set}/pages", "--output_dir", tmp_path / "out", "--val_tokens=9")
+    assert documents_in(whole(tmp_path / "out")) == [f"Page {i} {j}." for i in range(2) for j in range(20)]
+    quick(f"hf:{data_set}/pages:train", "--output_dir", tmp_path / "out", "--val_tokens=9")
+    assert capsys.readouterr().out.endswith("already there\n")
+    quick(f"hf:{data_set}/lines:test", "--output_dir", tmp_path / "own", "--text_key=meta.body", "--val_tokens=0")
+    assert documents_in(whole(tmp_path / "own")) == ["one", "two"] and "1 empty skipped" in capsys.readouterr().out
+
+
+DATA_SET_ERRORS = {
+    "": ("several configurations; it has pages, lines; name one, for example with /pages"),
+    "/page": "no configuration page; did you mean pages",
+    "/pages:trian": "no split trian; did you mean train",
+    "/lines:test": "no column 'text'; it has meta; see --text_key",
+    "x/pages": "no such folder",
+}
+
+
+@pytest.mark.parametrize("rest", DATA_SET_ERRORS)
+def test_what_a_data_set_does_not_have_is_named(tmp_path, quick, data_set, rest):
+    with pytest.raises(UserError, match=DATA_SET_ERRORS[rest]):
+        quick(f"hf:{data_set}{rest}", "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_revision_of_a_data_set_is_recorded_and_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_sets, "_revision", lambda path, address: "abc123")
+    pinned = "hf:owner/name@abc123/config:test"
+    assert data_sets.pin("hf:owner/name/config:test", tmp_path) == pinned == data_sets.pin(pinned, tmp_path)
+    assert data_sets.parse(pinned) == ("owner/name", "abc123", "config", "test")
+    assert data_sets.parse("hf:wikitext") == ("wikitext", None, None, "train")
+    (tmp_path / "manifest.json").write_text(json.dumps({"recipe": {"source": [{"name": pinned}]}}))
+    monkeypatch.setattr(data_sets, "_revision", lambda path, address: "newer")
+    assert data_sets.pin("hf:owner/name/config:test", tmp_path) == pinned
+    assert data_sets.pin("hf:owner/name/config", tmp_path) == "hf:owner/name@newer/config"
+    with pytest.raises(UserError, match="must be hf:OWNER/NAME"):
+        data_sets.parse("hf:a/b/c/d")
+
+
+def test_a_data_set_without_a_network_is_one_line(tmp_path):
+    done = command("hf:owner/name", "--output_dir", tmp_path / "out", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: hf:owner/name: the hub does not have it or cannot be reached" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["a_val_b", "x_train_1"])

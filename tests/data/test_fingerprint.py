@@ -105,14 +105,26 @@ def test_a_manifest_must_name_the_tokenizer_of_the_run(tmp_path, manifest, refus
         file.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
     paths = [tmp_path / "a_train_000001.bin", tmp_path / "a_train_000002.bin"]
     if not refused:
-        return check_shards_tokenizer(paths, {"name": "gpt2"}, "input_train_bin")
+        return check_shards_tokenizer(paths, {"name": "gpt2"}, 50257, "input_train_bin")
     with pytest.raises(UserError, match=r"--input_train_bin: .* tokenizer (mine|gpt2-fim), but --tokenizer=gpt2; give"):
-        check_shards_tokenizer(paths, {"name": "gpt2"}, "input_train_bin")
+        check_shards_tokenizer(paths, {"name": "gpt2"}, 50257, "input_train_bin")
 
 
 def test_a_tokenizer_file_that_changed_after_the_shards_were_made_is_an_error(tmp_path):
     made = {"tokenizer": {"name": "mine", "vocab_size": 300, "sha256": "x"}}
     (tmp_path / "manifest.json").write_text(json.dumps(made))
-    check_shards_tokenizer([tmp_path / "a.bin"], {"name": "moved", "sha256": "x"}, "input_val_bin")
+    check_shards_tokenizer([tmp_path / "a.bin"], {"name": "moved", "sha256": "x"}, 300, "input_val_bin")
     with pytest.raises(UserError, match="whose files have changed"):
-        check_shards_tokenizer([tmp_path / "a.bin"], {"name": "mine", "sha256": "y"}, "input_val_bin")
+        check_shards_tokenizer([tmp_path / "a.bin"], {"name": "mine", "sha256": "y"}, 300, "input_val_bin")
+
+
+@pytest.mark.parametrize("name", ["none", "mine"])
+def test_shards_of_a_tokenizer_that_does_not_fit_the_model_are_refused(tmp_path, name):
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"tokenizer": {"name": "mine", "vocab_size": 300, "sha256": "x"}})
+    )
+    for vocab_size in (300, 320):
+        check_shards_tokenizer([tmp_path / "a.bin"], {"name": name}, vocab_size, "input_train_bin")
+    for vocab_size in (299, 128_256):
+        with pytest.raises(UserError, match=f"--input_train_bin: .* has 300 ids, .* --vocab_size={vocab_size};"):
+            check_shards_tokenizer([tmp_path / "a.bin"], {"name": name}, vocab_size, "input_train_bin")

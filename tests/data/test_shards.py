@@ -116,7 +116,8 @@ def test_a_writer_can_be_resumed_anywhere(tmp_path_factory, pieces, stops, first
         writer.add(tokens[at : at + piece])
         at += piece
         if i in stops:
-            known = writer.flush()
+            writer.flush()
+            known = writer.position()
             files, held = list(known["files"]), known["held"]
             writer.add(tokens[at : at + stops[i]] ^ 1)
             if writer._file is not None:
@@ -370,3 +371,85 @@ def test_an_empty_folder_and_one_of_other_files(tmp_path):
 def test_a_pattern_in_the_folder_part(tmp_path):
     (tmp_path / "one").mkdir()
     assert "contains one" in no_match(tmp_path / "*" / "x.bin")
+
+
+def test_a_folder_stands_for_its_shards(tmp_path):
+    made = tmp_path / "web [1]"
+    made.mkdir()
+    for name in ("x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin", "x.json", ".x_train_000003.bin"):
+        (made / name).touch()
+    assert [p.name for p in find_shards(str(made), "input_train_bin")] == ["x_train_000001.bin", "x_train_000002.bin"]
+    assert [p.name for p in find_shards(f"{made}/", "input_val_bin")] == ["x_val_000000.bin"]
+    for name in ("tiny_shakespeare_{}.bin", "{}.bin", "edufineweb_{}_000001.npy"):
+        other = tmp_path / name.format("x")
+        other.mkdir()
+        for split in ("train", "val"):
+            (other / name.format(split)).touch()
+            assert find_shards(str(other), f"input_{split}_bin") == [other / name.format(split)]
+    assert f"folder {tmp_path / 'none'} does not exist; " in no_match(tmp_path / "none")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").touch()
+    assert no_match(tmp_path / "text").endswith(f"{tmp_path / 'text'} contains a.txt")
+
+
+def test_data_is_found_in_the_repository_from_another_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "REPOSITORY", tmp_path / "rawgpt [x]")
+    monkeypatch.chdir(tmp_path)
+    for parent in ("rawgpt [x]", "."):  # a file here wins
+        put_here = tmp_path / parent / "data" / "tinyshakespeare" / "tiny_shakespeare_train.bin"
+        put_here.parent.mkdir(parents=True)
+        put_here.touch()
+        for pattern in ("data/tinyshakespeare/*_train.bin", "data/tinyshakespeare"):
+            (found,) = find_shards(pattern, "input_train_bin")
+            assert found.samefile(put_here)
+    (tmp_path / "rawgpt [x]" / "mine.bin").touch()
+    assert "contains" in no_match("mine.bin")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(shards, "REPOSITORY", tmp_path)
+    hint = "python data/tiny_shakespeare.py --tokenizer bytes --output_dir data/tinyshakespeare_bytes makes data/"
+    missing = f"folder {tmp_path}/data/tinyshakespeare_bytes does not exist; {hint}"
+    assert missing in no_match("data/tinyshakespeare_bytes")
+
+
+# Arrays of numpy
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_a_numpy_array_of_tokens_is_a_shard(tmp_path, dtype):
+    tokens = np.arange(70, dtype=dtype)
+    np.save(tmp_path / "edufineweb_train_000001.npy", tokens)
+    shard = open_shard(tmp_path / "edufineweb_train_000001.npy", 70)
+    assert shard.count == 70 and shard.largest_id == 69 and (shard.read(3, 60) == tokens[3:63]).all()
+    assert "token id 69 at position 69" in refusal(shard.path, 69)
+
+
+@pytest.mark.parametrize("tokens", [np.zeros(9), np.zeros(9, np.int64), np.zeros((3, 3), np.uint16)])
+def test_another_numpy_array_is_an_error(tmp_path, tokens):
+    np.save(tmp_path / "x.npy", tokens)
+    assert "but tokens are uint16" in refusal(tmp_path / "x.npy")
+
+
+def test_a_damaged_numpy_array_is_an_error(tmp_path):
+    np.save(tmp_path / "whole.npy", np.zeros(900, np.uint16))
+    content = (tmp_path / "whole.npy").read_bytes()
+    for length in (1, 7, 9, 40, 128, 1000):
+        assert "not an array of tokens" in refusal(put(tmp_path / "x.npy", content[:length]))
+
+
+@pytest.mark.parametrize("name", ["runs[2]", "a*b", "x[y"])
+def test_shards_in_a_folder_whose_name_looks_like_a_glob(tmp_path, name):
+    for folder in (name, "runs2", "aXb"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / f"{name}_train_000001.bin", np.arange(5), 300)
+    found = [tmp_path / name / f"{name}_train_000001.bin"]
+    for pattern in ("*_train_*.bin", "*.bin", f"{name}_train_*.bin", f"{name}_train_000001.bin"):
+        assert find_shards(f"{tmp_path}/{name}/{pattern}", "input_train_bin") == found
+    with pytest.raises(UserError, match="matches no file: .* contains"):
+        find_shards(f"{tmp_path}/{name}/*_val_*.bin", "input_val_bin")
+
+
+def test_a_git_lfs_pointer_is_an_error(tmp_path):
+    (tmp_path / "train.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match="train.bin: a Git LFS pointer, not the file itself; run `git lfs pull`"):
+        open_shard(tmp_path / "train.bin", 300)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from data.shards import write_shard
-from data.tokenizers.tokenizer import GPT2_END_OF_TEXT
 
-FLAGS = ["--vocab_size=50257", "--doc_mask=1", "--keep_every=10"]
+END_OF_TEXT = 256  # of the tokenizer bytes
+FLAGS = ["--tokenizer=bytes", "--vocab_size=257", "--doc_mask=1", "--keep_every=10"]
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +17,10 @@ def on_documents(trainer, tmp_path_factory):
     folder, random = tmp_path_factory.mktemp("documents"), np.random.default_rng(0)
     documents = []
     for first, length in zip(random.integers(0, 251, 800), random.integers(0, 40, 800), strict=True):
-        documents += [[GPT2_END_OF_TEXT], (first + np.arange(length)) % 251]
+        documents += [[END_OF_TEXT], (first + np.arange(length)) % 251]
     tokens = np.concatenate(documents)
-    write_shard(folder / "count_val_000000.bin", tokens[:3000], 50257)
-    write_shard(folder / "count_train_000001.bin", tokens[3000:], 50257)
+    write_shard(folder / "count_val_000000.bin", tokens[:3000], 257)
+    write_shard(folder / "count_train_000001.bin", tokens[3000:], 257)
     return type(trainer)(folder, trainer.warm_python)
 
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from cfg.config import load_config
 from data.shards import HEADER_BYTES, write_shard
+from train.summary import cpu_warnings
 
 VOCAB = 251
 
@@ -56,7 +58,10 @@ def test_a_broken_shard_is_an_error_that_names_it(trainer, good, tmp_path, name)
         (["--input_train_bin=a=1:nowhere/*.bin"], "--input_train_bin=nowhere/*.bin matches no file"),
         (["--input_train_bin=a=1:x,b=-1:y"], "--input_train_bin: the weight of b is '-1'"),
         (["--input_val_bin=a=1:x,b=1:y"], "validation reads one set of shards"),
+        (["--num_epochs=2"], "--num_epochs=2: --num_iterations is given too; leave one of them out"),
+        (["--num_epochs=-1"], "--num_epochs=-1: input should be greater than or equal to 0"),
         (["--total_batch_size=100"], "nearest: 64 or 128"),
+        (["--batch_size=3"], "= 3 × 32 × 1 = 96; lower --batch_size to 2, or choose the nearest: 192 or 288"),
         (["--n_embd=33"], "nearest: 32 or 34"),
         (["--learning_rate=-1"], "--learning_rate=-1: input should be greater than 0"),
         (["--learning_rate=nan"], "--learning_rate=nan: input should be a finite number"),
@@ -68,11 +73,31 @@ def test_a_broken_shard_is_an_error_that_names_it(trainer, good, tmp_path, name)
         (["--doc_mask=1", "--tokenizer=none"], "--doc_mask=1 needs the end-of-text token"),
         (["--doc_mask=1"], "--vocab_size=251 does not fit tokenizer gpt2"),
         (["--cfg=shakespear"], "did you mean shakespeare?"),
+        (["--input_train_bin="], "--input_train_bin: give the training shards"),
     ],
 )
 def test_a_bad_flag_is_an_error_that_names_it(trainer, tmp_path, flags, message):
     assert message in one_line(trainer, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_of_another_vocabulary_has_no_default_data(command, tmp_path):
+    for preset in ("llama2-7b", "llama3-8b", "mistral-7b"):
+        done = command("train_gpt.py", f"--cfg={preset}", f"--output_dir={tmp_path}/run", code=2)
+        assert "--input_train_bin: give the training shards; this preset has none" in done.stderr
+
+
+def test_a_vocabulary_far_larger_than_the_token_ids_is_a_warning(trainer, tmp_path, shards):
+    for size in (2 * VOCAB, 2 * VOCAB + 1):
+        done = trainer.run(tmp_path / str(size), f"--vocab_size={size}", "--num_iterations=1", "--input_val_bin=")
+        warning = f"warning: --vocab_size={size}, but the largest token id found in {shards} is {VOCAB - 1}; "
+        assert (warning in done.stdout) == (size > 2 * VOCAB)
+
+
+def test_the_advice_for_a_small_validation_set_names_what_matters_there(trainer, tmp_path):
+    write_shard(tmp_path / "x_val.bin", np.arange(20), VOCAB)
+    line = one_line(trainer, tmp_path / "run", f"--input_val_bin={tmp_path}/*_val.bin")
+    assert "--input_val_bin has 20 tokens, too few for one sequence of 33; lower --sequence_length, or add data" in line
 
 
 def test_a_bad_token_id_beyond_the_sample_is_found_when_it_is_read(trainer, tmp_path, shards):
@@ -117,3 +142,39 @@ def test_sampling_without_a_checkpoint_is_an_error(command, tmp_path):
         ([], "--checkpoint"),
     ):
         assert message in command("eval/generate.py", "--device=cpu", *flags, code=2).stderr
+
+
+def test_a_run_that_takes_long_on_a_cpu_is_a_warning_with_the_time(trainer, tmp_path):
+    out = trainer.run(tmp_path / "run", "--num_iterations=1e9", "--max_minutes=0.001").stdout
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+    # 1e9 steps × 256 tokens × 216 kFLOP / 50 GFLOP/s: the estimate of train/summary.py, on one core
+    assert "1,000,000,000 steps would take about 13 days on this CPU" in warning and "per core × 1)" in warning
+    assert "warning" not in trainer.run(tmp_path / "short", "--num_iterations=5").stdout
+    (gpt2,) = cpu_warnings(load_config([], 1), flops_per_token=855_000_000, cores=2)  # GPT-2 124M
+    assert "1,000 steps would take about 9.7 hours" in gpt2
+    (compiled,) = cpu_warnings(load_config(["--compile=1"], 1), flops_per_token=10**6, cores=2)
+    assert compiled.startswith("--compile on a CPU: the first step takes up to three minutes longer")
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(trainer, tmp_path):
+    done = trainer.run(tmp_path / "run", "--compile=1", code=2, env={"CXX": "no-such-compiler"})
+    assert done.stderr.startswith("error: --compile=1 on a CPU needs a C++ compiler, but no-such-compiler is not")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_is_a_link_to_nothing_is_an_error_that_names_both(trainer, command, shards, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    line = one_line(trainer, link / "run")
+    assert f"--output_dir={link}/run: {link} is a link to {tmp_path}/gone, which does not exist; " in line
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    for words in (
+        ["data/text.py", text, "--output_dir", link],
+        ["data/tiny_shakespeare.py", "--output_dir", link],
+        ["data/hellaswag.py", "--output_dir", link],
+        ["data/train_tokenizer.py", text, "--vocab_size=260", "--output", link],
+        ["scripts/export.py", "--checkpoint", tmp_path, "--output", link],
+    ):
+        assert f"={link}: {link} is a link to {tmp_path}/gone" in command(*words, code=2).stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"link", "a.txt"}

@@ -169,9 +169,17 @@ def test_resume_takes_never_and_a_path(trainer, trace, finished, tmp_path):
     older = finished / "checkpoints" / "step_00000005"
     assert "holds newer checkpoints" in trainer.run(finished, f"--resume={older}", code=2).stderr
     assert "no such checkpoint" in trainer.run(tmp_path / "new", "--resume=nowhere", code=2).stderr
+    before = (finished / "config.yaml").read_bytes()
+    assert "--resume=nevr: no such checkpoint or run directory; did you mean never?" in (
+        trainer.run(finished, "--resume=nevr", code=2).stderr
+    )
+    assert (finished / "config.yaml").read_bytes() == before
     branch = tmp_path / "branch"
     trainer.run(branch, f"--resume={older}", "--num_iterations=10")
     assert trace(branch) == trace(finished)[4:]  # from step 5 on, which both runs have
+    shutil.rmtree(older)  # the same command still resumes the branch
+    done = trainer.run(branch, f"--resume={older}", "--num_iterations=11")
+    assert f"--resume={older}: {branch} contains checkpoints already, and resumes from them" in done.stdout
 
 
 def test_a_branch_interrupted_before_its_first_step_saves_nothing(trainer, trace, finished, tmp_path):
@@ -190,6 +198,18 @@ def test_a_changed_model_or_changed_data_is_an_error_that_names_the_change(train
     assert "--total_batch_size=128" in trainer.run(finished, "--total_batch_size=128", code=2).stderr
     only_one = f"--input_train_bin={trainer.shards}/*_train_000001.bin"
     assert "count_train_000002.bin" in trainer.run(finished, only_one, code=2).stderr
+
+
+def test_shards_that_are_new_since_the_checkpoint_are_trained_on_in_a_new_run(trainer, metrics, finished, tmp_path):
+    more = shutil.copytree(trainer.shards, tmp_path / "shards")
+    for number in (0, 3):
+        shutil.copy(more / "count_train_000002.bin", more / f"count_train_{number:06d}.bin")
+    flags = [f"--input_train_bin={more}/*_train_*.bin", "--num_iterations=11"]
+    err = trainer.run(finished, *flags, code=2).stderr
+    assert "--input_train_bin: 2 shards are new (first: count_train_000000.bin) since the checkpoint was written" in err
+    assert f"start a new run from its weights with --init_from={finished} and another --output_dir" in err
+    trainer.run(tmp_path / "new", *flags, f"--init_from={finished}", "--num_iterations=1")
+    assert metrics(tmp_path / "new")[0]["loss"] < metrics(finished)[0]["loss"] - 0.1
 
 
 def test_a_run_can_be_made_longer(trainer, metrics, finished):
@@ -215,3 +235,17 @@ def test_a_run_whose_shards_were_deleted_still_saves_its_checkpoint(trainer, wai
     out, err = process.communicate(timeout=60)
     assert process.returncode == 4, err
     assert (tmp_path / "run/checkpoints/latest").exists()
+
+
+def test_a_resumed_run_keeps_its_total_batch_size_on_other_ranks(trainer, trace, metrics, tmp_path):
+    """Also if it was derived from --batch_size and the number of ranks, which differs now."""
+    flags = ["--total_batch_size=0", "--batch_size=4", "--save_every_niter=5"]
+    trainer.run(tmp_path / "run", *flags, "--num_iterations=5")
+    done = trainer.run(tmp_path / "run", *flags, "--num_iterations=10", ranks=2)
+    assert "--batch_size=4: lowered to 2; the resumed run has 2 sequences per step and rank\n" in done.stdout
+    assert done.stdout.count("lowered to") == 1
+    assert "128 a step = 2 × 32 × 2 ranks × 1 micro-steps" in done.stdout
+    trainer.run(tmp_path / "run", *flags, "--num_iterations=15")  # one rank again, and the size of the command
+    assert [r["tokens"] for r in metrics(tmp_path / "run")] == [128 * k for k in range(1, 16)]
+    err = trainer.run(tmp_path / "run", *flags, ranks=3, code=1).stderr
+    assert "the run to resume has --total_batch_size=128, which is 4 sequences; 3 ranks cannot share them" in err

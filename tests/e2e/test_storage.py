@@ -300,3 +300,69 @@ def test_two_runs_do_not_share_an_output_dir(trainer, injected, wait_for, kill_a
     assert first.poll() is None
     kill_all(first)
     injected(1)
+
+
+LONG = ["--num_iterations=100000", "--save_every_niter=40", "--val_loss_every=0", "--keep_last=1"]
+
+
+@pytest.mark.fault(
+    "--output_dir is deleted during a run",
+    "the next save restores config.yaml, metrics.jsonl and logs; the same command resumes",
+)
+def test_a_deleted_output_dir_is_restored_at_the_next_save(trainer, metrics, injected, wait_for, tmp_path):
+    output_dir = tmp_path / "run"
+    process = trainer.start(output_dir, *LONG, ranks=2, python=trainer.warm_python)
+    assert wait_for(lambda: (output_dir / "checkpoints/latest").exists(), process)
+    output_dir.rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved")
+    assert wait_for(lambda: (output_dir / "checkpoints/latest").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    warning = f"warning: --output_dir={output_dir} was deleted or moved while this run used it; restored what is in"
+    assert out.count(warning) == 1 and "Traceback" not in out
+    steps = [r["step"] for r in metrics(output_dir)]
+    assert steps == list(range(1, newest(output_dir) + 1)) and len(steps) > 80
+    for rank in range(2):
+        assert f"rank {rank} of 2 on" in (output_dir / f"logs/rank_{rank}.log").read_text()
+    done = trainer.run(output_dir, *LONG, f"--num_iterations={steps[-1]}")
+    assert f"step_{steps[-1]:08d}" in done.stdout and "nothing left to do" in done.stdout
+    injected(1)
+
+
+def test_a_run_whose_deleted_output_dir_is_used_by_another_run_ends(trainer, wait_for, kill_all, tmp_path):
+    output_dir = tmp_path / "run"
+    first = trainer.start(output_dir, *LONG, "--save_every_niter=1000", python=trainer.warm_python)
+    assert wait_for(lambda: (output_dir / "metrics.jsonl").exists(), first)
+    output_dir.rename(tmp_path / "moved")
+    second = trainer.start(output_dir, *LONG, "--save_every_niter=0", python=trainer.warm_python)
+    assert wait_for(lambda: (output_dir / "metrics.jsonl").exists(), second)
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 5, err
+    assert "was deleted or moved while this run used it, and cannot be restored" in the_line(err)
+    assert "in use by another run" in err and second.poll() is None
+    assert json.loads((output_dir / "status.json").read_text())["status"] == "running"
+    kill_all(second)
+
+
+def test_a_disk_too_small_is_announced_and_the_error_says_what_to_delete(trainer, tmp_path):
+    """On a file system with room for two checkpoints. After what the error names is deleted, the run finishes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=1100k tmpfs {disk}"
+    enter = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*enter, mount], capture_output=True).returncode:
+        pytest.skip("needs a private file system (unshare)")
+    train = trainer.command(disk / "run", "--val_loss_every=0")
+    script = (
+        f'{mount}; "$@"; echo exit $?; rm -r {disk}/run/checkpoints/step_00000005; "$@" --keep_last=1; echo exit $?'
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*enter, script, "sh", *train], capture_output=True, text=True, env=env)
+    warning, rest = re.search(r"^warning: (--output_dir=.*)\n((.*\n)*)", done.stdout, re.MULTILINE).groups()[:2]
+    assert "--keep_last=3 needs room for 4 more, because the newest is complete before" in warning
+    line = the_line(done.stderr)
+    assert "the checkpoint of step 15 could not be written (No space left on device)" in line
+    assert re.search(r"a checkpoint takes 0\.4 MB, and 0\.\d MB are free: 0\.\d MB are missing; delete", line)
+    assert f"delete step_00000005 in {disk}/run/checkpoints (the newest, step_00000010, is enough to resume)" in line
+    assert "exit 5\n" in rest and rest.endswith("exit 0\n")

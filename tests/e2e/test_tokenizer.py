@@ -8,6 +8,7 @@ import pytest
 
 from data.shards import write_shard
 from data.tokenizers.load import load_tokenizer
+from tests.conftest import TINY
 
 TEXT = "".join(f"Speaker {i}: the cat's {i} hats, and they'll sit.\n\n" for i in range(1500))
 
@@ -30,9 +31,19 @@ def world(command, tmp_path_factory):
     return folder
 
 
+def data(world):
+    return [f"--input_train_bin={world}/data/*_train_*.bin", f"--input_val_bin={world}/data/*_val_*.bin"]
+
+
 def flags(world, tokenizer, *more):
-    data = [f"--input_train_bin={world}/data/*_train_*.bin", f"--input_val_bin={world}/data/*_val_*.bin"]
-    return [*data, f"--tokenizer={tokenizer}", "--vocab_size=300", "--sample_every=5", "--sample_tokens=8", *more]
+    return [
+        *data(world),
+        f"--tokenizer={tokenizer}",
+        "--vocab_size=300",
+        "--sample_every=5",
+        "--sample_tokens=8",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +108,7 @@ def test_a_run_resumes_with_a_copy_of_its_tokenizer_but_not_with_another(run, wo
         ("gtp2", [], "--tokenizer=gtp2: no such tokenizer or file; did you mean gpt2?"),
         ("{world}/data", [], "tokenizer.json: No such file"),
         ("{world}/tok", ["--vocab_size=299"], "give --vocab_size=300"),
+        ("none", ["--vocab_size=128256"], "has 300 ids, but the model has --vocab_size=128256; give shards"),
     ],
 )
 def test_a_mismatch_is_an_error_before_anything_is_written(world, trainer, tmp_path, tokenizer, more, message):
@@ -104,6 +116,13 @@ def test_a_mismatch_is_an_error_before_anything_is_written(world, trainer, tmp_p
     done = trainer.run(tmp_path / "run", *given, code=2)
     assert done.stderr.count("\n") == 1 and message.format(world=world) in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_vocabulary_follows_from_the_tokenizer(command, world, tmp_path):
+    given = [*TINY, *data(world), f"--tokenizer={world}/tok", "--num_iterations=1", f"--output_dir={tmp_path}/run"]
+    given = [flag for flag in given if not flag.startswith("--vocab_size")]
+    assert "largest token id" not in command("train_gpt.py", *given).stdout
+    assert "\nvocab_size: 300\n" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_validation_shards_are_checked_too(world, trainer, tmp_path):
@@ -121,3 +140,29 @@ def test_tiny_shakespeare_with_a_trained_tokenizer(command, world, tmp_path):
     assert "already there" in command(*made).stdout
     other = ["data/tiny_shakespeare.py", f"--tokenizer={world}/other", "--output_dir", tmp_path / "out"]
     assert "made from other input" in command(*other, code=2).stderr
+
+
+def test_the_preset_of_bytes_trains_on_tiny_shakespeare(command, metrics, tmp_path):
+    command("data/tiny_shakespeare.py", "--tokenizer=bytes", "--output_dir", tmp_path / "data")
+    data = [f"--input_train_bin={tmp_path}/data", f"--input_val_bin={tmp_path}/data", f"--output_dir={tmp_path}/run"]
+    short = ["--num_iterations=40", "--warmup_iters=10", "--val_max_steps=4", "--device=cpu"]
+    command("train_gpt.py", "--cfg=shakespeare-bytes", *data, *short)
+    assert metrics(tmp_path / "run")[-1]["val_bpb"] < 4.5  # at random 8.0
+
+
+def test_any_text_trains_by_bytes(command, trainer, metrics, tmp_path):
+    """Goes from text without words, partly not ASCII, to an exported model with the same tokenizer."""
+    (tmp_path / "dna.txt").write_text("ACGTTGCA" * 2000 + "東京\n" * 200)
+    made = ["data/text.py", tmp_path / "dna.txt", "--tokenizer=bytes", "--val_tokens=900", "--output_dir"]
+    command(*made, tmp_path / "data")
+    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["tokenizer"]["name"] == "bytes"
+    data = [f"--input_train_bin={tmp_path}/data/*_train_*.bin", f"--input_val_bin={tmp_path}/data/*_val_*.bin"]
+    run = ["--tokenizer=bytes", "--vocab_size=257", "--num_iterations=5", "--sample_every=5", "--sample_tokens=8"]
+    trainer.run(tmp_path / "run", *data, *run)
+    last = metrics(tmp_path / "run")[-1]
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / np.log(2), rel=1e-6)
+    of_run = ["--device=cpu", f"--checkpoint={tmp_path}/run"]
+    assert "bits per byte" in command("eval/perplexity.py", *of_run, "--input", tmp_path / "dna.txt").stdout
+    assert command("eval/generate.py", *of_run, "--prompt=ACGT", "--max_new_tokens=3").stdout.startswith("ACGT")
+    command("scripts/export.py", of_run[1], "--to=hf", "--output", tmp_path / "hf")
+    assert load_tokenizer(str(tmp_path / "hf")).fingerprint["sha256"] == load_tokenizer("bytes").sha256

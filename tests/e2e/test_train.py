@@ -1,11 +1,18 @@
 """The real command trains, writes its files, and gives equal numbers on any number of ranks."""
 
+import glob
 import json
 import math
+import os
 import shutil
+import signal
 
+import numpy as np
 import pytest
 import yaml
+
+from data.shards import HEADER_BYTES
+from tests.conftest import TINY
 
 RECORD_KEYS = {"step", "tokens", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "elapsed_s"}
 
@@ -54,6 +61,16 @@ def test_a_second_run_finds_nothing_to_do(one_rank, trainer):
 
 
 @pytest.mark.slow  # tests/train/on_ranks.py compares four ranks step by step
+def test_a_folder_of_numpy_arrays_gives_the_numbers_of_the_shards(one_rank, trainer, trace, shards, tmp_path):
+    """The files of build-nanogpt, which --input_train_bin and --input_val_bin name by their folder."""
+    for path in shards.glob("*.bin"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        np.save(tmp_path / "data" / f"{path.stem}.npy", np.fromfile(path, np.uint16)[HEADER_BYTES // 2 :])
+    flags = ["--input_train_bin=data", "--input_val_bin=data", "--num_iterations=20"]
+    trainer.run(tmp_path / "run", *flags, cwd=tmp_path)
+    assert trace(tmp_path / "run") == trace(one_rank[0])
+
+
 def test_four_ranks_give_the_numbers_of_one(one_rank, trainer, trace, parameters_of, tmp_path):
     """Losses, norms, validation and final parameters of 20 steps, within 1e-5. Two ranks: test_reference.py."""
     output_dir = tmp_path / "run"
@@ -95,6 +112,18 @@ def test_one_batch_is_memorized(trainer, metrics, tmp_path):
     assert metrics(tmp_path / "run")[-1]["loss"] < 0.1
 
 
+def test_a_run_is_fine_tuned_and_repeated_with_other_flags(trainer, metrics, command, tmp_path):
+    run, tuned, again = (tmp_path / name for name in ("run", "tuned", "again"))
+    trainer.run(run, "--tokenizer=none", "--num_iterations=40")
+    data = f"--input_train_bin={trainer.shards}/*_train_*.bin"
+    small = ["--total_batch_size=256", "--batch_size=2", "--num_iterations=4"]
+    command("train_gpt.py", f"--init_from={run}", data, f"--output_dir={tuned}", "--sequence_length=32", *small)
+    assert metrics(tuned)[0]["loss"] < metrics(run)[0]["loss"] - 0.5
+    command("train_gpt.py", f"--cfg={run}/config.yaml", "--seed=2", f"--output_dir={again}")
+    first, second = metrics(run), metrics(again)
+    assert len(first) == len(second) == 40 and first[0]["loss"] != second[0]["loss"]
+
+
 @pytest.mark.parametrize("steps, last_loss", [(5, 9.8), pytest.param(50, 0.5, marks=pytest.mark.slow)])
 def test_the_quickstart_memorizes_one_batch_of_shakespeare(command, tmp_path, steps, last_loss):
     """The preset, real tokens and sample of scripts/quickstart.sh, without its installation and with fewer steps."""
@@ -128,6 +157,41 @@ def test_wandb_logs_offline_and_keeps_its_run_id(trainer, tmp_path):
     flags = ["--wandb_project_id=test", "--num_iterations=5"]
     done = trainer.run(tmp_path / "run", *flags)
     assert "offline" in done.stdout
-    trainer.run(tmp_path / "run", "--wandb_project_id=test", "--num_iterations=6")
+    again = trainer.run(tmp_path / "run", "--wandb_project_id=test", "--num_iterations=6")
     runs = [p.name.rsplit("-", 1)[1] for p in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and len(set(runs)) == 1
+    command = f"wandb sync --id {runs[0]} {tmp_path}/run/wandb/offline-run-*-{runs[0]}"  # merges both
+    assert f"{command}\n" in done.stdout and f"{command}\n" in again.stdout
+    assert len(glob.glob(command.split()[-1])) == 2
+
+
+def test_num_epochs_give_the_number_of_steps(command, shards, metrics, tmp_path):
+    """531 sequences an epoch, 8 a step: half an epoch takes 34 steps."""
+    run = f"--output_dir={tmp_path / 'run'}"
+    flags = [flag for flag in TINY if not flag.startswith("--num_iterations")]
+    flags += [f"--input_train_bin={shards}/*_train_*.bin", "--val_loss_every=0", "--save_every_niter=0"]
+    done = command("train_gpt.py", *flags, run, "--num_epochs=0.5")
+    assert "--num_epochs=0.5: --num_iterations=34 (531 sequences an epoch, 8 a step)\n" in done.stdout
+    assert len(metrics(tmp_path / "run")) == 34
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["num_iterations"] == 34 and config["num_epochs"] == 0
+    done = command("train_gpt.py", *flags, run, "--num_epochs=0.5")
+    assert "nothing left to do: the checkpoint is at step 34 of --num_iterations=34" in done.stdout
+    command("train_gpt.py", f"--cfg={tmp_path / 'run/config.yaml'}", "--num_epochs=0.6")
+    assert len(metrics(tmp_path / "run")) == 40
+
+
+def test_a_killed_run_has_a_plot_also_in_a_folder_with_a_chinese_name(trainer, wait_for, kill_all, tmp_path):
+    run = tmp_path / "实验 $x^$"
+    process = trainer.start(run, "--num_iterations=100000", python=trainer.warm_python)
+    assert wait_for((run / "loss.png").exists, process)
+    os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert err == "" and (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_plot_that_cannot_be_drawn_is_a_warning(trainer, tmp_path):
+    (tmp_path / "run" / "loss.png").mkdir(parents=True)
+    done = trainer.run(tmp_path / "run", "--num_iterations=6")
+    assert done.stderr.count("warning: the plots could not be drawn: IsADirectoryError") == 2  # a save, and the end
+    assert "\ncheckpoint: " in done.stdout

@@ -3,9 +3,11 @@
 import io
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from model.formats.pretrained import load_model
 from model.gpt import GPT, init_weights
 from model.kv_cache import KVCache
 from train.checkpoint_writer import CheckpointWriter
+from train.evaluate import SAMPLING
 from train.optim import make_optimizer
 from util.errors import UserError
 from util.ranks import Ranks
@@ -271,7 +274,7 @@ def test_the_command_prints_prompts_and_continuations(run, saved, tmp_path):
     model, tokenizer = load_model(saved[0], torch.device("cpu"))[0], saved[1]
 
     def expected(texts, sampling, seed, samples):
-        prompts = [[END, *tokenizer.encode(text)] for text in texts]
+        prompts = [tokenizer.encode(text) or [END] for text in texts]
         rows = generate_rows(model, prompts, 10, sampling, seed, samples)
         return printed(*(texts[i // samples] + tokenizer.decode(row) for i, row in enumerate(rows)))
 
@@ -279,11 +282,45 @@ def test_the_command_prints_prompts_and_continuations(run, saved, tmp_path):
     (tmp_path / "naïve").write_text("é from a file\n")
     greedy = run(*few, "--prompt=ROMEO:", "--temperature=0")
     assert greedy == expected(["ROMEO:"], GREEDY, 0, 1) and greedy.startswith("ROMEO:")
-    assert run(*few) == run(*few, "--prompt=") == expected([""], Sampling(), 0, 1)
+    assert run(*few) == run(*few, "--prompt=") == expected([""], SAMPLING, 0, 1)  # as a run samples
     several = ["--prompt=a", f"--prompt_file={tmp_path}/naïve", "--prompt_file=-"]
     flags = ["--num_samples=2", "--seed=5", "--top_k=9", "--top_p=0.7", "--temperature=2"]
     texts = ["a", "é from a file\n", "東 stdin"]
     assert run(*few, *several, *flags, stdin="東 stdin".encode()) == expected(texts, Sampling(2, 9, 0.7), 5, 2)
+
+
+def test_every_place_of_a_run_names_its_newest_checkpoint(saved, tmp_path, capsys):
+    """The run, its checkpoints, the file `latest`, a single checkpoint, and copies of these under other names."""
+    folder = saved[0] / "checkpoints"
+    assert (folder / "latest").read_text() == "step_00000001\n"
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copytree(folder / "step_00000001", tmp_path / "one")
+    places = [saved[0], folder, folder / "latest", folder / "step_00000001"]
+    places += [tmp_path / "copy", tmp_path / "copy" / "latest", tmp_path / "one"]
+    texts = set()
+    for place in places:
+        flags = [f"--checkpoint={place}", "--device=cpu", "--prompt=x", "--max_new_tokens=9"]
+        command.main(command.parser().parse_args(flags))
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+
+
+def test_tokens_before_and_in_prompts(run, saved, monkeypatch):
+    """Compares the ids of a prompt under all values of --bos and --special_tokens."""
+    _, tokenizer = saved
+    seen = []
+    monkeypatch.setattr(command, "generate", lambda model, prompts, *_: seen.extend(prompts) or iter([]))
+    text = "a<|endoftext|>b<|fim_"
+    ids = [tokenizer.encode("a")[0], END, *tokenizer.encode("b<|fim_")]
+    for flags in ([], ["--bos=1"], ["--bos=0"], ["--special_tokens=0"], ["--bos=0", "--prompt="]):
+        assert run(f"--prompt={text}", *flags).startswith(text)
+    assert seen == [ids, [END, *ids], ids, tokenizer.encode(text), ids, [END]]
+    with_bos = replace(tokenizer, prefix=[END + 1])
+    monkeypatch.setattr(command, "load_model_tokenizer", lambda *_: with_bos)
+    seen.clear()
+    for flags in ([], ["--bos=1"], ["--bos=0"]):
+        run(f"--prompt={text}", *flags)
+    assert seen == [[END + 1, *ids], [END + 1, *ids], ids]
 
 
 def test_text_ends_with_the_document_or_a_stop_string(run, scripted):

@@ -98,7 +98,7 @@ def test_limit_reads_the_first_examples(passages):
 @pytest.mark.parametrize(
     "content, complaint",
     [
-        ("", "empty file"),
+        ("", "contains no examples"),
         ("\n", "contains no examples"),
         ('{"text": "a b"}\n{"context": "a"}\n', "line 2: not an object with `text`, or with"),
         ('{"context": 1, "continuation": "b"}\n', "line 1: not an object with text in a field 'context'"),

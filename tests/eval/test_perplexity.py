@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,10 +18,11 @@ from lm_eval.utils import get_rolling_token_windows
 
 from data.documents import document_positions
 from data.loader import Loader
+from data.prepare.inputs import ReadOptions
 from data.shards import open_shard, write_shard
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS
-from eval import perplexity, texts
+from eval import lm_eval, perplexity, texts
 from eval.model import load_eval_model
 from eval.perplexity import measure, segments, split_by_document, strided_windows, to_requests
 from eval.texts import Text, count_bytes, open_texts, truncate
@@ -192,7 +194,7 @@ def test_a_stride_of_the_window_equals_validation(model_251, shards, doc_mask):
     positions = document_positions(rows[:, :-1], 7) if doc_mask else None
     with torch.no_grad():
         loss, count = model.checkpoint.gpt.loss(rows[:, :-1], rows[:, 1:], positions)
-    texts = truncate(open_texts(paths, [], "text", model), 2976)
+    texts = truncate(open_texts(paths, [], ReadOptions(), model), 2976)
     assert measure(model, texts, 32, 32) == (pytest.approx(loss.item(), rel=1e-6), count.item())
 
 
@@ -235,12 +237,12 @@ def test_shards_are_one_text_and_their_bytes_are_counted(text_checkpoint, evalua
 
 
 def test_text_files_and_lines_are_documents(text_checkpoint, evaluate, tmp_path, plain_losses, model):
-    (tmp_path / "a.md").write_bytes(STORY.encode())  # with its \r\n
+    (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbf" + STORY.encode())  # with \r\n, as Windows writes text
     lines = [json.dumps({"body": text}) for text in ("one\u2028two", "", "three")]
     (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n")
     inputs = ["--input", tmp_path / "a.md", tmp_path / "b.jsonl", "--text_key=body"]
     evaluate(perplexity, f"--checkpoint={text_checkpoint}", *inputs, f"--output={tmp_path}/o.json", "--stride=8")
-    documents = (STORY, "one\u2028two", "three")
+    documents = (STORY.replace("\r\n", "\n"), "one\u2028two", "three")
     rows = [[EOT, *load_tokenizer().encode(text)] for text in documents]
     found = read(tmp_path / "o.json")
     assert found["tokens"] == sum(map(len, rows)) - 3 and found["bytes"] == sum(len(t.encode()) for t in documents)
@@ -254,11 +256,42 @@ def test_a_hugging_face_folder_on_text(hf_folder, evaluate, tmp_path, plain_loss
     (tmp_path / "a.txt").write_text(STORY, newline="")
     evaluate(perplexity, f"--hf={hf_folder}", f"--input={tmp_path}/a.txt", f"--output={tmp_path}/o.json")
     tokenizer = AutoTokenizer.from_pretrained(hf_folder)
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(STORY)]
+    text = STORY.replace("\r\n", "\n")
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text)]
     expected = plain_sum(AutoModelForCausalLM.from_pretrained(hf_folder).eval(), ids, 20, 10, plain_losses)
     found = read(tmp_path / "o.json")
-    assert found["bytes"] == len(STORY.encode()) and found["window"] == 20
+    assert found["bytes"] == len(text.encode()) and found["window"] == 20
     assert found["loss"] * found["tokens"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "generation_config.json"])
+def test_every_command_begins_a_text_with_the_models_own_token(hf_folder, evaluate, tmp_path, where):
+    """Uses a tokenizer like SmolLM2-Instruct's: BOS is not end-of-text, and nothing is put before a text."""
+    folder = tmp_path / "hf"
+    shutil.copytree(hf_folder, folder)
+    data = read(folder / "tokenizer.json")
+    bos = len(data["model"]["vocab"])
+    data["added_tokens"].append({**data["added_tokens"][0], "id": bos, "content": "<|im_start|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    config |= {"bos_token": "<|im_start|>"} if where == "tokenizer_config.json" else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": 0}))
+    (tmp_path / "a.txt").write_text("the cat sat on the mat, the dog on the log")
+    found = []
+    for model in (f"--checkpoint=hf:{folder}", f"--hf={folder}"):
+        output = tmp_path / f"{len(found)}.json"
+        evaluate(perplexity, model, f"--input={tmp_path}/a.txt", f"--output={output}")
+        found.append(read(output)["bits_per_byte"])
+    flags = [f"--checkpoint=hf:{folder}", "--tasks=x", "--device=cpu"]
+    loaded = load_eval_model(lm_eval.parser().parse_args(flags))
+    assert loaded.text.bos_tokens == [bos] == [lm_eval.adapter(loaded, torch.float32).prefix_token_id]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    tokenizer = loaded.checkpoint.tokenizer
+    assert (tokenizer.document_prefix, tokenizer.encode_whole("a")) == ([0, bos], tokenizer.encode("a"))
+    for name, content in tokenizer.files.items():  # the copy in a checkpoint
+        (tmp_path / name).write_bytes(content)
+    assert load_tokenizer(str(tmp_path)).document_prefix == [0, bos]
 
 
 def test_a_bos_token_that_the_tokenizer_adds_is_not_added_twice(model):
@@ -319,7 +352,7 @@ def damaged(folder):
     (folder / "made").mkdir()
     write_shard(folder / "made" / "x.bin", np.arange(9), 251)
     (folder / "made" / "manifest.json").write_text(json.dumps({"tokenizer": NAMED_FINGERPRINTS["cl100k_base"]}))
-    (folder / "packed.txt.gz").write_bytes(b"x")
+    (folder / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
 
 
 SHARD_ERRORS = {
@@ -328,7 +361,7 @@ SHARD_ERRORS = {
     "foreign.bin": "token id 300 at position 1 is not below",
     "one.bin": "too short",
     "made/x.bin": "made with tokenizer cl100k_base, but --tokenizer=gpt2",
-    "packed.txt.gz": "packed.txt.gz must be .bin.*data/text.py",
+    "pointer.bin": "pointer.bin: a Git LFS pointer, not the file itself; run `git lfs pull`",
 }
 
 
@@ -340,12 +373,11 @@ def test_user_errors_in_shards(checkpoint, evaluate, tmp_path, name):
 
 
 TEXT_ERRORS = {
-    "empty.txt": (b"", "empty.txt: empty file"),
+    "empty.txt": (b"", "too short"),
     "latin.txt": ("caf\xe9 x".encode("latin-1"), r"latin.txt: not UTF-8 text \(invalid continuation byte at byte 3\)"),
-    "field.jsonl": (b'{"text": "a"}\n\n{"txt": "b"}\n', "field.jsonl, line 3: .*field 'text'; see --text_key"),
-    "number.jsonl": (b'{"text": 5}\n', "number.jsonl, line 1: "),
-    "json.jsonl": (b'{"text": "a"}\n{"text\n', "json.jsonl, line 2: not JSON"),
-    "half.jsonl": (b'{"text": "\\ud800"}\n', "half.jsonl, line 1: .*surrogate"),
+    "field.jsonl": (b'{"text": "a"}\n\n{"txt": "b"}\n', "field.jsonl: line 3 .*field 'text'; see --text_key"),
+    "number.jsonl": (b'{"text": 5}\n', "number.jsonl: line 1: "),
+    "json.jsonl": (b'{"text": "a"}\n{"text\n', "json.jsonl: line 2 is not JSON"),
     "blank.jsonl": (b'{"text": ""}\n\n', "too short"),
 }
 

@@ -30,6 +30,7 @@ from scripts.bench.common import describe, save
 from train.metrics import read_records
 from util.errors import UserError
 from util.ranks import Ranks, close_ranks, init_ranks
+from util.values import user_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PERIOD = 251  # the data counts modulo this number, which a model learns in a few steps
@@ -44,7 +45,7 @@ FAMILIES = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     options = parser.getgroup("gpu", "checks of tests/gpu")
-    options.addoption("--output", type=Path, metavar="FILE", help="report of the figures, as JSON")
+    options.addoption("--output", type=user_path, metavar="FILE", help="report of the figures, as JSON")
     options.addoption("--device", choices=["cuda", "cpu"], help="default: cuda if this machine has it")
     options.addoption("--minutes", type=float, default=math.inf, help="time limit; checks that start later fail")
     options.addoption("--quick", action="store_true", help="tiny shapes and no measurements; implied by --device=cpu")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = """#!/usr/bin/env bash
 echo "$(basename $0) $*" >> "{log}"
 case "$*" in
+    -c*torch*) [ -e "{folder}/has_torch" ] ;;
     -c*) exit {old} ;;
     "-m venv .venv") {make} ;;
     "-m pip --version") [ -e "{folder}/has_pip" ] ;;
@@ -73,7 +74,8 @@ def is_refused(done, *words):
     assert all(word in done.stderr for word in words), done.stderr
 
 
-INSTALL = "python -m pip install -qq --disable-pip-version-check -r requirements-gpu.txt"
+REQUIREMENTS = "-r requirements-gpu.txt -c scripts/constraints.txt"
+INSTALL = f"python -m pip install -qq --disable-pip-version-check {REQUIREMENTS}"
 
 
 def test_a_missing_environment_is_made_once(checkout):
@@ -93,6 +95,13 @@ def test_changed_requirements_are_installed(checkout):
     assert checkout.calls().count(INSTALL) == 2
 
 
+def test_an_environment_with_torch_keeps_its_release(checkout):
+    checkout.add_venv()
+    (checkout.folder / "has_torch").touch()
+    succeeds(checkout.source())
+    assert INSTALL.removesuffix(" -c scripts/constraints.txt") in checkout.calls()
+
+
 def test_an_environment_without_pip_is_kept_and_gets_pip(checkout):
     checkout.add_venv(pip=False)
     (checkout.venv / "mine").touch()
@@ -105,7 +114,7 @@ def test_uv_installs_where_there_is_no_ensurepip(checkout):
     checkout.add_venv(pip=False, ensurepip="false")
     checkout.add_uv()
     succeeds(checkout.source())
-    assert "uv pip install --quiet --python .venv/bin/python -r requirements-gpu.txt" in checkout.calls()
+    assert f"uv pip install --quiet --python .venv/bin/python {REQUIREMENTS}" in checkout.calls()
 
 
 def test_an_environment_that_cannot_install_is_refused_and_kept(checkout):

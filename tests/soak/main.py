@@ -64,7 +64,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     p.add_argument("--ranks", type=int, default=2, help="workers (default 2)")
     p.add_argument("--seed", type=int, default=1, help="seed of the kills and of the model (default 1)")
     p.add_argument("--device", default="cpu", help="--device of train_gpt.py (default cpu)")
-    p.add_argument("--output_dir", help="a new folder for the runs; default: one in /tmp, deleted if everything held")
+    p.add_argument(
+        "--output_dir", type=Path, help="a new folder for the runs; default: one in /tmp, deleted if everything held"
+    )
     args, flags = p.parse_known_args(argv)
     if not sys.platform.startswith("linux"):
         raise UserError("soak.sh finds the processes of a run in /proc; use Linux")

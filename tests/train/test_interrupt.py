@@ -1,4 +1,4 @@
-"""Requests to stop: signals and --max_minutes."""
+"""Requests to stop: signals and --max_minutes. The answers to signals: tests/e2e/test_ctrl_c.py."""
 
 import os
 import signal
@@ -15,31 +15,25 @@ def handlers_restored():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_a_request_to_stop(number):
-    stop = StopRequest(0, time.monotonic())
+def test_a_signal_is_a_request_to_stop(number, tmp_path):
+    stop = StopRequest(0, time.monotonic(), tmp_path)
     assert not stop.requested()
     os.kill(os.getpid(), number)
     assert stop.requested() and not stop.out_of_time() and stop.signal == number.name
 
 
-def test_under_nohup_sighup_is_ignored():
+def test_under_nohup_sighup_is_ignored(tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopRequest(0, time.monotonic())
+    stop = StopRequest(0, time.monotonic(), tmp_path)
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.requested()
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
-    StopRequest(0, time.monotonic())
-    os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_max_minutes_are_minutes():
-    late = StopRequest(1, time.monotonic() - 61)
+def test_max_minutes_are_minutes(tmp_path):
+    late = StopRequest(1, time.monotonic() - 61, tmp_path)
     assert late.requested() and late.out_of_time() and not late.signal
-    assert not StopRequest(1, time.monotonic() - 40).requested()
+    assert not StopRequest(1, time.monotonic() - 40, tmp_path).requested()

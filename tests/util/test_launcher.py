@@ -36,13 +36,37 @@ def test_a_worker_dies_with_its_launcher_and_not_otherwise(under_torchrun):
     process.wait()
 
 
+def store_environment(store: socket.socket) -> dict[str, str]:
+    """Returns the environment of a worker of 2 whose launcher hosts `store`."""
+    env = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.getsockname()[1])}
+    return {**os.environ, **env, "RANK": "0", "LOCAL_RANK": "0"}
+
+
 @pytest.mark.parametrize("hosted,code", [(True, 0), (False, -signal.SIGKILL)])
 def test_a_worker_that_starts_after_the_death_of_its_launcher_is_killed(hosted, code):
     with socket.socket() as store:
         store.bind(("localhost", 0))
         if hosted:
             store.listen()
-        env = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "2"}
-        env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.getsockname()[1])}
         worker = [sys.executable, "-c", "from util.launcher import die_with_launcher as d; d()"]
-        assert subprocess.run(worker, env=os.environ | env, cwd=ROOT).returncode == code
+        assert subprocess.run(worker, env=store_environment(store), cwd=ROOT).returncode == code
+
+
+def test_a_worker_in_the_rendezvous_is_killed_when_the_port_of_its_dead_launcher_closes():
+    """The sockets of a killed launcher may stay open for a while after its workers have lost their parent."""
+    worker = "from util.launcher import die_with_launcher; die_with_launcher()\n"
+    worker += "from util.ranks import init_ranks; print('up', flush=True); init_ranks('cpu')"
+    with socket.socket() as store:
+        store.bind(("localhost", 0))
+        store.listen()
+        env = store_environment(store)
+        process = subprocess.Popen([sys.executable, "-c", worker], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "up\n"
+        time.sleep(1)
+        assert process.poll() is None
+    try:
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.communicate()

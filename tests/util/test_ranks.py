@@ -61,14 +61,14 @@ def test_a_run_exits_without_the_interpreter_teardown():
 
 def test_an_interrupted_run_does_not_wait_for_threads():
     code = "import threading, time; from util.errors import run_command\n"
-    code += "def main():\n    threading.Thread(target=time.sleep, args=(60,)).start(); raise KeyboardInterrupt\n"
+    code += "def main():\n    threading.Thread(target=time.sleep, args=(600,)).start(); raise KeyboardInterrupt\n"
     code += "run_command(main, teardown=False)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_a_crash_prints_its_traceback_and_does_not_wait_for_threads():
     code = "import threading, time; from util.errors import run_command; "
-    code += "threading.Thread(target=time.sleep, args=(60,)).start(); run_command(lambda: 1 / 0, teardown=False)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    code += "threading.Thread(target=time.sleep, args=(600,)).start(); run_command(lambda: 1 / 0, teardown=False)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

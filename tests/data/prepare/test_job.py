@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.prepare import job as preparing
-from data.prepare import sources, workers
+from data.prepare import journal, sources, workers
+from data.prepare.inputs import ReadOptions
 from data.prepare.job import locked, open_job, prepare, summary
 from data.prepare.sources import WorkUnit, plan
 from util.errors import UserError
@@ -32,7 +33,7 @@ def many_units(monkeypatch):
 
 @pytest.fixture
 def units(tmp_path, many_units, write_input):
-    found = plan([str(write_input(tmp_path, ".jsonl", TEXTS))], "text")
+    found = plan([str(write_input(tmp_path, ".jsonl", TEXTS))], ReadOptions())
     assert len(found) > 10
     return found
 
@@ -85,7 +86,7 @@ def test_no_token_is_lost_whatever_the_sizes(
 ):
     folder = tmp_path_factory.mktemp("sizes")
     job = make_job(folder / "out", shard_size=shard_size, val_tokens=val_tokens, val_tenth=tenth)
-    units = plan([str(write_input(folder, ".jsonl", texts))], "text")
+    units = plan([str(write_input(folder, ".jsonl", texts))], ReadOptions())
     if not any(texts):
         with pytest.raises(UserError, match="no text"):
             prepare(job, units)
@@ -115,14 +116,14 @@ def test_text_beyond_max_tokens_is_not_read(tmp_path, make_job, write_input, mon
     """A compressed file is a single unit of any size."""
     encoded, real = [], workers.parts
     monkeypatch.setattr(workers, "parts", lambda document, encoder: encoded.append(1) or real(document, encoder))
-    units = plan([str(write_input(tmp_path, ".jsonl.gz", TEXTS))], "text")
+    units = plan([str(write_input(tmp_path, ".jsonl.gz", TEXTS))], ReadOptions())
     prepare(make_job(tmp_path / "out", max_tokens=20, val_tokens=3), units)
     assert len(encoded) <= 2
 
 
 def test_the_summary_counts_skipped_documents(tmp_path, make_job):
     (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": null}\nbad\n{"text": ""}\n')
-    made = prepare(make_job(tmp_path / "out", skip_bad=True), plan([str(tmp_path / "a.jsonl")], "text"))
+    made = prepare(make_job(tmp_path / "out", skip_bad=True), plan([str(tmp_path / "a.jsonl")], ReadOptions()))
     assert summary(Path("out"), made) == (
         "out: 1 documents, 3 training and 0 validation tokens, 1 bad and 1 empty and 1 null skipped"
     )
@@ -211,7 +212,7 @@ def test_damaged_unfinished_shards_are_not_resumed(tmp_path, monkeypatch, make_j
 @pytest.mark.parametrize("where", ["unit", "shard", "journal"])
 def test_a_full_disk_is_one_line_and_the_work_is_kept(tmp_path, monkeypatch, make_job, units, content, where):
     prepare(make_job(tmp_path / "whole"), units)
-    place = {"unit": workers.os, "shard": preparing.ShardWriter, "journal": preparing}[where]
+    place = {"unit": workers.os, "shard": preparing.ShardWriter, "journal": journal}[where]
     name = {"unit": "replace", "shard": "add", "journal": "write_atomically"}[where]
     real, calls = getattr(place, name), []
 
@@ -310,7 +311,7 @@ def test_missing_and_truncated_shards_are_errors(tmp_path, make_job, units, dama
         prepare(make_job(tmp_path / "out", shard_size=100), units)
 
 
-def test_a_journal_of_other_units_is_not_resumed(tmp_path, monkeypatch, make_job, units):
+def test_a_journal_of_other_units_is_not_resumed(tmp_path, monkeypatch, make_job, units, content, capsys):
     real = preparing._append
     calls = []
 
@@ -323,6 +324,15 @@ def test_a_journal_of_other_units_is_not_resumed(tmp_path, monkeypatch, make_job
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(preparing, "_append", stop)
         prepare(make_job(tmp_path / "out"), units)
+    prepare(make_job(tmp_path / "out"), units[:1] + units[2:])
+    assert "the last file is encoded again from its beginning" in capsys.readouterr().out
+    prepare(make_job(tmp_path / "whole"), units[:1] + units[2:])
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_journal_of_another_version_is_not_resumed(tmp_path, make_job, units):
+    partial = open_job(tmp_path / "out", {"of": "test"})
+    (partial / "journal.json").write_text('{"plan": "x", "progress": {}}')
+    (partial / "recipe.json").write_text('{"of": "test"}')
     with pytest.raises(UserError, match="written by another version"):
-        prepare(make_job(tmp_path / "out"), units[:1] + units[2:])
-    assert prepare(make_job(tmp_path / "out"), units)
+        prepare(make_job(tmp_path / "out"), units)

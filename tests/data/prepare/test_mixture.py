@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.prepare import workers
 from data.prepare.mixture import Mixture, mix, read_mixture
 from util.errors import UserError
 
@@ -152,6 +153,22 @@ def test_weights_are_scaled_to_a_sum_of_one(tmp_path):
     )
     mixture = read_mixture(tmp_path / "m.yaml")
     assert mixture.tokens == 1000 and [s.weight for s in mixture.sources.values()] == [0.75, 0.25]
+
+
+def test_a_source_that_is_complete_is_kept_when_another_is_repaired(tmp_path, quick, write_input, monkeypatch, capsys):
+    write_input(tmp_path, ".jsonl", ["a document of source a"] * 9)
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\noops\n')
+    sources = {"a": {"input": str(tmp_path / "docs.jsonl"), "weight": 1}, "b": {"input": str(tmp_path / "b.jsonl")}}
+    sources["b"]["weight"] = 1
+    (tmp_path / "m.yaml").write_text(json.dumps({"tokens": 50, "sources": sources}))
+    mixture = ["--mixture", tmp_path / "m.yaml", "--output_dir", tmp_path / "out"]
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        quick(*mixture)
+    encoded, real = [], workers.encode_unit
+    monkeypatch.setattr(workers, "encode_unit", lambda unit, *args: encoded.append(unit.path) or real(unit, *args))
+    quick(*mixture, "--skip_bad")
+    assert {os.path.basename(path) for path in encoded} == {"b.jsonl"}
+    assert "1 bad skipped" in capsys.readouterr().out
 
 
 def test_a_source_without_text_or_file_is_named(tmp_path, make_job, write_input):

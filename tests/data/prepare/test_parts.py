@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from data.prepare import parts as joining
 from data.prepare import sources
+from data.prepare.inputs import ReadOptions
 from data.prepare.job import prepare
 from data.prepare.parts import find_parts, join_parts, parse_part, part_dir, part_of
 from data.prepare.sources import WorkUnit, plan
@@ -22,7 +23,7 @@ TEXTS = [f"Document number {i}, of no great length{' or not' * (i % 7)}." for i 
 def units(tmp_path, monkeypatch, write_input):
     monkeypatch.setattr(sources, "UNIT_BYTES", 300)
     path = write_input(tmp_path, ".jsonl", [*TEXTS[:30], "", *TEXTS[30:]])
-    return plan([str(path)], "text")
+    return plan([str(path)], ReadOptions())
 
 
 def make_parts(job, units, n, which=None):
@@ -112,7 +113,7 @@ def test_a_damaged_part_is_not_joined(tmp_path, make_job, units, damage):
 
 def test_parts_without_text_are_an_error(tmp_path, make_job, write_input):
     job = make_job(tmp_path / "out")
-    make_parts(job, plan([str(write_input(tmp_path, ".jsonl", ["", ""]))], "text"), 2)
+    make_parts(job, plan([str(write_input(tmp_path, ".jsonl", ["", ""]))], ReadOptions()), 2)
     with pytest.raises(UserError, match="the parts contain no text"):
         join_parts(job)
 

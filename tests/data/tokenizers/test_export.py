@@ -32,11 +32,13 @@ def write(folder, files):
     return folder
 
 
-@pytest.fixture(scope="module", params=["gpt2", "cl100k", "o200k"])
+@pytest.fixture(scope="module", params=["gpt2", "cl100k", "o200k", "bytes"])
 def named(request, tokenizer):
-    """GPT-2's tokenizer, and its first 2000 tokens with the other patterns and with gaps before special ids."""
+    """GPT-2, bytes, and the first 2000 tokens of GPT-2 with the other patterns and gaps before special ids."""
     if request.param == "gpt2":
         return tokenizer
+    if request.param == "bytes":
+        return load_tokenizer("bytes")
     pattern = {"cl100k": CL100K_PATTERN, "o200k": O200K_PATTERN}[request.param]
     ranks = {token: i for token, i in tokenizer.ranks.items() if i < 2000}
     return replace(tokenizer, name="small", ranks=ranks, pattern=pattern, special=GAPS, end_of_text=3000)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.prepare.inputs import ReadOptions
 from data.prepare.job import prepare
 from data.prepare.sources import plan
 from data.tokenizers.fim import infill_prompt, rearrange, sentinels
@@ -61,7 +62,7 @@ def test_a_prompt_is_a_prefix_of_a_training_document(fim_tokenizer):
 
 
 def test_a_tokenizer_without_sentinels_is_an_error_before_anything_is_written(tmp_path, make_job, write_input):
-    units = plan([str(write_input(tmp_path, ".jsonl", ["a", "b"]))], "text")
+    units = plan([str(write_input(tmp_path, ".jsonl", ["a", "b"]))], ReadOptions())
     with pytest.raises(UserError, match="gpt2 has no <|fim_prefix|>.*gpt2-fim"):
         prepare(make_job(tmp_path / "out", fim_rate=0.5), units * 2)
     assert not (tmp_path / "out").exists()
@@ -70,7 +71,9 @@ def test_a_tokenizer_without_sentinels_is_an_error_before_anything_is_written(tm
 def test_shards_contain_the_rearranged_documents(tmp_path, make_job, write_input, whole, fim_tokenizer):
     documents = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
     path = write_input(tmp_path, ".jsonl", documents)
-    made = prepare(make_job(tmp_path / "out", fim_tokenizer, fim_rate=0.7, val_tokens=50), plan([str(path)], "text"))
+    made = prepare(
+        make_job(tmp_path / "out", fim_tokenizer, fim_rate=0.7, val_tokens=50), plan([str(path)], ReadOptions())
+    )
     expected = []
     for document in documents:
         expected.append(fim_tokenizer.end_of_text)

@@ -86,6 +86,33 @@ def test_any_pieces_in_any_order(tmp_path_factory, words, data):
         assert tokenizer.encode(text) == llama2c(pieces, scores, text), (words, scores[259:], text)
 
 
+def test_runs_of_spaces_with_one_score_are_merged_as_by_llama2c(tmp_path):
+    """Llama's file has runs of 1 to 16 spaces, in this order of ids and all with the score -1e9."""
+    runs = [" " * n for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 15)]
+    pieces = [*FIRST, *runs, " t", "he", " the", "t", "h", "e", " "]
+    scores = [*[0.0] * 259, *[-1e9] * 15, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -1e9]
+    (tmp_path / "tokenizer.bin").write_bytes(pack(pieces, scores))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.bin"))
+    for text in (" " * n + end for n in range(50) for end in ("", "the", "\n")):
+        assert tokenizer.encode(text) == llama2c(pieces, scores, text), text
+
+
+@few
+@given(words=st.lists(st.text("ab ", min_size=2, max_size=4), unique=True, max_size=6), data=st.data())
+def test_pieces_with_one_score_are_merged_as_by_llama2c_or_refused(tmp_path_factory, words, data):
+    pieces = [*FIRST, *words, "a", "b", " "]
+    scores = [0.0] * 259 + [float(data.draw(st.integers(0, 2))) for _ in pieces[259:]]
+    path = tmp_path_factory.mktemp("tied") / "tok.bin"
+    path.write_bytes(pack(pieces, scores))
+    try:
+        tokenizer = load_tokenizer(str(path))
+    except UserError as error:
+        assert "have one score, and so no order in" in str(error)
+        return
+    for text in data.draw(st.lists(st.text("ab ", max_size=14), min_size=5, max_size=10)):
+        assert tokenizer.encode(text) == llama2c(pieces, scores, text), (words, scores[259:], text)
+
+
 def test_a_copy_has_an_equal_fingerprint(stories, tmp_path):
     for name, content in stories.files.items():
         (tmp_path / name).write_bytes(content)
@@ -136,7 +163,7 @@ GOOD = pack(FIRST + LEARNED)
         (pack([*FIRST, *LEARNED, "▁a"]), "or one with ▁"),
         (pack(["<pad>", *FIRST, *LEARNED]), "id 0 is '<pad>', not <unk>"),
         (pack([*FIRST[:3], "x", *FIRST[4:], *LEARNED]), "id 3 is 'x', not <0x00>"),
-        (pack(FIRST + LEARNED, [0.0] * 276), "have one score"),
+        (pack(FIRST + LEARNED, [0.0] * 276), "pieces .ab. and .aba. have one score, and so no order in .ababa."),
         (pack(FIRST + LEARNED, [float("nan")] * 276), "has score nan"),
     ],
 )

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import assets
+from data.prepare.encoder import make_encoder
 from data.shards import token_dtype
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import GPT2_END_OF_TEXT, NAMED_FINGERPRINTS, rank_file
@@ -46,6 +47,22 @@ def test_decoding_gives_the_text(tokenizer, text):
 @given(text=text)
 def test_the_byte_lengths_of_tokens_sum_to_the_text(tokenizer, lengths, text):
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+@few
+@given(text=text)
+@example(text="naïve 東京 👩‍👩‍👧 \x00\r\n <|endoftext|>")
+def test_the_byte_tokenizer_gives_the_bytes_of_the_text(text):
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.encode(text) == make_encoder(tokenizer)[0](text).tolist() == list(text.encode())
+    assert tokenizer.decode([*tokenizer.encode(text), 256]) == text + "<|endoftext|>"
+    assert (tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.missing_bytes) == (257, 256, b"")
+    assert tokenizer.byte_lengths(300).tolist() == [1] * 256 + [0] * 44
+
+
+def test_the_byte_tokenizer_takes_long_words_and_runs_of_spaces():
+    text = "ACGT" * 500_000 + " " * 2_000_000 + "\ud800"
+    assert load_tokenizer("bytes").encode(text) == list(text.replace("\ud800", "\ufffd").encode())
 
 
 def test_byte_lengths_of_every_id(tokenizer, lengths):

@@ -100,6 +100,14 @@ def test_bytes_that_are_not_text_are_merged_by_ranks(tokenizer):
     assert bags(old, new)[i] == [old.ranks[b" "], old.ranks[b"\xe2\x80"]]
 
 
+def test_a_token_with_a_byte_that_the_old_tokenizer_lacks_gets_no_old_tokens(tokenizer):
+    new = fewer(tokenizer, 1000)
+    old = replace(new, ranks={token: i for token, i in new.ranks.items() if token != b"\xe2"})
+    rows = bags(old, new)
+    for token, i in new.ranks.items():
+        assert token in old.ranks or not rows[i]
+
+
 def fewer(tokenizer, count):
     """Returns a tokenizer of its first tokens."""
     return replace(tokenizer, ranks={token: i for token, i in tokenizer.ranks.items() if i < count})

@@ -154,6 +154,23 @@ def test_gpt2_as_it_was_released(tmp_path):
     same(old, theirs, 61)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_head_that_differs_from_a_tied_embedding_is_read(tmp_path, capsys, family, several):
+    """config.json ties the two, but the file has another head. transformers 5 uses the head."""
+    shape = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}.get(family)
+    config = kind(**shape, **heads, tie_word_embeddings=False) if kind else small_gpt2(tie_word_embeddings=False)
+    theirs = save(config, tmp_path, **({"max_shard_size": "4KB"} if several else {}))
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    ours = same(tmp_path, theirs, 61)
+    assert not ours.config.tie_embeddings
+    assert "lm_head.weight differs from the embedding, so the head is not tied to it" in capsys.readouterr().err
+
+
 def test_a_folder_may_contain_a_tied_head(tmp_path):
     theirs = save(small_llama(tie_word_embeddings=True), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

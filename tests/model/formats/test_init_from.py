@@ -1,10 +1,12 @@
 """--init_from takes the flags of a pretrained model, and refuses flags that contradict them."""
 
 import json
+import shutil
 
 import pytest
 
 from cfg.config import load_config, to_yaml
+from data.tokenizers.load import tokenizer_size
 from model.formats.pretrained import open_pretrained
 from util.errors import UserError
 
@@ -89,8 +91,9 @@ def test_another_vocabulary_needs_resize_embeddings(folder):
     with pytest.raises(UserError, match="needs both tokenizers, but --tokenizer=none"):
         load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=none")
     assert load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=gpt2").vocab_size == 2000
-    with pytest.raises(UserError, match="give the --vocab_size"):
-        load(folder, "--resize_embeddings=1")
+    flags = [f"--init_from=hf:{folder}", "--resize_embeddings=1", "--tokenizer=gpt2"]
+    assert load_config(flags, 1, open_pretrained, tokenizer_size).vocab_size == 50257
+    assert load_config(flags[:1], 1, open_pretrained, tokenizer_size).vocab_size == 1000
 
 
 def test_the_default_tokenizer_is_that_of_the_model(folder):
@@ -111,7 +114,16 @@ def test_a_rawgpt_run_or_checkpoint(tmp_path):
     config = load_config([f"--init_from={tmp_path / 'run'}"], 1, open_pretrained)
     assert (config.n_layer, config.n_embd, config.dropout, config.tokenizer) == (2, 24, 0.0, "gpt2")
     assert load_config([f"--init_from={checkpoint}"], 1, open_pretrained).n_embd == 24
-    assert load_config([f"--init_from={checkpoint.parent}"], 1, open_pretrained).n_embd == 24
+    (checkpoint.parent / "latest").write_text("step_00000002\n")
+    shutil.copytree(checkpoint.parent, tmp_path / "copy")
+    for place in (checkpoint.parent, checkpoint.parent / "latest", tmp_path / "copy", tmp_path / "copy" / "latest"):
+        assert load_config([f"--init_from={place}"], 1, open_pretrained).n_embd == 24
+    (tmp_path / "run/another").mkdir()
+    (tmp_path / "run/another/tokenizer.json").write_text("{}")
+    assert load_config([f"--init_from={tmp_path / 'run'}"], 1, open_pretrained).tokenizer == "gpt2"
+    (checkpoint / "tokenizer.json").write_text("{}")
+    for path in (checkpoint, checkpoint.parent, tmp_path / "run"):
+        assert load_config([f"--init_from={path}"], 1, open_pretrained).tokenizer == str(checkpoint)
     for nothing in (tmp_path, tmp_path / "nowhere", "gpt2"):
         with pytest.raises(UserError, match="--init_from=.*: (contains no checkpoint|no such run or checkpoint)"):
             load_config([f"--init_from={nothing}"], 1, open_pretrained)
