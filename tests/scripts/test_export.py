@@ -89,6 +89,10 @@ FAMILIES = {
     "mistral": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--sliding_window=7"],
     "qwen2": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--qkv_bias=1"],
     "qwen3": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--qk_norm=1", "--head_dim=6"],
+    "nanochat": "--positions=rotary --norm=rmsnorm --norm_weight=0 --embedding_norm=1 --mlp=relu2 --bias=0 --qk_norm=1"
+    " --logit_softcap=15".split(),
+    "norms_without_weights": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--norm_weight=0"],
+    "gpt2_without_weights_of_norms": ["--norm_weight=0"],
 }
 ROPES = ["", "linear:2.5", "llama3:8,1,4,16"]
 
@@ -134,7 +138,8 @@ def test_transformers_loads_the_export_and_computes_the_same_logits(tmp_path_fac
     named = dict(back.named_parameters())
     for name, p in ours.named_parameters():
         assert torch.equal(named[name][: config.vocab_size], p[: config.vocab_size]), name
-    assert all(not p.any() for name, p in named.items() if name not in dict(ours.named_parameters()))  # GPT-2's biases
+    added = {name: p for name, p in named.items() if name not in dict(ours.named_parameters())}  # biases and norms
+    assert all((p == (0 if name.endswith(".bias") else 1)).all() for name, p in added.items())
     tensors = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
     assert len(tensors) == len(set(tensors)) and ("lm_head.weight" in tensors) == (not config.tie_embeddings)
 
@@ -150,6 +155,15 @@ def test_transformers_loads_the_export_and_computes_the_same_logits(tmp_path_fac
         ([*FAMILIES["llama"], "--mlp=gelu"], "--mlp=gelu: .* only --mlp=swiglu"),
         ([*FAMILIES["qwen3"], "--sliding_window=4"], "--sliding_window=4: .*--qk_norm.* only --sliding_window=0"),
         ([*FAMILIES["qwen2"], "--bias=1"], "--bias=1: .*--qkv_bias.* only --bias=0"),
+        ([*FAMILIES["llama"], "--embedding_norm=1"], "--embedding_norm=1: .*Llama.* only --embedding_norm=0"),
+        (["--embedding_norm=1"], "--embedding_norm=1: .*GPT2.* only --embedding_norm=0"),
+        ([*FAMILIES["nanochat"], "--norm=layernorm"], "--norm=layernorm: .*NanoChat.* only --norm=rmsnorm"),
+        ([*FAMILIES["nanochat"], "--norm_weight=1"], "--norm_weight=1: .*NanoChat.* only --norm_weight=0"),
+        ([*FAMILIES["nanochat"], "--embedding_norm=0"], "--embedding_norm=0: .* only --embedding_norm=1"),
+        ([*FAMILIES["nanochat"], "--qk_norm=0"], "--qk_norm=0: .*--mlp=relu2.* only --qk_norm=1"),
+        ([*FAMILIES["nanochat"], "--bias=1"], "--bias=1: .* only --bias=0"),
+        ([*FAMILIES["nanochat"], "--qkv_bias=1"], "--qkv_bias=1: .* only --qkv_bias=0"),
+        ([*FAMILIES["nanochat"], "--sliding_window=4"], "--sliding_window=4: .* only --sliding_window=0"),
     ],
 )
 def test_an_architecture_that_transformers_lacks_is_refused_and_the_flag_is_named(tmp_path, flags, switch):
