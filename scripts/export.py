@@ -157,8 +157,8 @@ def write_weights(source: Source, folder: Path, dtype: torch.dtype, limit: float
     """Writes model.safetensors, or several files with an index if they hold more than `limit` bytes."""
     from tqdm import tqdm
 
-    # transformers' GPT-2 class always has biases, and most classes have weights in norms. Where the model has none, they
-    # are written as zeros and ones.
+    # transformers' GPT-2 class always has biases, and all classes but NanoChat's have weights in norms. Where the model
+    # has none, zeros and ones are written.
     config = source.config
     added = {"bias": config.bias or config.positions == "learned", "norm_weight": not is_nanochat(config)}
     shapes = parameter_shapes(config.model_copy(update=added))

@@ -123,7 +123,7 @@ class HFReader:
     """A function from the name of our parameter to its value, read from a folder whose config.json hf.py has read."""
 
     def __init__(self, folder: Path, config: ModelConfig):
-        """Checks that the folder has the tensors for all parameters of our model, of the right shapes, and no others."""
+        """Checks that the folder has the tensors for all our parameters, of the right shapes, and no others."""
         self.folder, self.config = folder, config
         self._open: dict[Path, Any] = {}
         shapes, files = parameter_shapes(config), find_files(folder)

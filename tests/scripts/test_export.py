@@ -1,6 +1,7 @@
 """Export of a sharded checkpoint, and of every architecture that transformers has a class for."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,33 @@ def test_an_architecture_that_transformers_lacks_is_refused_and_the_flag_is_name
     with pytest.raises(UserError, match=switch):
         command.export_hf(source_of(config)[0], tmp_path, torch.float32, 5e9, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_nanochat_is_trained_sharded_exported_and_continued(trainer, metrics, tmp_path):
+    """In stage 3 its norms have nothing to shard. A head of zeros makes the first loss that of a uniform guess."""
+    start = ["--tie_embeddings=0", "--embedding_std=1", "--head_init=zero", "--zero_init=1"]
+    shape = [*FAMILIES["nanochat"], *start, "--n_kv_head=1", "--num_iterations=3", "--learning_rate=1e-2"]
+    batch = "--total_batch_size=128"
+    trainer.run(tmp_path / "run", *shape, batch, "--zero_stage=3", ranks=2)
+    trainer.run(tmp_path / "alone", *shape, batch)
+    sharded, alone = (metrics(tmp_path / name) for name in ("run", "alone"))
+    flags = open_pretrained(str(tmp_path / "run")).flags
+    assert alone[0]["loss"] == pytest.approx(math.log(flags["vocab_size"]), abs=1e-5)
+    assert alone[-1]["loss"] < alone[0]["loss"]
+    assert [r["loss"] for r in sharded] == pytest.approx([r["loss"] for r in alone], abs=5e-6)
+
+    export("--checkpoint", tmp_path / "run", "--to=hf", "--output", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(theirs).__name__ == "NanoChatForCausalLM" and theirs.config.pad_token_id is None
+    ours, _, _ = load_model(tmp_path / "run", torch.device("cpu"))
+    idx = torch.randint(flags["vocab_size"], (2, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, expected = theirs(idx).logits, ours(idx)
+    assert (got - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
+
+    again = [f"--init_from=hf:{tmp_path / 'out'}", "--num_iterations=1", "--learning_rate=1e-30"]
+    trainer.run(tmp_path / "more", *again, batch)
+    assert metrics(tmp_path / "more")[-1]["val_loss"] == pytest.approx(sharded[-1]["val_loss"], abs=1e-6)
 
 
 @pytest.fixture(scope="module")
