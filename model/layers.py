@@ -19,7 +19,8 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm (Ba et al. 2016), or without parameters (as in OLMo, Groeneveld et al. 2024)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 

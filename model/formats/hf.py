@@ -127,7 +127,7 @@ def _read_llama(family: str, config: dict[str, Any], where: str) -> dict[str, An
 def _read_nanochat(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns the switches of nanochat (Karpathy 2025). Its class normalises queries and keys after their rotation.
 
-    Without weights that is the same as before it, because a rotation does not change the length of a vector.
+    Our model normalises first. The result is equal, because these norms have no weights and a rotation keeps lengths.
     """
     _only(config, where, hidden_act="relu2", attention_bias=False)
     return {

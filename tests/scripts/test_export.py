@@ -175,7 +175,7 @@ def test_an_architecture_that_transformers_lacks_is_refused_and_the_flag_is_name
 
 
 def test_nanochat_is_trained_sharded_exported_and_continued(trainer, metrics, tmp_path):
-    """In stage 3 its norms have nothing to shard. A head of zeros makes the first loss that of a uniform guess."""
+    """Its norms have no parameters to shard. With a head of zeros the first loss is that of a uniform guess."""
     start = ["--tie_embeddings=0", "--embedding_std=1", "--head_init=zero", "--zero_init=1"]
     shape = [*FAMILIES["nanochat"], *start, "--n_kv_head=1", "--num_iterations=3", "--learning_rate=1e-2"]
     batch = "--total_batch_size=128"
