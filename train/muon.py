@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-# Coefficients a, b, c of the five steps x -> a·x + b·(xxᵀ)x + c·(xxᵀ)²x. Amsel et al. 2025 (arXiv 2505.16932) choose them
-# so that the whole iteration takes all singular values from [0.001, 1] as close to 1 as possible. Their safety factor
-# of 1.02 keeps it stable in bfloat16.
+# Coefficients a, b, c of the five steps x -> a·x + b·(xxᵀ)x + c·(xxᵀ)²x. Amsel et al. 2025 (arXiv 2505.16932) choose
+# them so that the whole iteration takes all singular values from [0.001, 1] as close to 1 as possible. Their safety
+# factor of 1.02 keeps it stable in bfloat16.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -100,7 +100,7 @@ class Muon(Optimizer):
         for part, variance in zip(nesterov.split(group["parts"]), state["variance"].split(group["parts"]), strict=True):
             updates.append(normalize_rows(orthogonalize(part), variance, group["betas"][1]))
         update = _own_rows(torch.cat(updates), p)
-        # Cautious weight decay (Chen et al. 2025, arXiv 2510.12402) acts only where the update, too, reduces the weight.
+        # Cautious weight decay (Chen et al. 2025, arXiv 2510.12402) acts only where the update reduces the weight too.
         decay = weight * (update * weight > 0) * group["weight_decay"]
         weight.sub_(update + decay, alpha=lr)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
@@ -114,8 +113,7 @@ def learning_rate(step: int, config: Config) -> float:
     then linear over the last `cooldown_frac` of the run).
     """
     c, num_iterations = config, config.num_iterations
-    peak = peak_rate(c)
-    floor = peak * c.learning_rate_decay_frac
+    peak, floor = peak_rate(c), peak_rate(c) * c.learning_rate_decay_frac
     if step <= c.warmup_iters:
         return peak * step / c.warmup_iters
     if c.schedule == "constant":

@@ -32,7 +32,8 @@ from util.ranks import Ranks
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
 MODERN = ["--positions=rotary", "--norm=rmsnorm", "--mlp=relu2", "--bias=0", "--qk_norm=1", "--logit_softcap=15"]
 WIDE = [*LLAMA, "--head_dim=96", "--qkv_bias=1"]
-FAMILIES = {"gpt2": [], "wide": WIDE, "llama": [*LLAMA, "--mlp_hidden=1792"], "modern": MODERN}
+NANOCHAT = [*MODERN, "--norm_weight=0", "--embedding_norm=1", "--tie_embeddings=0"]
+FAMILIES = {"gpt2": [], "nanochat": NANOCHAT, "wide": WIDE, "llama": [*LLAMA, "--mlp_hidden=1792"], "modern": MODERN}
 SHAPE = ["--n_layer=3", "--n_embd=512", "--n_head=8", "--sequence_length=320", "--batch_size=3", "--dtype=bfloat16"]
 
 
@@ -47,6 +48,7 @@ SIMULATED = [
     ("modern", 8, 2, "--zero_stage=2 --activation_checkpointing=block --sync_every_microbatch=1"),
     ("llama", 8, 2, "--zero_stage=3 --activation_checkpointing=selective"),
     ("llama", 64, 1, "--zero_stage=3 --replicas=8 --dtype=float32"),
+    ("nanochat", 8, 1, "--zero_stage=3 --activation_checkpointing=block"),
     ("gpt2", 8, 1, "--zero_stage=3 --residual_dtype=bfloat16"),
     ("llama", 8, 1, "--zero_stage=3 --optimizer=muon"),
     ("gpt2", 8, 1, "--zero_stage=1 --optimizer=muon"),
