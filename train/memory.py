@@ -112,14 +112,6 @@ def largest_partition(config: Config, world_size: int) -> int:
     return max(states)
 
 
-def orthogonalization_bytes(config: Config, n: Counts) -> int:
-    """Returns the bytes that Muon allocates for its largest matrix.
-
-    These are the whole momentum and the update in fp32, and three matrices in bfloat16.
-    """
-    return 14 * n.widest if config.optimizer == "muon" else 0
-
-
 def element_size(config: Config) -> int:
     """Returns the bytes of an element in the compute dtype."""
     return 4 if config.dtype == "float32" else 2
@@ -186,17 +178,25 @@ def backward_bytes(config: Config) -> int:
 
 
 def loss_activations(config: Config) -> int:
-    """Returns the bytes of all activations: of the blocks, and the input, output and cast output of the last norm."""
+    """Returns the bytes of all activations: of the blocks, and the input, output and cast output of the last norm.
+
+    A norm after the token embedding keeps its input until the end of the backward pass.
+    """
     e, tokens = element_size(config), config.batch_size * config.sequence_length
-    kept = config.n_layer * block_activations(config, config.activation_checkpointing)
+    kept = config.n_layer * block_activations(config, config.activation_checkpointing) + embedded_bytes(config)
     return tokens * (kept + config.n_embd * (stream_size(config) + 4 + (e if e < 4 else 0)))
+
+
+def embedded_bytes(config: Config) -> int:
+    """Returns the bytes per token that a norm after the token embedding saves."""
+    return stream_size(config) * config.n_embd if config.embedding_norm else 0
 
 
 def backward_activations(config: Config, blocks: int) -> int:
     """Returns the bytes of the activations of the first `blocks` blocks while the last of them runs backward."""
     tokens, kind = config.batch_size * config.sequence_length, config.activation_checkpointing
     kept, whole = block_activations(config, kind), block_activations(config, "none")
-    return tokens * (blocks * kept + max(0, whole - kept)) + backward_bytes(config)
+    return tokens * (blocks * kept + max(0, whole - kept) + embedded_bytes(config)) + backward_bytes(config)
 
 
 def sharded_peaks(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
@@ -243,7 +243,7 @@ def sharded_peaks(config: Config, world_size: int, capacity: float) -> dict[str,
             "gradients": at_end + (4 if wait else e) * n.root,
             "buffers": 4 * n.root,
         },
-        "optimizer": {"gradients": on_device * n.own, "buffers": orthogonalization_bytes(c, n)},
+        "optimizer": {"gradients": on_device * n.own},
     }
     return {name: states | parts for name, parts in peaks.items()}
 
@@ -281,14 +281,17 @@ def replicated_peaks(config: Config, world_size: int, capacity: float) -> dict[s
             "buffers": cast * n.products,
         },
         "gradients of the embeddings": {"gradients": 4 * (n.total if before else n.total - n.root + n.head) + tied},
-        "optimizer": {"gradients": 4 * n.total, "buffers": orthogonalization_bytes(c, n)},
+        "optimizer": {"gradients": 4 * n.total},
     }
     return {name: states | parts for name, parts in peaks.items()}
 
 
 def possible_peaks(config: Config, world_size: int, capacity: float = inf) -> dict[str, Parts]:
     """Returns the bytes by part at each possible peak of a step, on the rank that needs most."""
-    return (sharded_peaks if config.zero_stage >= 2 else replicated_peaks)(config, world_size, capacity)
+    peaks = (sharded_peaks if config.zero_stage >= 2 else replicated_peaks)(config, world_size, capacity)
+    if config.optimizer == "muon":  # of its largest matrix: momentum and update in fp32, three copies in bfloat16
+        peaks["optimizer"]["buffers"] = 14 * count(config, 1).widest
+    return peaks
 
 
 def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Memory:
