@@ -205,8 +205,7 @@ def train_step(
 
     # Clip and update, unless loss or gradient is not finite or the norm is a spike. With a loss scale (fp16) gradients
     # are expected to overflow now and then; this does not count towards a roll-back.
-    lr = optim.learning_rate(step, config)
-    optim.set_learning_rate(optimizer, lr)
+    optim.set_schedules(optimizer, step, config)
     skip_reason = guard.reason_to_skip(mean_loss, grad_norm, overflow_expected=scaler.value > 1)
     if not skip_reason:
         clip = min(1.0, config.grad_clip / (grad_norm + 1e-6)) if config.grad_clip else 1.0

@@ -60,6 +60,8 @@ def check_run(c: Config, world_size: int) -> None:
         raise UserError("--doc_mask=1 needs the end-of-text token; give the --tokenizer of the shards")
     if c.resize_embeddings and c.init_from == "scratch":
         raise UserError("--resize_embeddings=1 needs a pretrained model; give --init_from")
+    if c.head_init == "zero" and c.tie_embeddings and c.init_from == "scratch":
+        raise UserError("--head_init=zero: the head is the token embedding; add --tie_embeddings=0")
     if c.hellaswag_every and c.tokenizer == "none":
         raise UserError("--hellaswag_every encodes text; give the --tokenizer of the shards")
     if c.replicas > 1 and c.zero_stage < 2:

@@ -63,6 +63,12 @@ class ModelConfig(Flags):
     )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of the normalisation")
+    norm_weight: bool = Field(
+        True, description="norms have learned weights; 0: no parameters in any norm, as in nanochat (Karpathy 2025)"
+    )
+    embedding_norm: bool = Field(
+        False, description="normalise the token embedding, as in BLOOM (Le Scao et al. 2022) and nanochat"
+    )
     mlp: Literal["gelu", "gelu_exact", "swiglu", "relu2"] = Field(
         "gelu", description="feed-forward: tanh-GELU (GPT-2), exact GELU (nanoGPT), SwiGLU or ReLU squared"
     )
@@ -74,6 +80,18 @@ class ModelConfig(Flags):
     tie_embeddings: bool = Field(True, description="the output head shares the token embedding")
     qk_norm: bool = Field(False, description="RMSNorm on each query and key head")
     logit_softcap: float = Field(0.0, ge=0, description="c in c*tanh(logits/c), which bounds the logits; 0: off")
+    embedding_std: float = Field(
+        0.02,
+        gt=0,
+        json_schema_extra=TRAINING_ONLY,
+        description="standard deviation of the initial token embedding: GPT-2 has 0.02, nanochat 1",
+    )
+    head_init: Literal["normal", "zero"] = Field(
+        "normal",
+        json_schema_extra=TRAINING_ONLY,
+        description="initial output head, if untied; zero: the first predictions are uniform (modded-nanogpt,"
+        " Jordan et al. 2024)",
+    )
     zero_init: bool = Field(
         False, json_schema_extra=TRAINING_ONLY, description="output projections of attention and MLP start at zero"
     )
@@ -154,8 +172,14 @@ class BatchConfig(Flags):
 class OptimizerConfig(Flags):
     """Optimizer and learning rate"""
 
-    optimizer: Literal["adamw"] = Field("adamw", description="optimizer")
-    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="optimizer; muon: Muon for the hidden matrices, AdamW for the rest"
+    )
+    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate of adamw")
+    matrix_lr: float = Field(0.02, gt=0, description="muon: peak learning rate of the hidden matrices")
+    embedding_lr: float = Field(0.3, gt=0, description="muon: peak learning rate of the embeddings")
+    head_lr: float = Field(0.004, gt=0, description="muon: peak learning rate of an untied output head")
+    scalar_lr: float = Field(0.015, gt=0, description="muon: peak learning rate of biases and norms")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="shape of the learning rate after warm-up"
     )
@@ -166,7 +190,11 @@ class OptimizerConfig(Flags):
     cooldown_frac: float = Field(
         0.2, gt=0, le=1, description="wsd: the last fraction of the run, over which the rate falls linearly"
     )
-    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, on weights of two or more dimensions")
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="weight decay: of weights with two or more dimensions; muon: of hidden matrices, falling to 0",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")

@@ -59,8 +59,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_weight)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_weight)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(

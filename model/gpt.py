@@ -102,6 +102,7 @@ class GPT(nn.Module):
         self.flex = False  # use FlexAttention for document masks; only if the blocks are compiled
         padded = -(-config.vocab_size // config.vocab_pad) * config.vocab_pad
         self.wte = nn.Embedding(padded, config.n_embd)
+        self.ln_emb = make_norm(config, config.n_embd) if config.embedding_norm else None
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -166,6 +167,8 @@ class GPT(nn.Module):
         end, shared = start + idx.size(1), positions is None
         positions = torch.arange(start, end, device=idx.device) if positions is None else positions
         x = self.wte(idx).to(self.residual_dtype)  # by default fp32, also where FSDP gathers weights in 16 bits
+        if self.ln_emb is not None:
+            x = self.ln_emb(x).to(x.dtype)  # autocast computes norms in fp32
         rotary = None
         if self.wpe is not None:
             if check and end > self.wpe.num_embeddings:
@@ -252,16 +255,18 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
     It depends on seed, name and shape only: each parameter has its own generator, so ranks, sharding and the order of
     construction do not change it. The distribution is GPT-2's: N(0, 0.02²) for weights, scaled by 1/√(2·n_layer) at
-    the end of a residual branch; biases 0; norms 1.
+    the end of a residual branch; biases 0; norms 1. --embedding_std, --head_init and --zero_init change it.
     """
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
     ends_branch = name.endswith("c_proj.weight")
-    if ends_branch and config.zero_init:
+    if (ends_branch and config.zero_init) or (name == "lm_head.weight" and config.head_init == "zero"):
         return torch.zeros(shape)
-    std = INIT_STD / (2 * config.n_layer) ** 0.5 if ends_branch else INIT_STD
+    std = config.embedding_std if name == "wte.weight" else INIT_STD
+    if ends_branch:
+        std /= (2 * config.n_layer) ** 0.5
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

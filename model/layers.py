@@ -16,25 +16,27 @@ from cfg.flags import ModelConfig
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm (Ba et al. 2016)."""
+    """LayerNorm (Ba et al. 2016), or without parameters (as in OLMo, Groeneveld et al. 2024)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm (Zhang and Sennrich 2019)."""
+    """RMSNorm (Zhang and Sennrich 2019), or without parameters (as in nanochat, Karpathy 2025)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
     """Returns the norm of --norm: LayerNorm as in GPT-2, or RMSNorm as in Llama."""
     if config.norm == "rmsnorm":
-        return RMSNorm(width, eps=config.norm_eps)
-    return LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+        return RMSNorm(width, config.norm_eps, config.norm_weight)
+    return LayerNorm(width, config.norm_eps, config.norm_weight, config.bias)
 
 
 class MLP(nn.Module):

@@ -62,7 +62,7 @@ from data.tokenizers.tokenizer import Tokenizer
 from eval.model import load_model_tokenizer
 from model.formats.checkpoint import MANIFEST, load_tensors, read_manifest, tensor_shapes, with_sha256
 from model.formats.hf import write_config
-from model.formats.hf_tensors import INDEX, SINGLE, split_for_export
+from model.formats.hf_tensors import INDEX, SINGLE, is_nanochat, split_for_export
 from model.formats.llmc import write_file
 from model.formats.pretrained import (
     PretrainedModel,
@@ -134,7 +134,7 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     kind = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**model, **ids, "torch_dtype": kind})
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-    write_weights(source, folder, model["model_type"] == "gpt2", dtype, limit)
+    write_weights(source, folder, dtype, limit)
     count = sum(map(prod, parameter_shapes(source.config).values()))
     card = model_card(source.path, source.pretrained, source.config, kind, count)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -152,14 +152,17 @@ def open_tokenizer(source: Source, name: str) -> Tokenizer | None:
         return None
 
 
-def write_weights(source: Source, folder: Path, learned: bool, dtype: torch.dtype, limit: float) -> None:
+def write_weights(source: Source, folder: Path, dtype: torch.dtype, limit: float) -> None:
     """Writes model.safetensors, or several files with an index if they hold more than `limit` bytes."""
     from tqdm import tqdm
 
-    # transformers' GPT-2 class always has biases. A model without biases gets zeros.
-    shapes = parameter_shapes(source.config.model_copy(update={"bias": True}) if learned else source.config)
+    # transformers' GPT-2 class always has biases, and all classes but NanoChat's have weights in norms. Where the model
+    # has none, zeros and ones are written.
+    config = source.config
+    added = {"bias": config.bias or config.positions == "learned", "norm_weight": not is_nanochat(config)}
+    shapes = parameter_shapes(config.model_copy(update=added))
     groups = list(grouped(shapes, limit / dtype.itemsize))
-    own = parameter_shapes(source.config)
+    own = parameter_shapes(config)
     places: dict[str, str] = {}
     total = 0
     bar = tqdm(total=len(shapes), desc="tensors", unit="", disable=None)
@@ -167,8 +170,9 @@ def write_weights(source: Source, folder: Path, learned: bool, dtype: torch.dtyp
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for name in names:
-            value = source.read(name).to(dtype) if name in own else torch.zeros(shapes[name], dtype=dtype)
-            tensors |= split_for_export(name, value, learned, shapes)
+            neutral = torch.zeros if name.endswith(".bias") else torch.ones
+            value = source.read(name).to(dtype) if name in own else neutral(shapes[name], dtype=dtype)
+            tensors |= split_for_export(name, value, config)
             bar.update()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)

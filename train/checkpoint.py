@@ -228,6 +228,11 @@ def check_same_model(path: Path, config: Config) -> list[str]:
     if fixed:
         flags = ", ".join(f"--{k}={now[k]} (checkpoint: {quote(saved[k])})" for k in fixed)
         raise UserError(f"{path} is of another model: {flags}; set them back, or use another --output_dir")
+    if "optimizer" in changes:
+        raise UserError(
+            f"--optimizer={now['optimizer']}: {path} was trained with {quote(saved['optimizer'])}, which keeps other"
+            f" states; set it back, or start another run from the weights with --init_from={path}"
+        )
     return [line for k, line in changes.items() if k not in ("output_dir", "resume", "cfg")]
 
 

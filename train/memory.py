@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, prod
+from typing import Any
 
 import torch
 
 from cfg.config import Config, ModelConfig
 from model.gpt import GPT
 from model.loss import chunk_rows_for
+from train.optim import HIDDEN, MUON_GROUPS, muon_group
 from util.ranks import Ranks
 
 # Memory that tensors cannot use: the CUDA context with its libraries and NCCL's buffers, and fragmentation.
@@ -47,6 +49,7 @@ class Counts:
     head: int  # of the head, including vocabulary padding
     own: int
     own_blocks: int
+    states: int  # bytes of optimizer state of the own shards
 
 
 @lru_cache(maxsize=8)
@@ -77,21 +80,36 @@ def count(config: Config, shards: int) -> Counts:
         head=prod(everything["wte.weight"]),
         own=sum(own.values()),
         own_blocks=sum(own[n] for n in blocks),
+        states=sum(state_bytes(config, n, s, own[n]) for n, s in everything.items()),
     )
 
 
-def largest_partition(config: Config, world_size: int) -> int:
-    """Returns the number of parameters on the rank that has most of them in stage 1.
+def state_bytes(config: Config, name: str, shape: torch.Size, own: int) -> int:
+    """Returns the bytes of optimizer state of a parameter of which this rank has `own` elements.
 
-    ZeroRedundancyOptimizer assigns whole parameters, the largest first, to the rank with the fewest so far. Matrices
-    come first, then vectors.
+    AdamW keeps two moments. Muon keeps the momentum of a hidden matrix, and on every rank a number for each row.
     """
-    loads = [0] * world_size
-    everything = shapes(model_config(config)).values()
-    for vectors in (False, True):
-        for size in sorted((prod(s) for s in everything if (len(s) < 2) == vectors), reverse=True):
-            loads[loads.index(min(loads))] += size
-    return max(loads)
+    if config.optimizer == "muon" and muon_group(name) in HIDDEN:
+        return 4 * own + 4 * shape[0]
+    return 8 * own
+
+
+def largest_partition(config: Config, world_size: int) -> int:
+    """Returns the bytes of optimizer state on the rank that has most of them in stage 1.
+
+    ZeroRedundancyOptimizer goes through the parameter groups, and assigns whole parameters, the largest first, to the
+    rank with the fewest elements so far.
+    """
+    elements, states = [0] * world_size, [0] * world_size
+    groups: dict[Any, list[tuple[str, torch.Size]]] = {key: [] for key in (MUON_GROUPS + (False, True))}
+    for name, shape in shapes(model_config(config)).items():
+        groups[muon_group(name) if config.optimizer == "muon" else len(shape) < 2].append((name, shape))
+    for group in groups.values():
+        for name, shape in sorted(group, key=lambda item: prod(item[1]), reverse=True):
+            rank = elements.index(min(elements))
+            elements[rank] += prod(shape)
+            states[rank] += state_bytes(config, name, shape, prod(shape))
+    return max(states)
 
 
 def element_size(config: Config) -> int:
@@ -160,17 +178,25 @@ def backward_bytes(config: Config) -> int:
 
 
 def loss_activations(config: Config) -> int:
-    """Returns the bytes of all activations: of the blocks, and the input, output and cast output of the last norm."""
+    """Returns the bytes of all activations: of the blocks, and the input, output and cast output of the last norm.
+
+    A norm after the token embedding keeps its input until the end of the backward pass.
+    """
     e, tokens = element_size(config), config.batch_size * config.sequence_length
-    kept = config.n_layer * block_activations(config, config.activation_checkpointing)
+    kept = config.n_layer * block_activations(config, config.activation_checkpointing) + embedded_bytes(config)
     return tokens * (kept + config.n_embd * (stream_size(config) + 4 + (e if e < 4 else 0)))
+
+
+def embedded_bytes(config: Config) -> int:
+    """Returns the bytes per token that a norm after the token embedding saves."""
+    return stream_size(config) * config.n_embd if config.embedding_norm else 0
 
 
 def backward_activations(config: Config, blocks: int) -> int:
     """Returns the bytes of the activations of the first `blocks` blocks while the last of them runs backward."""
     tokens, kind = config.batch_size * config.sequence_length, config.activation_checkpointing
     kept, whole = block_activations(config, kind), block_activations(config, "none")
-    return tokens * (blocks * kept + max(0, whole - kept)) + backward_bytes(config)
+    return tokens * (blocks * kept + max(0, whole - kept) + embedded_bytes(config)) + backward_bytes(config)
 
 
 def sharded_peaks(config: Config, world_size: int, capacity: float) -> dict[str, Parts]:
@@ -184,7 +210,7 @@ def sharded_peaks(config: Config, world_size: int, capacity: float) -> dict[str,
     c, e, n = config, element_size(config), count(config, world_size // config.replicas)
     L, several, on_device = c.n_layer, micro_steps(c, world_size) > 1, 0 if c.cpu_offload else 4
     wait = several and not c.sync_every_microbatch and not c.cpu_offload
-    states = {"parameters": on_device * n.own, "optimizer": 2 * on_device * n.own}
+    states = {"parameters": on_device * n.own, "optimizer": 0 if c.cpu_offload else n.states}
     before = 4 * n.total if wait else on_device * n.own if several else 0
     at_work = e * (n.head + n.widest)  # of the head, which is reduced with the embeddings, and of the current block
     at_end = max(on_device * n.own_blocks, 0 if wait else before)
@@ -230,8 +256,8 @@ def replicated_peaks(config: Config, world_size: int, capacity: float) -> dict[s
     """
     c, e, n = config, element_size(config), count(config, 1)
     L, ddp = c.n_layer, world_size > 1
-    own = largest_partition(c, world_size) if c.zero_stage == 1 and ddp else n.total
-    states = {"parameters": 4 * n.total, "optimizer": 8 * own}
+    own = largest_partition(c, world_size) if c.zero_stage == 1 and ddp else n.states
+    states = {"parameters": 4 * n.total, "optimizer": own}
     before = 4 * n.total if ddp or micro_steps(c, world_size) > 1 else 0
     cast = e if e < 4 else 0
     recomputes = c.activation_checkpointing != "none"
@@ -262,7 +288,10 @@ def replicated_peaks(config: Config, world_size: int, capacity: float) -> dict[s
 
 def possible_peaks(config: Config, world_size: int, capacity: float = inf) -> dict[str, Parts]:
     """Returns the bytes by part at each possible peak of a step, on the rank that needs most."""
-    return (sharded_peaks if config.zero_stage >= 2 else replicated_peaks)(config, world_size, capacity)
+    peaks = (sharded_peaks if config.zero_stage >= 2 else replicated_peaks)(config, world_size, capacity)
+    if config.optimizer == "muon":  # of its largest matrix: momentum and update in fp32, three copies in bfloat16
+        peaks["optimizer"]["buffers"] = 14 * count(config, 1).widest
+    return peaks
 
 
 def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Memory:
@@ -274,7 +303,8 @@ def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Mem
     peaks = possible_peaks(config, world_size, capacity)
     highest = max(peaks, key=lambda name: sum(peaks[name].values()))
     parts = {part: max(alive.get(part, 0) for alive in peaks.values()) for part in PARTS}
-    host = 16 * count(config, world_size // config.replicas).own if config.cpu_offload else 0
+    n = count(config, world_size // config.replicas)
+    host = 8 * n.own + n.states if config.cpu_offload else 0  # parameters, gradients, optimizer states
     return Memory(parts, sum(peaks[highest].values()), highest, host)
 
 

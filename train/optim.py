@@ -1,62 +1,119 @@
-"""AdamW as GPT-2 uses it, its state keyed by parameter name, and the learning-rate schedule."""
+"""The optimizer with its parameter groups, its state keyed by parameter name, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 
 from cfg.config import Config
+from train.muon import Muon, empty_state
 
 
 def make_optimizer(model: nn.Module, config: Config, world_size: int) -> Optimizer:
-    """Returns AdamW (Loshchilov and Hutter 2019), fused into one kernel.
+    """Returns the optimizer of --optimizer: AdamW (Loshchilov and Hutter 2019, fused into one kernel), or Muon.
 
-    Weight decay acts on parameters of two or more dimensions: matrices and embeddings, not biases and norms. In
-    stage 1 each rank keeps the moments of some parameters, updates those, and broadcasts them.
+    In stage 1 each rank keeps the states of some parameters, updates those, and broadcasts them.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    kind: Any = Muon if config.optimizer == "muon" else AdamW
+    groups = muon_groups(model, config) if config.optimizer == "muon" else adamw_groups(model, config)
     groups = [g for g in groups if g["params"]]
     settings: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": peak_rate(config),
         "betas": (config.beta1, config.beta2),
         "eps": config.adam_eps,
         "fused": True,
     }
     if config.zero_stage == 1 and world_size > 1:
         # As views of one buffer per rank, parameters are sent in one broadcast per rank.
-        return ZeroRedundancyOptimizer(groups, AdamW, parameters_as_bucket_view=True, **settings)
-    return AdamW(groups, **settings)
+        return ZeroRedundancyOptimizer(groups, kind, parameters_as_bucket_view=True, **settings)
+    return kind(groups, **settings)
+
+
+def adamw_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Returns AdamW's groups. Weight decay acts on matrices and embeddings, not on biases and norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+# Ends of parameter names, in the order of Muon's groups. The first three are the hidden matrices; "" is the rest.
+MUON_GROUPS = (
+    "attn.c_attn.weight",
+    "mlp.c_fc.weight",
+    "c_proj.weight",
+    "wte.weight",
+    "wpe.weight",
+    "lm_head.weight",
+    "",
+)
+HIDDEN = MUON_GROUPS[:3]
+
+
+def muon_group(name: str) -> str:
+    """Returns the entry of MUON_GROUPS to which a parameter belongs.
+
+    Parameters are chosen by name: the number of dimensions misleads where parameters are flat or sharded
+    (DeepSpeed#8438).
+    """
+    return next(end for end in MUON_GROUPS if name.endswith(end))
+
+
+def muon_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Returns Muon's groups: one for each kind of hidden matrix, and AdamW groups for the other parameters.
+
+    Each group has its learning rate relative to --matrix_lr.
+    """
+    c = config
+    parts = {
+        "attn.c_attn.weight": [heads * c.head_size for heads in (c.n_head, c.n_kv_head, c.n_kv_head)],
+        "mlp.c_fc.weight": [c.mlp_hidden] * (2 if c.mlp == "swiglu" else 1),  # gate and value
+        "c_proj.weight": [c.n_embd],
+    }
+    rates = {"wte.weight": c.embedding_lr, "wpe.weight": c.embedding_lr, "lm_head.weight": c.head_lr, "": c.scalar_lr}
+    groups: dict[str, dict[str, Any]] = {
+        end: {"params": [], "parts": parts.get(end), "relative_rate": rates.get(end, c.matrix_lr) / c.matrix_lr}
+        for end in MUON_GROUPS
+    }
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[muon_group(name)]["params"].append(p)
+    assert all(p.dim() < 2 for p in groups[""]["params"]), "a matrix is in no group"
+    return list(groups.values())
 
 
 def describe(optimizer: Optimizer, config: Config) -> str:
     """Returns the banner's line about the optimizer."""
+    if config.optimizer == "muon":
+        matrices = sum(p.numel() for group in optimizer.param_groups if group["parts"] for p in group["params"])
+        total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        return f"Muon: {matrices:,} parameters in hidden matrices; AdamW (fused): {total - matrices:,} others"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     matrices = sum(p.numel() for p in parameters if p.dim() >= 2)
     vectors = sum(p.numel() for p in parameters if p.dim() < 2)
     return f"AdamW (fused): {matrices:,} parameters decayed by {config.weight_decay}, {vectors:,} not"
 
 
+def peak_rate(config: Config) -> float:
+    """Returns the peak of the schedule: the learning rate of AdamW, or of Muon's matrices."""
+    return config.matrix_lr if config.optimizer == "muon" else config.learning_rate
+
+
 def learning_rate(step: int, config: Config) -> float:
     """Returns the learning rate of update number `step`, counted from 1 to --num_iterations.
 
     It is a pure function of the step, so no scheduler state has to be saved. Linear warm-up over `warmup_iters`
-    updates, then `schedule` from the peak down to the floor `learning_rate_decay_frac * learning_rate`, which the last
+    updates, then `schedule` from the peak down to the floor `learning_rate_decay_frac` times the peak, which the last
     update reaches: cosine (Loshchilov and Hutter 2017), linear, constant (no floor), or wsd (Hu et al. 2024: constant,
     then linear over the last `cooldown_frac` of the run).
     """
     c, num_iterations = config, config.num_iterations
-    peak, floor = c.learning_rate, c.learning_rate * c.learning_rate_decay_frac
+    peak, floor = peak_rate(c), peak_rate(c) * c.learning_rate_decay_frac
     if step <= c.warmup_iters:
         return peak * step / c.warmup_iters
     if c.schedule == "constant":
@@ -71,10 +128,19 @@ def learning_rate(step: int, config: Config) -> float:
     return floor + remaining * (peak - floor)
 
 
-def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of every parameter group."""
+def set_schedules(optimizer: Optimizer, step: int, config: Config) -> float:
+    """Sets what changes from step to step, and returns the learning rate.
+
+    Muon's other groups have rates relative to it. Its momentum rises from 0.85 to 0.95 over the first 300 steps, and
+    its weight decay falls linearly to 0.
+    """
+    rate = learning_rate(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = rate * group.get("relative_rate", 1.0)
+        if group.get("parts"):
+            group["momentum"] = 0.85 + 0.1 * min(1.0, step / 300)
+            group["weight_decay"] = config.weight_decay * (1 - step / config.num_iterations)
+    return rate
 
 
 def named_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -91,15 +157,8 @@ def named_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
 def make_states(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Fills the optimizer with zero states, into which a checkpoint can be loaded, and returns `named_states`."""
     own = _own(optimizer)
-    params = [p for group in own.param_groups for p in group["params"]]
-    state = {
-        i: {
-            "step": torch.zeros((), dtype=torch.float32),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-        for i, p in enumerate(params)
-    }
+    states = [empty_state(p, group) for group in own.param_groups for p in group["params"]]
+    state = dict(enumerate(states))
     # load_state_dict moves each moment to its parameter's device, and `step` where fused AdamW needs it
     # (pytorch#124133).
     own.load_state_dict({"state": state, "param_groups": own.state_dict()["param_groups"]})

@@ -19,6 +19,7 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "nanochat": "NanoChatForCausalLM",
 }
 GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 TRAINED_LENGTH = "original_max_position_embeddings"
@@ -82,14 +83,9 @@ def _read_gpt2(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _read_rotary(family: str, config: dict[str, Any], where: str) -> dict[str, Any]:
     """Reads Llama and its relatives."""
-    _only(config, where, hidden_act=("silu", "swish"), use_mrope=False)
-    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    if attention_bias and not (family == "llama" and mlp_bias):
-        raise UserError(f"{where}: attention_bias=True is not supported without mlp_bias=True (--bias=1 is both)")
-    if mlp_bias and not attention_bias:
-        raise UserError(f"{where}: mlp_bias=True is not supported without attention_bias=True (--bias=1 is both)")
+    switches = _read_nanochat(config, where) if family == "nanochat" else _read_llama(family, config, where)
     width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    kv_heads = config.get("num_key_value_heads", {"llama": heads, "mistral": 8}.get(family, 32))
+    kv_heads = config.get("num_key_value_heads", {"llama": heads, "nanochat": heads, "mistral": 8}.get(family, 32))
     head_dim = int(config.get("head_dim") or (128 if family == "qwen3" else 0))
     base, scaling = _read_rope(config, where)
     return {
@@ -103,15 +99,44 @@ def _read_rotary(family: str, config: dict[str, Any], where: str) -> dict[str, A
         "positions": "rotary",
         "rope_base": base,
         "rope_scaling": scaling,
-        "sliding_window": _read_window(family, config, where),
         "norm": "rmsnorm",
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "mlp": "swiglu",
         "mlp_hidden": int(config["intermediate_size"]),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        **switches,
+    }
+
+
+def _read_llama(family: str, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the switches of Llama, Mistral and Qwen."""
+    _only(config, where, hidden_act=("silu", "swish"), use_mrope=False)
+    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if attention_bias and not (family == "llama" and mlp_bias):
+        raise UserError(f"{where}: attention_bias=True is not supported without mlp_bias=True (--bias=1 is both)")
+    if mlp_bias and not attention_bias:
+        raise UserError(f"{where}: mlp_bias=True is not supported without attention_bias=True (--bias=1 is both)")
+    return {
+        "sliding_window": _read_window(family, config, where),
+        "mlp": "swiglu",
         "bias": attention_bias,
         "qkv_bias": family == "qwen2",
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "qk_norm": family == "qwen3",
+    }
+
+
+def _read_nanochat(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the switches of nanochat (Karpathy 2025). Its class normalises queries and keys after their rotation.
+
+    Our model normalises first. The result is equal, because these norms have no weights and a rotation keeps lengths.
+    """
+    _only(config, where, hidden_act="relu2", attention_bias=False)
+    return {
+        "mlp": "relu2",
+        "bias": False,
+        "qk_norm": True,
+        "norm_weight": False,
+        "embedding_norm": True,
+        "logit_softcap": float(config.get("final_logit_softcapping", 15.0) or 0.0),
     }
 
 
@@ -189,7 +214,7 @@ def _write_gpt2(flags: dict[str, Any]) -> dict[str, Any]:
     _needs(
         flags, model_class, norm="layernorm", mlp=mlp, qk_norm=False, logit_softcap=0.0, sliding_window=0, head_dim=0
     )
-    _needs(flags, model_class, n_kv_head=flags["n_head"])
+    _needs(flags, model_class, embedding_norm=False, n_kv_head=flags["n_head"])
     return {
         "model_type": "gpt2",
         "architectures": [CLASSES["gpt2"]],
@@ -208,15 +233,26 @@ def _write_gpt2(flags: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_rotary(flags: dict[str, Any]) -> dict[str, Any]:
+def _rotary_family(flags: dict[str, Any]) -> str:
+    """Returns the model_type of a model with rotary positions, after a check that its class computes the switches."""
+    if flags["mlp"] == "relu2":
+        model_class = CLASSES["nanochat"] + " (the one for --mlp=relu2)"
+        _needs(flags, model_class, norm="rmsnorm", norm_weight=False, embedding_norm=True, qk_norm=True)
+        _needs(flags, model_class, bias=False, qkv_bias=False, sliding_window=0)
+        return "nanochat"
     special = [name for name in ("qk_norm", "qkv_bias", "sliding_window") if flags[name]]
     family = {"qk_norm": "qwen3", "qkv_bias": "qwen2", "sliding_window": "mistral"}[special[0]] if special else "llama"
     model_class = CLASSES[family] + (f" (the one for --{special[0]})" if special else "")
-    _needs(flags, model_class, norm="rmsnorm", mlp="swiglu", logit_softcap=0.0)
+    _needs(flags, model_class, norm="rmsnorm", mlp="swiglu", logit_softcap=0.0, embedding_norm=False)
     if family != "llama":
         _needs(flags, model_class, bias=False)
     for name in special[1:]:
         _needs(flags, model_class, **{name: type(flags[name])(0)})
+    return family
+
+
+def _write_rotary(flags: dict[str, Any]) -> dict[str, Any]:
+    family = _rotary_family(flags)
     config: dict[str, Any] = {
         "model_type": family,
         "architectures": [CLASSES[family]],
@@ -228,7 +264,7 @@ def _write_rotary(flags: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": flags["mlp_hidden"],
         "max_position_embeddings": flags["n_positions"],
         "vocab_size": flags["vocab_size"],
-        "hidden_act": "silu",
+        "hidden_act": "relu2" if family == "nanochat" else "silu",
         "rms_norm_eps": flags["norm_eps"],
         "rope_theta": flags["rope_base"],
         "attention_dropout": flags["dropout"],
@@ -238,6 +274,9 @@ def _write_rotary(flags: dict[str, Any]) -> dict[str, Any]:
         config |= {"attention_bias": flags["bias"], "mlp_bias": flags["bias"]}
     if family == "mistral":
         config |= {"sliding_window": flags["sliding_window"]}
+    if family == "nanochat":  # without pad_token_id=None, token 1 would be padding, whose embedding is not trained
+        config |= {"attention_bias": False, "pad_token_id": None}
+        config |= {"final_logit_softcapping": flags["logit_softcap"] or None}
     if flags["rope_scaling"]:
         kind, values = parse_rope_scaling(flags["rope_scaling"])
         options: dict[str, Any] = dict(zip(ROPE_KINDS[kind], values, strict=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cfg.flags import ModelConfig
+from model.gpt import parameter_shapes
 from util.errors import UserError
 
 HEAD = "lm_head.weight"
@@ -35,40 +36,54 @@ ROTARY_PARTS = {
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
+NANOCHAT_PARTS = ROTARY_PARTS | {"mlp.c_fc": ["mlp.fc1"], "mlp.c_proj": ["mlp.fc2"]}
 ROTARY_OUTER = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
 # Buffers that older versions of transformers saved; they are computed, not loaded.
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
 
-def parts_of(name: str, learned: bool) -> list[str]:
+def parts_of(name: str, config: ModelConfig) -> list[str]:
     """Returns the names of the tensors that make up our parameter `name`, in the order in which they are stacked.
 
-    GPT-2 (`learned` positions) has our names. Its matrices are transposed (Conv1D), except the embeddings and the head.
+    GPT-2 (learned positions) has our names. Its matrices are transposed (Conv1D), except the embeddings and the head.
     """
-    if learned:
+    if config.positions == "learned":
         return [name if name.startswith("lm_head") else f"transformer.{name}"]
     module, _, kind = name.rpartition(".")
     if module in ROTARY_OUTER:
         return [f"{ROTARY_OUTER[module]}.{kind}"]
     _, layer, inner = module.split(".", 2)
-    return [f"model.layers.{layer}.{part}.{kind}" for part in ROTARY_PARTS[inner]]
+    layer_parts = NANOCHAT_PARTS if is_nanochat(config) else ROTARY_PARTS
+    return [f"model.layers.{layer}.{part}.{kind}" for part in layer_parts[inner]]
 
 
-def is_transposed(name: str, learned: bool) -> bool:
+def is_nanochat(config: ModelConfig) -> bool:
+    """Returns whether the class of the model is NanoChatForCausalLM, the only one with squared ReLU."""
+    return config.positions == "rotary" and config.mlp == "relu2"
+
+
+def is_transposed(name: str, config: ModelConfig) -> bool:
     """Returns whether the file holds our parameter `name` transposed."""
-    return learned and ".c_" in name and name.endswith(".weight")
+    return config.positions == "learned" and ".c_" in name and name.endswith(".weight")
 
 
-def rows_of_parts(name: str, shapes: Mapping[str, torch.Size], count: int) -> list[int]:
-    """Returns the rows of each of the `count` tensors that make up our parameter `name`.
-
-    Of three, the first is the query, which has as many rows as the output projection has columns.
-    """
-    rows = shapes[name][0]
+def rows_of_parts(rows: int, count: int, config: ModelConfig) -> list[int]:
+    """Returns the rows of each of the `count` tensors that make up a parameter: of three, query, key and value."""
     if count < 3:
         return [rows // count] * count
-    query = shapes[f"{name.rpartition('.attn.')[0]}.attn.c_proj.weight"][1]
-    return [query, (rows - query) // 2, (rows - query) // 2]
+    return [heads * config.head_size for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+
+
+def swap_halves(parts: list[Tensor], config: ModelConfig) -> list[Tensor]:
+    """Swaps the halves of each query and key head of nanochat, whose class rotates in the other direction.
+
+    The class rotates the pair (a, b) to (a cos + b sin, b cos - a sin). With a and b swapped, this is our rotation.
+    Scores and norms of queries and keys do not depend on the order of dimensions. Swapping twice changes nothing.
+    """
+    if len(parts) < 3 or not is_nanochat(config):
+        return parts
+    query, key, value = parts
+    return [*(p.unflatten(0, (-1, 2, config.head_size // 2)).flip(1).reshape(p.shape) for p in (query, key)), value]
 
 
 def find_files(folder: Path) -> dict[str, Path]:
@@ -123,21 +138,22 @@ def open_safetensors(path: Path) -> Any:
 class HFReader:
     """A function from the name of our parameter to its value, read from a folder whose config.json hf.py has read."""
 
-    def __init__(self, folder: Path, learned: bool, shapes: Mapping[str, torch.Size]):
-        """Checks that the folder has the tensors for all our parameters, with these `shapes`, and no others."""
-        self.learned, self.folder = learned, folder
+    def __init__(self, folder: Path, config: ModelConfig):
+        """Checks that the folder has the tensors for all our parameters, of the right shapes, and no others."""
+        self.folder, self.config = folder, config
         self._open: dict[Path, Any] = {}
-        files = find_files(folder)
-        bare = learned and "wte.weight" in files  # GPT-2's own release has no "transformer." in its names
+        shapes, files = parameter_shapes(config), find_files(folder)
+        # GPT-2's own release has no "transformer." in its names.
+        bare = config.positions == "learned" and "wte.weight" in files
         self._stored = {n if n == HEAD or not bare else f"transformer.{n}": (file, n) for n, file in files.items()}
-        wanted = {part for name in shapes for part in parts_of(name, learned)}
+        wanted = {part for name in shapes for part in parts_of(name, config)}
         if missing := sorted(wanted - self._stored.keys()):
             raise UserError(f"{folder}: has no tensor {missing[0]}; not the model in its config.json")
         rest = self._stored.keys() - wanted - {HEAD}  # some folders hold a tied head too
         if unknown := sorted(n for n in rest if not BUFFERS.fullmatch(n)):
             raise UserError(f"{folder}: has a tensor {unknown[0]}, which the model in its config.json does not have")
-        for name in shapes:
-            self._check(name, shapes)
+        for name, shape in shapes.items():
+            self._check(name, shape)
 
     def _file(self, part: str) -> tuple[Any, Path, str]:
         """Returns the open file of a tensor, its path, and the name of the tensor in it."""
@@ -146,10 +162,10 @@ class HFReader:
             self._open[path] = open_safetensors(path)
         return self._open[path], path, stored
 
-    def _check(self, name: str, shapes: Mapping[str, torch.Size]) -> None:
+    def _check(self, name: str, shape: torch.Size) -> None:
         """Checks that the tensors of a parameter are floats of the right shapes, without reading them."""
         found = []
-        for part in parts_of(name, self.learned):
+        for part in parts_of(name, self.config):
             file, path, stored = self._file(part)
             try:
                 about = file.get_slice(stored)
@@ -157,11 +173,11 @@ class HFReader:
                 raise UserError(f"{path}: {e}; fetch it again") from e
             if about.get_dtype() not in FLOATS:
                 raise UserError(f"{path}: {stored} has dtype {about.get_dtype()}; only {', '.join(FLOATS)} are read")
-            found.append(about.get_shape()[:: -1 if is_transposed(name, self.learned) else 1])
-        wanted = [[rows, *shapes[name][1:]] for rows in rows_of_parts(name, shapes, len(found))]
+            found.append(about.get_shape()[:: -1 if is_transposed(name, self.config) else 1])
+        wanted = [[rows, *shape[1:]] for rows in rows_of_parts(shape[0], len(found), self.config)]
         if found != wanted:
             raise UserError(
-                f"{self.folder}: {' and '.join(parts_of(name, self.learned))}: shape"
+                f"{self.folder}: {' and '.join(parts_of(name, self.config))}: shape"
                 f" {' and '.join(str(tuple(part)) for part in found)}, but its config.json needs"
                 f" {' and '.join(str(tuple(part)) for part in wanted)}"
             )
@@ -176,15 +192,16 @@ class HFReader:
 
     def __call__(self, name: str) -> Tensor:
         """Returns our parameter `name`, in the dtype of the file."""
-        parts = [self._read_part(part) for part in parts_of(name, self.learned)]
-        if is_transposed(name, self.learned):
+        parts = [self._read_part(part) for part in parts_of(name, self.config)]
+        if is_transposed(name, self.config):
             parts = [part.t() for part in parts]
+        parts = swap_halves(parts, self.config)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def split_for_export(name: str, value: Tensor, learned: bool, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Returns one of our parameters as the tensors of a Hugging Face folder. `shapes`: of all our parameters."""
-    names = parts_of(name, learned)
-    parts = value.split(rows_of_parts(name, shapes, len(names)))
-    transposed = is_transposed(name, learned)
+def split_for_export(name: str, value: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """Returns one parameter of our model as the tensors of a Hugging Face folder."""
+    names = parts_of(name, config)
+    parts = swap_halves(list(value.split(rows_of_parts(len(value), len(names), config))), config)
+    transposed = is_transposed(name, config)
     return {n: (part.t() if transposed else part).contiguous() for n, part in zip(names, parts, strict=True)}

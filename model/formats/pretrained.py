@@ -179,11 +179,10 @@ def open_weights(pretrained: PretrainedModel, report: Any = print) -> Reader:
     config = model_config(pretrained.flags, str(pretrained.path))
     if pretrained.kind == "hf":
         from model.formats.hf_tensors import HFReader
-        from model.gpt import parameter_shapes
 
         if pretrained.hub:
             download(pretrained.hub, WEIGHTS, f"hf:{pretrained.hub}")
-        return HFReader(pretrained.path, config.positions == "learned", parameter_shapes(config))
+        return HFReader(pretrained.path, config)
     if pretrained.kind:
         from model.formats import llama2c, llmc, nanogpt
 

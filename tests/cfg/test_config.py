@@ -26,7 +26,7 @@ CHOICES = [name for name, field in Config.model_fields.items() if get_args(field
 # In all other flags zero means "derive it" or "off".
 NOT_ZERO = """n_layer n_head n_embd vocab_size vocab_pad rope_base norm_eps num_iterations sequence_length
     learning_rate cooldown_frac adam_eps replicas val_max_steps sample_tokens keep_last log_every
-    wandb_log_iters"""
+    wandb_log_iters embedding_std"""
 CONTRACT = """input_train_bin input_val_bin output_dir num_iterations sequence_length batch_size total_batch_size
     learning_rate warmup_iters learning_rate_decay_frac weight_decay grad_clip dtype compile flash tensorcores
     overfit_single_batch val_loss_every val_max_steps sample_every save_every_niter zero_stage wandb_log_iters

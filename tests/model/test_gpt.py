@@ -13,11 +13,13 @@ from model.gpt import ATTENTION, GPT, PRODUCTS, init_weights, initial_value, sav
 from model.layers import apply_rotary, rotary_table
 from model.loss import chunk_loss_and_grad
 from train.parallel import compile_model
+from util.errors import UserError
 
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--sequence_length=48", "--vocab_size=301"]
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
 MODERN = ["--positions=rotary", "--norm=rmsnorm", "--mlp=relu2", "--bias=0", "--qk_norm=1", "--logit_softcap=15"]
-FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, MODERN], ids=["gpt2", "llama", "modern"])
+NANOCHAT = [*MODERN, "--norm_weight=0", "--embedding_norm=1", "--tie_embeddings=0"]
+FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, MODERN, NANOCHAT], ids=["gpt2", "llama", "modern", "nanochat"])
 
 
 def make(*flags, seed=0):
@@ -97,6 +99,7 @@ def without_inductor(monkeypatch):
         ([], "nothing", "selective"),
         (LLAMA, "documents", "block"),
         (MODERN, "window", "none"),
+        (NANOCHAT, "nothing", "none"),
         ([], "documents", "none"),
     ],
 )
@@ -187,6 +190,33 @@ def test_initial_scales_are_gpt2s():
     assert model.h[0].attn.c_attn.bias.abs().max() == 0
     assert (model.ln_f.weight == 1).all()
     assert make("--zero_init=1").h[0].attn.c_proj.weight.abs().max() == 0
+    untied = make("--tie_embeddings=0", "--embedding_std=1", "--head_init=zero", "--vocab_size=5000")
+    assert untied.wte.weight.std().item() == pytest.approx(1, rel=0.02) and not untied.lm_head.weight.any()
+    assert untied.wpe.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_zero_head_needs_an_untied_head_only_if_it_is_drawn():
+    with pytest.raises(UserError, match="--head_init=zero: .*--tie_embeddings=0"):
+        make("--head_init=zero")
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_norms_without_weights_are_norms_whose_weights_are_one(norm):
+    flags = [f"--norm={norm}", "--qk_norm=1", "--embedding_norm=1", "--positions=rotary"]
+    model, bare = make(*flags), make(*flags, "--norm_weight=0")
+    added = {n for n, _ in model.named_parameters()} - {n for n, _ in bare.named_parameters()}
+    assert len(added) == (2 if norm == "layernorm" else 1) * 6 + 4  # of two blocks: two norms, queries and keys
+    assert (model(batch()[0]) - bare(batch()[0])).abs().max() < 1e-6
+    assert bare.num_params() == sum(p.numel() for p in bare.parameters()) - 19 * 64  # rows of padding
+    assert model.num_params() - bare.num_params() == sum(dict(model.named_parameters())[n].numel() for n in added)
+
+
+def test_the_embedding_norm_precedes_the_positions():
+    model = make("--embedding_norm=1", "--norm=rmsnorm", "--norm_weight=0")
+    idx = batch()[0]
+    x, _ = model.embed(idx, 0, None, check=True)
+    normalised = torch.nn.functional.rms_norm(model.wte(idx), (64,), eps=1e-5)
+    assert torch.equal(x, normalised + model.wpe(torch.arange(48)))
 
 
 @pytest.mark.parametrize("width", [128, 384, 768])

@@ -1,6 +1,7 @@
 """Export of a sharded checkpoint, and of every architecture that transformers has a class for."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,10 @@ FAMILIES = {
     "mistral": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--sliding_window=7"],
     "qwen2": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--qkv_bias=1"],
     "qwen3": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--qk_norm=1", "--head_dim=6"],
+    "nanochat": "--positions=rotary --norm=rmsnorm --norm_weight=0 --embedding_norm=1 --mlp=relu2 --bias=0 --qk_norm=1"
+    " --logit_softcap=15".split(),
+    "norms_without_weights": ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--norm_weight=0"],
+    "gpt2_without_weights_of_norms": ["--norm_weight=0"],
 }
 ROPES = ["", "linear:2.5", "llama3:8,1,4,16"]
 
@@ -136,7 +141,8 @@ def test_transformers_loads_the_export_and_computes_the_same_logits(tmp_path_fac
     named = dict(back.named_parameters())
     for name, p in ours.named_parameters():
         assert torch.equal(named[name][: config.vocab_size], p[: config.vocab_size]), name
-    assert all(not p.any() for name, p in named.items() if name not in dict(ours.named_parameters()))  # GPT-2's biases
+    added = {name: p for name, p in named.items() if name not in dict(ours.named_parameters())}  # biases and norms
+    assert all((p == (0 if name.endswith(".bias") else 1)).all() for name, p in added.items())
     tensors = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
     assert len(tensors) == len(set(tensors)) and ("lm_head.weight" in tensors) == (not config.tie_embeddings)
 
@@ -152,6 +158,15 @@ def test_transformers_loads_the_export_and_computes_the_same_logits(tmp_path_fac
         ([*FAMILIES["llama"], "--mlp=gelu"], "--mlp=gelu: .* only --mlp=swiglu"),
         ([*FAMILIES["qwen3"], "--sliding_window=4"], "--sliding_window=4: .*--qk_norm.* only --sliding_window=0"),
         ([*FAMILIES["qwen2"], "--bias=1"], "--bias=1: .*--qkv_bias.* only --bias=0"),
+        ([*FAMILIES["llama"], "--embedding_norm=1"], "--embedding_norm=1: .*Llama.* only --embedding_norm=0"),
+        (["--embedding_norm=1"], "--embedding_norm=1: .*GPT2.* only --embedding_norm=0"),
+        ([*FAMILIES["nanochat"], "--norm=layernorm"], "--norm=layernorm: .*NanoChat.* only --norm=rmsnorm"),
+        ([*FAMILIES["nanochat"], "--norm_weight=1"], "--norm_weight=1: .*NanoChat.* only --norm_weight=0"),
+        ([*FAMILIES["nanochat"], "--embedding_norm=0"], "--embedding_norm=0: .* only --embedding_norm=1"),
+        ([*FAMILIES["nanochat"], "--qk_norm=0"], "--qk_norm=0: .*--mlp=relu2.* only --qk_norm=1"),
+        ([*FAMILIES["nanochat"], "--bias=1"], "--bias=1: .* only --bias=0"),
+        ([*FAMILIES["nanochat"], "--qkv_bias=1"], "--qkv_bias=1: .* only --qkv_bias=0"),
+        ([*FAMILIES["nanochat"], "--sliding_window=4"], "--sliding_window=4: .* only --sliding_window=0"),
     ],
 )
 def test_an_architecture_that_transformers_lacks_is_refused_and_the_flag_is_named(tmp_path, flags, switch):
@@ -159,6 +174,33 @@ def test_an_architecture_that_transformers_lacks_is_refused_and_the_flag_is_name
     with pytest.raises(UserError, match=switch):
         command.export_hf(source_of(config)[0], tmp_path, torch.float32, 5e9, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_nanochat_is_trained_sharded_exported_and_continued(trainer, metrics, tmp_path):
+    """Its norms have no parameters to shard. With a head of zeros the first loss is that of a uniform guess."""
+    start = ["--tie_embeddings=0", "--embedding_std=1", "--head_init=zero", "--zero_init=1"]
+    shape = [*FAMILIES["nanochat"], *start, "--n_kv_head=1", "--num_iterations=3", "--learning_rate=1e-2"]
+    batch = "--total_batch_size=128"
+    trainer.run(tmp_path / "run", *shape, batch, "--zero_stage=3", ranks=2)
+    trainer.run(tmp_path / "alone", *shape, batch)
+    sharded, alone = (metrics(tmp_path / name) for name in ("run", "alone"))
+    flags = open_pretrained(str(tmp_path / "run")).flags
+    assert alone[0]["loss"] == pytest.approx(math.log(flags["vocab_size"]), abs=1e-5)
+    assert alone[-1]["loss"] < alone[0]["loss"]
+    assert [r["loss"] for r in sharded] == pytest.approx([r["loss"] for r in alone], abs=5e-6)
+
+    export("--checkpoint", tmp_path / "run", "--to=hf", "--output", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(theirs).__name__ == "NanoChatForCausalLM" and theirs.config.pad_token_id is None
+    ours, _, _ = load_model(tmp_path / "run", torch.device("cpu"))
+    idx = torch.randint(flags["vocab_size"], (2, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, expected = theirs(idx).logits, ours(idx)
+    assert (got - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
+
+    again = [f"--init_from=hf:{tmp_path / 'out'}", "--num_iterations=1", "--learning_rate=1e-30"]
+    trainer.run(tmp_path / "more", *again, batch)
+    assert metrics(tmp_path / "more")[-1]["val_loss"] == pytest.approx(sharded[-1]["val_loss"], abs=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -98,11 +98,25 @@ def test_the_state_of_a_skipped_step_can_be_read(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_by_the_flag(two, flag):
     config = setup(two)[0]
     other = config.model_copy(update={flag: "another"})
-    if flag in ("dropout", "flash", "zero_init"):  # these leave the weights as they are
+    if flag in ("dropout", "flash", "zero_init", "embedding_std", "head_init"):  # these leave the weights as they are
         assert check_same_model(find_checkpoint(two), other) == [f"{flag}: {getattr(config, flag)} → another"]
     else:
         with pytest.raises(UserError, match=f"of another model: --{flag}=another"):
             check_same_model(find_checkpoint(two), other)
+
+
+def test_a_checkpoint_from_before_a_model_flag_was_added_loads(two):
+    path, (config, model, optimizer) = find_checkpoint(two), setup(two)
+    manifest = read_manifest(path)
+    for flag in ("norm_weight", "embedding_norm", "embedding_std", "head_init"):
+        del manifest["config"][flag]
+    (path / MANIFEST).write_text(json.dumps(with_sha256(manifest)))
+    assert find_checkpoint(two) == path and check_same_model(path, config) == []
+    load_checkpoint(path, model, optimizer)
+    old, _, _ = load_model(path, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), model.parameters(), strict=True))
+    with pytest.raises(UserError, match="another model: h.0.ln_1.bias is only in one"):
+        load_checkpoint(path, *setup(two, "--norm_weight=0")[1:])
 
 
 def test_the_checkpoints_of_a_run_win_over_the_one_it_began_from(tmp_path):

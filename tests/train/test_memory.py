@@ -24,13 +24,16 @@ from train.memory import (
     possible_peaks,
     usable_bytes,
 )
+from train.muon import empty_state
+from train.optim import make_optimizer
 from util.errors import UserError
 from util.ranks import Ranks
 
 LLAMA = ["--positions=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=0", "--tie_embeddings=0", "--n_kv_head=2"]
 MODERN = ["--positions=rotary", "--norm=rmsnorm", "--mlp=relu2", "--bias=0", "--qk_norm=1", "--logit_softcap=15"]
 WIDE = [*LLAMA, "--head_dim=96", "--qkv_bias=1"]
-FAMILIES = {"gpt2": [], "wide": WIDE, "llama": [*LLAMA, "--mlp_hidden=1792"], "modern": MODERN}
+NANOCHAT = [*MODERN, "--norm_weight=0", "--embedding_norm=1", "--tie_embeddings=0"]
+FAMILIES = {"gpt2": [], "nanochat": NANOCHAT, "wide": WIDE, "llama": [*LLAMA, "--mlp_hidden=1792"], "modern": MODERN}
 SHAPE = ["--n_layer=3", "--n_embd=512", "--n_head=8", "--sequence_length=320", "--batch_size=3", "--dtype=bfloat16"]
 
 
@@ -45,7 +48,9 @@ SIMULATED = [
     ("modern", 8, 2, "--zero_stage=2 --activation_checkpointing=block --sync_every_microbatch=1"),
     ("llama", 8, 2, "--zero_stage=3 --activation_checkpointing=selective"),
     ("llama", 64, 1, "--zero_stage=3 --replicas=8 --dtype=float32"),
+    ("nanochat", 8, 1, "--zero_stage=3 --activation_checkpointing=block"),
     ("gpt2", 8, 1, "--zero_stage=3 --residual_dtype=bfloat16"),
+    ("llama", 8, 1, "--zero_stage=3 --optimizer=muon"),
     ("gpt2", 8, 1, "--zero_stage=3 --vocab_size=500 --activation_checkpointing=block"),  # the loss is not the peak
 ]
 
@@ -119,6 +124,23 @@ def test_a_compiled_block_keeps_what_the_plan_says(family, recompute):
     assert block_activations(c, recompute) * tokens == pytest.approx(sum(kept.values()), rel=0.01)
 
 
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_the_fullest_rank_of_stage_1_holds_the_states_of_zero_redundancy_optimizer_with_muon(ranks):
+    c = config("--n_embd=64", "--optimizer=muon", family="llama")
+    model = GPT(c)
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        zero = make_optimizer(model, c.model_copy(update={"zero_stage": 1}), ranks)
+        partition = zero._partition_parameters()
+    finally:
+        dist.destroy_process_group()
+    sizes = [
+        sum(s.numel() for g in rank for p in g["params"] for s in empty_state(p, g).values()) for rank in partition
+    ]
+    steps = [sum(len(g["params"]) for g in rank if not g["parts"]) for rank in partition]  # AdamW's step counters
+    assert largest_partition(c, ranks) == max(4 * (size - few) for size, few in zip(sizes, steps, strict=True))
+
+
 @pytest.mark.parametrize("ranks", [2, 5, 64])
 def test_the_fullest_rank_of_stage_1_is_that_of_zero_redundancy_optimizer(ranks):
     c = config(family="gpt2")
@@ -131,8 +153,8 @@ def test_the_fullest_rank_of_stage_1_is_that_of_zero_redundancy_optimizer(ranks)
     finally:
         dist.destroy_process_group()
     sizes = [sum(p.numel() for group in rank for p in group["params"]) for rank in partition]
-    assert largest_partition(config("--n_embd=64"), ranks) == max(sizes)
-    assert largest_partition(c, 1) == sum(p.numel() for p in GPT(c).parameters())
+    assert largest_partition(config("--n_embd=64"), ranks) == 8 * max(sizes)
+    assert largest_partition(c, 1) == 8 * sum(p.numel() for p in GPT(c).parameters())
 
 
 def test_closed_forms_of_the_8b_model():

@@ -55,6 +55,8 @@ GPT2 = {
     "positions": "learned",
     "norm": "layernorm",
     "norm_eps": 1e-5,
+    "norm_weight": True,
+    "embedding_norm": False,
     "mlp": "gelu",
     "mlp_hidden": 4 * C,
     "bias": True,
@@ -120,7 +122,7 @@ def test_flags_are_read_without_torch():
 
 
 def test_every_flag_of_the_architecture_is_given():
-    others = {"vocab_pad", "zero_init", "dropout", "flash"}
+    others = {"vocab_pad", "zero_init", "embedding_std", "head_init", "dropout", "flash"}
     assert GPT2.keys() == ModelConfig.model_fields.keys() - others
     assert LLAMA.keys() == GPT2.keys()
 

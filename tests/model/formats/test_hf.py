@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    NanoChatConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -68,7 +69,7 @@ def same(folder, theirs, vocab, length=40):
 
 @st.composite
 def rotary_configs(draw):
-    family = draw(st.sampled_from([LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]))
+    family = draw(st.sampled_from([LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, NanoChatConfig]))
     kv = draw(st.sampled_from([1, 2, 3]))
     heads = kv * draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(2, 8))
@@ -94,6 +95,8 @@ def rotary_configs(draw):
         common["sliding_window"] = draw(st.sampled_from([None, 7, 40, 100]))
     if family in (Qwen2Config, Qwen3Config) and draw(st.booleans()):
         common |= {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": draw(st.sampled_from([0, 9]))}
+    if family is NanoChatConfig:
+        common["final_logit_softcapping"] = draw(st.sampled_from([None, 1.5, 15.0]))
     if family is LlamaConfig and draw(st.booleans()):
         common |= {"attention_bias": True, "mlp_bias": True}
     return family(**common)
@@ -126,6 +129,11 @@ def test_gpt2(tmp_path_factory, heads, vocab, inner, tied, eps, activation):
 def small_llama(**changes):
     shape = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaConfig(**{"vocab_size": 61, "max_position_embeddings": 64, **shape, **changes})
+
+
+def small_nanochat(**changes):
+    shape = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return NanoChatConfig(**{"vocab_size": 61, "max_position_embeddings": 64, **shape, **changes})
 
 
 def small_gpt2(**changes):
@@ -169,6 +177,14 @@ def test_a_head_that_differs_from_a_tied_embedding_is_read(tmp_path, capsys, fam
     ours = same(tmp_path, theirs, 61)
     assert not ours.config.tie_embeddings
     assert "lm_head.weight differs from the embedding, so the head is not tied to it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"num_key_value_heads": 2}, {"head_dim": 6, "tie_word_embeddings": True}])
+def test_nanochat(tmp_path, change):
+    """The shape of the published models, and what else the class computes."""
+    ours = same(tmp_path, save(small_nanochat(**change), tmp_path), 61)
+    names = [name for name, _ in ours.named_parameters() if not name.startswith("h.")]
+    assert names == ["wte.weight", "lm_head.weight"][: 1 if "head_dim" in change else 2]
 
 
 def test_a_folder_may_contain_a_tied_head(tmp_path):
@@ -218,6 +234,8 @@ def test_a_folder_may_contain_a_tied_head(tmp_path):
         ("llama", {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         ("llama", {"hidden_size": None}, "damaged"),
         ("llama", {"num_hidden_layers": 0}, "n_layer"),
+        ("nanochat", {"hidden_act": "silu"}, "hidden_act=silu is not supported; only relu2"),
+        ("nanochat", {"attention_bias": True}, "attention_bias=True is not supported; only False"),
         ("gpt2", {"activation_function": "relu"}, "activation_function=relu"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
@@ -225,7 +243,7 @@ def test_a_folder_may_contain_a_tied_head(tmp_path):
     ],
 )
 def test_an_unsupported_option_is_an_error_that_names_it(tmp_path, family, change, named):
-    config = (small_gpt2() if family == "gpt2" else small_llama()).to_dict()
+    config = {"gpt2": small_gpt2, "llama": small_llama, "nanochat": small_nanochat}[family]().to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=named):
         load_model(f"hf:{tmp_path}", CPU)
@@ -350,6 +368,7 @@ def test_a_missing_or_empty_folder_is_an_error(tmp_path, monkeypatch):
 def test_configurations_survive_the_round_trip(config):
     flags = read_flags(config.to_dict(), "config.json") | {"dropout": 0.0}
     special = [flags["bias"], flags["qkv_bias"], flags["qk_norm"], bool(flags["sliding_window"])]
+    special = [] if flags["mlp"] == "relu2" else special
     try:
         back = read_flags(write_config(flags), "config.json")
     except UserError as error:

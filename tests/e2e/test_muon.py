@@ -1,0 +1,66 @@
+"""--optimizer=muon gives the same numbers in every strategy, resumes bit-equal, and loads checkpoints of any stage."""
+
+import shutil
+
+import pytest
+
+FLAGS = ["--optimizer=muon", "--mlp=swiglu", "--positions=rotary", "--norm=rmsnorm", "--n_kv_head=1", "--keep_every=10"]
+STAGES = {"stage2": ["--zero_stage=2"], "stage3": ["--zero_stage=3"]}
+SLOW = {"hsdp": ["--zero_stage=3", "--replicas=2"], "offload": ["--zero_stage=3", "--cpu_offload=1"]}
+
+
+@pytest.fixture(scope="module")
+def stage_0(trainer, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("muon") / "run"
+    trainer.run(output_dir, *FLAGS, ranks=2)
+    return output_dir
+
+
+def cut_back(run, to, step=10):
+    """Copies a run without its checkpoints after `step`."""
+    shutil.copytree(run, to)
+    for checkpoint in (to / "checkpoints").glob("step_*"):
+        if int(checkpoint.name[-8:]) > step:
+            shutil.rmtree(checkpoint)
+    return to
+
+
+def assert_close(ours, reference, limit=5e-6):
+    for a, b in zip(ours, reference, strict=True):
+        assert a == pytest.approx(b, rel=0, abs=limit)
+
+
+def test_stage_1_equals_stage_0_bit_for_bit_and_resumes_its_checkpoint(
+    trainer, trace, parameters_of, stage_0, tmp_path
+):
+    run = cut_back(stage_0, tmp_path / "run")
+    assert "step_00000010" in trainer.run(run, *FLAGS, "--zero_stage=1", ranks=2).stdout
+    assert trace(run) == trace(stage_0)  # ==: all digits
+    ours, theirs = parameters_of(run), parameters_of(stage_0)
+    assert all((ours[name] == value).all() for name, value in theirs.items())
+
+
+def test_one_process_resumes_the_checkpoint_of_a_sharded_run(trainer, trace, stage_0, tmp_path):
+    trainer.run(tmp_path / "sharded", *FLAGS, "--zero_stage=3", ranks=2)
+    assert_close(trace(tmp_path / "sharded"), trace(stage_0))
+    run = cut_back(tmp_path / "sharded", tmp_path / "run")
+    trainer.run(run, *FLAGS)
+    assert_close(trace(run), trace(stage_0))
+    again = cut_back(tmp_path / "sharded", tmp_path / "again")
+    trainer.run(again, *FLAGS, "--zero_stage=3", ranks=2)
+    assert trace(again) == trace(tmp_path / "sharded")  # ==: all digits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("strategy", [*STAGES, *SLOW])
+def test_every_strategy_gives_the_numbers_of_one_process(trainer, trace, stage_0, tmp_path, strategy, ranks):
+    batch = ["--batch_size=2"] if ranks == 2 else ["--batch_size=1"]
+    trainer.run(tmp_path / "run", *FLAGS, *batch, *(STAGES | SLOW)[strategy], ranks=ranks)
+    assert_close(trace(tmp_path / "run"), trace(stage_0))
+
+
+def test_a_checkpoint_of_adamw_is_not_resumed(trainer, stage_0, tmp_path):
+    run = cut_back(stage_0, tmp_path / "run")
+    done = trainer.run(run, *FLAGS, "--optimizer=adamw", code=2)
+    assert "--optimizer=adamw: " in done.stderr and "--init_from=" in done.stderr
