@@ -117,6 +117,15 @@ def test_an_option_that_decides_the_shards_may_not_change(tmp_path, quick, sourc
         quick(source, "--output_dir", tmp_path / "out")
 
 
+def test_the_output_may_be_below_the_input(tmp_path, quick, source, capsys):
+    for _ in range(2):
+        quick(tmp_path, "--output_dir", tmp_path / "out")
+    assert capsys.readouterr().out.endswith(f"{tmp_path}/out/manifest.json\n{tmp_path}/out: already there\n")
+    for step in ("--part=1/2", "--part=2/2", "--join"):
+        quick(tmp_path, "--output_dir", tmp_path / "parts", step)
+    assert "100 documents" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_an_option_that_does_not_decide_the_shards_may_change(tmp_path, quick, source, capsys):
     quick(source, "--output_dir", tmp_path / "out")
     quick(source, "--output_dir", tmp_path / "out", "--workers=3", "--encoder=auto")

@@ -72,14 +72,30 @@ ALL = ["in/a.txt", "in/linked/more/c.txt", "in/sub/b.txt"]
 @pytest.mark.parametrize("pattern", ["in", "in/*", "in/**/*.txt", "./in/"])
 def test_links_are_followed_and_hidden_files_are_skipped(library, pattern, capsys):
     assert sorted(input_files([pattern])) == ALL
-    assert "hidden files or folders skipped: in/._a.txt" in capsys.readouterr().out.replace("in/.checkpoints, ", "")
+    out = capsys.readouterr().out
+    assert out.startswith("hidden files or folders skipped, ") and "in/._a.txt" in out
 
 
 def test_hidden_files_are_counted_once_and_read_if_they_are_named(library, capsys):
     input_files(["in", "in/*"])
-    assert capsys.readouterr().out == "2 hidden files or folders skipped: in/.checkpoints, in/._a.txt\n"
+    assert capsys.readouterr().out == "hidden files or folders skipped, 2: in/.checkpoints, in/._a.txt\n"
     assert input_files(["in/.*.txt", "in/.checkpoints"]) == ["in/._a.txt", "in/.checkpoints/a.txt"]
     assert not capsys.readouterr().out
+
+
+def test_files_that_describe_data_are_skipped_in_folders_and_counted(tmp_path, capsys):
+    for name in ("a.txt", "b.json", "README.md", "shards/manifest.json", "tok/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    text = [f"{tmp_path}/a.txt", f"{tmp_path}/b.json"]
+    assert input_files([str(tmp_path)]) == text
+    names = ("README.md", "shards/manifest.json", "tok/tokenizer.json")
+    skipped = ", ".join(f"{tmp_path}/{name}" for name in names)
+    assert capsys.readouterr().out == f"files that describe data skipped, 3: {skipped}\n"
+    with pytest.raises(UserError, match="shards: no text in this folder"):
+        input_files([f"{tmp_path}/shards"])
+    assert input_files([str(tmp_path), f"{tmp_path}/README.md"]) == [*text, f"{tmp_path}/README.md"]
+    assert input_files([f"{tmp_path}/tok"], "jsonl") == [f"{tmp_path}/tok/tokenizer.json"]
 
 
 def test_a_file_that_two_paths_name_is_read_once(library):
