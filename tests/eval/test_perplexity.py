@@ -236,6 +236,19 @@ def test_shards_are_one_text_and_their_bytes_are_counted(text_checkpoint, evalua
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-6)
 
 
+def test_a_folder_stands_for_its_validation_shards_and_each_shard_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x_train_000001.bin", "x_val_000000.bin", "manifest.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "link.bin").symlink_to("x_val_000000.bin")
+    val = tmp_path / "x_val_000000.bin"
+    assert texts.find_inputs([str(tmp_path)], "") == ([val], [])
+    assert texts.find_inputs([str(val), "x_val_*.bin", "link.bin", str(tmp_path)], "") == ([val], [])
+    val.unlink()
+    with pytest.raises(UserError, match=f"--input={tmp_path} matches no file"):
+        texts.find_inputs([str(tmp_path)], "")
+
+
 def test_text_files_and_lines_are_documents(text_checkpoint, evaluate, tmp_path, plain_losses, model):
     (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbf" + STORY.encode())  # with \r\n, as Windows writes text
     lines = [json.dumps({"body": text}) for text in ("one\u2028two", "", "three")]
