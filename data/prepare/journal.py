@@ -80,8 +80,8 @@ def open_journal(partial: Path, recipe: dict[str, Any], unit_hashes: list[str], 
             raise UserError(f"{partial} was written by another version of rawgpt; remove it to start again")
         states = [state for state in (content, content["file_start"]) if _is_valid(state, journal, old, recipe)]
         changed = difference(old, recipe) if not states else _decisive_changes(old, recipe, states[0]["progress"])
-        if changed:
-            raise other_command(partial, changed)
+        if changed or not states:
+            raise other_command(partial, changed or ["source"])
         journal.file_start = content["file_start"]
         journal.restore(states[0])
         if journal.progress.units < content["progress"]["units"]:
