@@ -260,7 +260,7 @@ class ShardWriter:
 def find_shards(pattern: str, flag: str) -> list[Path]:
     """Returns the files that match a glob, or the file with that name, sorted by name.
 
-    A folder stands for the training shards in it if `flag` is input_train_bin, else for its validation shards. A path below
+    A folder stands for its training shards if `flag` is input_train_bin, else for its validation shards. A path below
     data/ that matches nothing is looked up in the repository too, where the commands in data/ write by default.
     """
     split = "train" if flag == "input_train_bin" else "val"

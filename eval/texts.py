@@ -82,11 +82,13 @@ def _holds_shards(path: str) -> bool:
     return os.path.isdir(path) and any(name.endswith(SHARDS) for name in os.listdir(path))
 
 
-def open_texts(shards: list[Path], files: list[str], options: ReadOptions, model: EvalModel) -> list[Text]:
-    """Returns the concatenated shards as one text, then each document of the files."""
+def open_texts(
+    shards: list[Path], files: list[str], options: ReadOptions, model: EvalModel, skipped: Counter[str]
+) -> list[Text]:
+    """Returns the concatenated shards as one text, then each document of the files. Counts what `documents` skips."""
     texts = [shard_text(shards, model)] if shards else []
     for unit in plan(files, options):
-        for document in documents(unit, options, Counter()):
+        for document in documents(unit, options, skipped):
             texts.append(document_text("".join(document.text), model.text))
     return texts
 

@@ -43,7 +43,10 @@ class ReadOptions:
 
 
 class Damaged(UserError):
-    """Text that is damaged, which --skip_bad skips."""
+    """Text that is damaged, which --skip_bad skips. The message ends before the advice."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; repair it, or skip damaged text with --skip_bad"
 
 
 def add_reading_flags(parser: Any) -> None:
@@ -70,7 +73,8 @@ def read_options(args: argparse.Namespace) -> ReadOptions:
 
 
 def is_remote(path: str) -> bool:
-    return "://" in path or is_dataset(path)
+    """Returns whether reading the input needs the network. A data set is local if its address begins with a path."""
+    return "://" in path or (is_dataset(path) and path[3:4] not in ("/", ".", "~"))
 
 
 def is_dataset(path: str) -> bool:
@@ -88,7 +92,7 @@ def input_files(patterns: list[str], format: str = "") -> list[str]:
     """Expands paths, globs and folders to files of text, in the order given, each file once. Keeps remote addresses."""
     paths = find_files(patterns, format)
     for path in paths:
-        if not is_remote(path) and not kind_of(path, format):
+        if not is_remote(path) and not is_dataset(path) and not kind_of(path, format):
             compressed = ", ".join(COMPRESSED)
             raise UserError(
                 f"{path}: only {', '.join(KINDS)} files are read, also as {compressed}; say what it is with"

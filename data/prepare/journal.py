@@ -20,7 +20,6 @@ from util.errors import UserError
 from util.files import read_json, write_atomically
 
 RECIPE, JOURNAL = "recipe.json", "journal.json"
-MAY_CHANGE = ("source", "skip_bad", "max_tokens")  # keys of a recipe that may not concern the finished units
 
 
 @dataclass

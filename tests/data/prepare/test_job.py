@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data.prepare import job as preparing
 from data.prepare import journal, sources, text_files, workers
 from data.prepare.inputs import ReadOptions
-from data.prepare.job import locked, open_job, prepare, summary
+from data.prepare.job import locked, open_job, prepare, summary, tokenizer_recipe
 from data.prepare.sources import WorkUnit, plan
 from util.errors import UserError
 
@@ -69,6 +69,12 @@ def test_a_bos_token_follows_the_end_of_text_token(tmp_path, make_job, units, wh
     made = prepare(make_job(tmp_path / "out", tokenizer=replace(tokenizer, prefix=prefix)), units)
     tokens = [token for text in TEXTS for token in [*start, *tokenizer.encode(text)]]
     assert whole(tmp_path / "out") == tokens and (made["tokens"], made["documents"]) == (len(tokens), 60)
+
+
+def test_the_recipe_names_the_tokens_before_a_document(tokenizer):
+    """Shards with and without BOS are then not taken for the same."""
+    assert tokenizer_recipe(tokenizer) == {"tokenizer": tokenizer.sha256}
+    assert tokenizer_recipe(replace(tokenizer, bos=7)) == {"tokenizer": tokenizer.sha256, "document_prefix": [50256, 7]}
 
 
 @few

@@ -465,7 +465,7 @@ MISTAKES = {
     "no field": (
         "a.jsonl",
         bytes_of(b'{"txt": "x"}'),
-        "line 1 is not a JSON object with a field 'text'; see --text_key",
+        "line 1 is not a JSON object with a field 'text' (see --text_key)",
     ),
     "no text": ("a.jsonl", bytes_of(GOOD + b'{"text": 3}'), "line 2: field 'text' is not text"),
     "nested": ("a.jsonl", bytes_of(b'{"text":' * 10**5), "line 1 is not JSON"),
@@ -487,11 +487,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name, make, message", MISTAKES.values(), ids=MISTAKES)
-def test_a_damaged_input_is_one_line(tmp_path, name, make, message):
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_damaged_input_is_one_line(tmp_path, mistake):
+    name, make, message = MISTAKES[mistake]
     make(tmp_path / name)
     said = refusal([tmp_path / name])
     assert said.startswith(f"{tmp_path / name}: ") and message in said
+    assert mistake.endswith("column") or said.count("; repair it, or skip damaged text with --skip_bad") == 1
 
 
 @pytest.mark.parametrize("mistake", [name for name in MISTAKES if not name.endswith("column")])
@@ -632,6 +634,15 @@ def test_a_lasting_network_error_is_one_line(tmp_path, remote, tokenizer, monkey
     with pytest.raises(UserError, match="far/a.parquet cannot be read .ConnectionResetError.*repeat the command"):
         workers._work(unit, tmp_path / "unit", False)
     assert remote["failures"] == 99 - sources.TRIES
+
+
+def test_a_local_data_set_is_read_once_only(monkeypatch):
+    monkeypatch.setattr(sources, "FIRST_PAUSE", 0.0)
+    for path, tries in (("hf:./folder", 1), ("hf:/folder/x", 1), ("hf:~/x", 1), ("hf:owner/name", sources.TRIES)):
+        calls = []
+        with pytest.raises(UserError, match="cannot be read .OSError: damaged"):
+            sources.retry(path, lambda calls=calls: calls.append(1) or (_ for _ in ()).throw(OSError("damaged")))
+        assert len(calls) == tries
 
 
 def test_the_paths_of_units_are_plain_strings(tmp_path):
