@@ -108,8 +108,8 @@ def check_shards_tokenizer(paths: Iterable[Path], fingerprint: dict[str, Any], v
         if not made["vocab_size"] <= vocab_size <= made["vocab_size"] + MAX_UNUSED_IDS:
             raise UserError(
                 f"--{flag}: the shards in {folder} were made with tokenizer {quote(made['name'])}, which has"
-                f" {made['vocab_size']} ids, but the model has --vocab_size={vocab_size}; give shards of the model's"
-                f" tokenizer"
+                f" {made['vocab_size']} ids, but the model has --vocab_size={vocab_size}; give"
+                f" --vocab_size={made['vocab_size']}, or other shards"
             )
 
 

@@ -129,9 +129,10 @@ def _numpy(path: Path) -> Shard:
     except (ValueError, OverflowError) as e:  # damaged
         raise UserError(f"{path}: not an array of tokens: {e}") from e
     if tokens.ndim != 1 or tokens.dtype not in ("<u2", "<u4"):
+        wide = tokens.dtype.kind in "iuf" and tokens.max(initial=0) >= 2**16
         raise UserError(
             f"{path}: an array of {tokens.dtype} with shape {tokens.shape}, but tokens are uint16 or uint32 in one"
-            f" dimension; save it again with np.save(path, tokens.astype(np.uint16))"
+            f" dimension; save it again with np.save(path, tokens.astype(np.{'uint32' if wide else 'uint16'}))"
         )
     return Shard(path, len(tokens), tokens.dtype, tokens.offset)
 
@@ -259,10 +260,10 @@ class ShardWriter:
 def find_shards(pattern: str, flag: str) -> list[Path]:
     """Returns the files that match a glob, or the file with that name, sorted by name.
 
-    A folder stands for the training shards in it, or for its validation shards if `flag` is input_val_bin. A path below
+    A folder stands for its training shards if `flag` is input_train_bin, else for its validation shards. A path below
     data/ that matches nothing is looked up in the repository too, where the commands in data/ write by default.
     """
-    split = "val" if flag == "input_val_bin" else "train"
+    split = "train" if flag == "input_train_bin" else "val"
     places = ["", str(REPOSITORY)] if Path(pattern).parts[:1] == ("data",) else [""]
     for place in places:
         path = os.path.join(place, pattern)

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from data import assets
-from data.prepare.job import Job, disk_errors, locked, open_job, publish
+from data.prepare.job import Job, disk_errors, locked, open_job, publish, tokenizer_recipe
 from data.prepare.journal import Progress
 from data.prepare.workers import EncodeOptions
 from data.shards import ShardWriter
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.tokenizer)
-    recipe = {"source": assets.ASSETS["tinyshakespeare.txt"].sha256, "tokenizer": tokenizer.sha256}
+    recipe = {"source": assets.ASSETS["tinyshakespeare.txt"].sha256, **tokenizer_recipe(tokenizer)}
     job = Job(args.output_dir, "tiny_shakespeare", recipe, tokenizer, EncodeOptions())
     partial = open_job(args.output_dir, recipe)
     if partial is None:

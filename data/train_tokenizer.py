@@ -23,7 +23,7 @@ if __name__ == "__main__":
     exit_on_ctrl_c()
 
 from data.prepare.inputs import ReadOptions, add_reading_flags, input_files, read_options
-from data.prepare.sources import documents, plan
+from data.prepare.sources import describe_skipped, documents, plan
 from data.tokenizers.hf_json import GPT4_PATTERN, TOKENIZER, TOKENIZER_CONFIG
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import END_OF_TEXT
@@ -38,10 +38,9 @@ HOLD_OUT_EVERY, HELD_OUT_BYTES = 20, 2**24
 SPECIAL_NAME = re.compile(r"<\|\w+\|>")  # the patterns split such a name, so merges cannot make it
 
 
-def pieces(inputs: list[str], options: ReadOptions, max_bytes: int) -> Iterator[str]:
-    """Yields the text of all documents in pieces, up to `max_bytes` of UTF-8."""
+def pieces(inputs: list[str], options: ReadOptions, max_bytes: int, skipped: Counter[str]) -> Iterator[str]:
+    """Yields the text of all documents in pieces, up to `max_bytes` of UTF-8. Counts what `documents` skips."""
     used = 0
-    skipped: Counter[str] = Counter()
     for unit in plan(input_files(inputs, options.format), options):
         for document in documents(unit, options, skipped):
             for block in document.text:
@@ -135,10 +134,11 @@ def main() -> None:
 
     held_out: list[str] = []
     used = held = 0
+    options, skipped = read_options(args), Counter[str]()
 
     def training_text() -> Iterator[str]:
         nonlocal used, held
-        for number, piece in enumerate(pieces(args.inputs, read_options(args), args.max_bytes), 1):
+        for number, piece in enumerate(pieces(args.inputs, options, args.max_bytes, skipped), 1):
             size = len(piece.encode())
             if number % HOLD_OUT_EVERY == 0 and held < HELD_OUT_BYTES:
                 held_out.append(piece)
@@ -162,7 +162,8 @@ def main() -> None:
     }
     write_atomically(config, (json.dumps(settings, indent=1) + "\n").encode())
     write_atomically(file, trained.to_str(pretty=True).encode())
-    print(f"{file}: {args.vocab_size:,} tokens from {used:,} bytes")
+    notes = describe_skipped(skipped, options.document_separator)
+    print(f"{file}: {args.vocab_size:,} tokens from {used:,} bytes{notes}")
     report(str(file), held_out)
 
 

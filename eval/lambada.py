@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ def parser() -> CommandParser:
 # Before torch is imported, so that --help and typos are answered at once.
 args = parse_first(__name__, lambda: parser().parse_args(), cli.check)
 
-from data.prepare.text_files import json_lines
+from data.prepare.inputs import Damaged
+from data.prepare.text_files import open_binary, parse_line, read_errors
 from eval.encoding import TextEncoder, encode_pair
 from eval.model import load_eval_model
 from eval.reference import LAMBADA_GPT2
 from eval.scoring import Request, Score, score_requests
+from util.files import refuse_lfs_pointer
 
 OFFICIAL_EXAMPLES = 5153
 
@@ -58,13 +61,28 @@ class Example:
 def read_lambada(path: Path, limit: int = 0) -> list[Example]:
     """Reads the first `limit` passages of a .jsonl file; 0: all."""
     examples = []
-    for number, row in json_lines(str(path)):
+    for number, row in json_lines(path):
         examples.append(to_example(row, f"{path}, line {number}"))
         if len(examples) == limit:
             break
     if not examples:
         raise UserError(f"{path}: contains no examples")
     return examples
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields number (from 1) and value of each line that is not blank."""
+    refuse_lfs_pointer(path)
+    try:
+        with read_errors(str(path)), open_binary(str(path)) as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    try:
+                        yield number, parse_line(line)
+                    except ValueError as e:
+                        raise UserError(f"{path}, line {number}: not JSON") from e
+    except Damaged as e:  # without its advice: all passages are needed
+        raise UserError(*e.args) from e
 
 
 def text_field(row: dict[str, Any], key: str, where: str) -> str:

@@ -2,7 +2,7 @@
 
 The input is token shards (.bin), which are concatenated to one long text, as in training; or documents from the files
 that data/text.py reads, in the same way. Files of unknown kinds are read as text. A document starts with the
-end-of-text token.
+model's BOS token, or with end-of-text if there is none. A folder of shards stands for its validation shards.
 
 Every token except the first of a text is scored once. The model sees --window tokens at a time. Each window starts
 --stride tokens after the previous one and scores only the tokens that the previous one did not reach. So each token has
@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,7 @@ args = parse_first(__name__, lambda: parser().parse_args(), check)
 
 import numpy as np
 
+from data.prepare.sources import describe_skipped
 from eval.model import EvalModel, load_eval_model
 from eval.scoring import Request, score_requests
 from eval.texts import BLOCK, Text, byte_lengths_for, count_bytes, find_inputs, open_texts, truncate
@@ -186,7 +188,8 @@ def main(args: Namespace) -> None:
     shards, files = find_inputs(args.input, args.format)
     model = load_eval_model(args, needs_tokenizer=bool(files))
     window, stride = check_window(args, model.n_positions)
-    texts = truncate(open_texts(shards, files, read_options(args), model), args.max_tokens)
+    options, skipped = read_options(args), Counter[str]()
+    texts = truncate(open_texts(shards, files, options, model, skipped), args.max_tokens)
     if not texts:
         raise UserError(f"--input={' '.join(args.input)}: too short; at least one text needs two tokens")
     count = count_bytes(texts, byte_lengths_for(shards, model))
@@ -197,6 +200,7 @@ def main(args: Namespace) -> None:
         f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, bits per byte {bits}\n"
         f"{found.tokens:,} tokens, {'unknown' if count is None else f'{count:,}'} bytes,"
         f" window {window:,}, stride {stride:,}"
+        f"{describe_skipped(skipped, options.document_separator)}"
     )
     results = {"subject": model.name, "input": args.input, "dtype": args.dtype, "window": window, "stride": stride}
     numbers = {name: getattr(found, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}

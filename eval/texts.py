@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -63,18 +64,31 @@ def count_bytes(texts: Iterable[Text], byte_lengths: np.ndarray | None) -> int |
 
 
 def find_inputs(patterns: list[str], format: str) -> tuple[list[Path], list[str]]:
-    """Returns the shards and the text files that names, globs and folders name, in order, each once."""
-    shards = [path for p in patterns if p.endswith(SHARDS) for path in find_shards(p, "input")]
-    paths = find_files([p for p in patterns if not p.endswith(SHARDS)], format)
+    """Returns the shards and the text files that names, globs and folders name, in order, each once.
+
+    A folder with shards stands for its validation shards.
+    """
+    named = [p for p in patterns if p.endswith(SHARDS) or _holds_shards(p)]
+    shards = [path for p in named for path in find_shards(p, "input")]
+    paths = find_files([p for p in patterns if p not in named], format)
     shards += [Path(p) for p in paths if p.endswith(SHARDS)]
-    return list(dict.fromkeys(shards)), [p for p in paths if not p.endswith(SHARDS)]
+    once: dict[str, Path] = {}
+    for path in shards:
+        once.setdefault(os.path.realpath(path), path)
+    return list(once.values()), [p for p in paths if not p.endswith(SHARDS)]
 
 
-def open_texts(shards: list[Path], files: list[str], options: ReadOptions, model: EvalModel) -> list[Text]:
-    """Returns the concatenated shards as one text, then each document of the files."""
+def _holds_shards(path: str) -> bool:
+    return os.path.isdir(path) and any(name.endswith(SHARDS) for name in os.listdir(path))
+
+
+def open_texts(
+    shards: list[Path], files: list[str], options: ReadOptions, model: EvalModel, skipped: Counter[str]
+) -> list[Text]:
+    """Returns the concatenated shards as one text, then each document of the files. Counts what `documents` skips."""
     texts = [shard_text(shards, model)] if shards else []
     for unit in plan(files, options):
-        for document in documents(unit, options, Counter()):
+        for document in documents(unit, options, skipped):
             texts.append(document_text("".join(document.text), model.text))
     return texts
 

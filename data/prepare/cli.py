@@ -12,13 +12,14 @@ import numpy as np
 from data.fingerprint import same_tokenizer
 from data.prepare.hub import pin_datasets
 from data.prepare.inputs import add_reading_flags, read_options
-from data.prepare.job import Job, prepare, read_manifest, summary
+from data.prepare.job import Job, prepare, read_manifest, summary, tokenizer_recipe
 from data.prepare.parts import checked_files, join_parts, parse_part, part_of
 from data.prepare.sources import fingerprint, plan
 from data.prepare.workers import EncodeOptions
-from data.shards import find_shards, open_shard
+from data.shards import open_shard
 from data.tokenizers.load import load_tokenizer
 from util.errors import UserError
+from util.files import find_paths
 
 
 def cores() -> int:
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace, name: str, files: list[str], recipe: dict[str,
         name=name,
         recipe={
             "source": list(fingerprints.values()),
-            "tokenizer": tokenizer.sha256,  # its path may differ between machines
+            **tokenizer_recipe(tokenizer),
             "name": name,
             **{key: getattr(args, key) for key in decisive},
             **added,
@@ -126,7 +127,9 @@ def check(output_dir: Path, tokenizer_name: str) -> None:
     manifest = read_manifest(output_dir)
     if manifest is None:
         print(f"{output_dir}: no manifest, hashes are not verified")
-        paths = find_shards(str(output_dir / "*.bin"), "output_dir")
+        paths = [Path(path) for path in find_paths(str(output_dir / "*.bin"))]
+        if not paths:
+            raise UserError(f"--output_dir={output_dir}: no shards to check; give the folder of shards")
     else:
         paths = checked_files(output_dir, manifest)
     tokenizer = load_tokenizer(tokenizer_name)

@@ -23,6 +23,10 @@ KINDS = {
     ".parquet": "parquet",
 }
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+NO_TEXT = (  # files that rawgpt and the Hugging Face hub put beside data; they are skipped in folders
+    *("README.md", "manifest.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("dataset_info.json", "dataset_infos.json", "metrics.jsonl", "status.json"),
+)
 HASH_BLOCK, HASH_BLOCKS = 2**16, 64  # bytes, and how many blocks of a file are hashed
 
 REMOTE = re.compile(r"(hf|https?|s3|gs)://(?!.*\.\.)[\x21-\x7e]+")
@@ -39,7 +43,10 @@ class ReadOptions:
 
 
 class Damaged(UserError):
-    """Text that is damaged, which --skip_bad skips."""
+    """Text that is damaged, which --skip_bad skips. The message ends before the advice."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; repair it, or skip damaged text with --skip_bad"
 
 
 def add_reading_flags(parser: Any) -> None:
@@ -66,7 +73,8 @@ def read_options(args: argparse.Namespace) -> ReadOptions:
 
 
 def is_remote(path: str) -> bool:
-    return "://" in path or is_dataset(path)
+    """Returns whether reading the input needs the network. A data set is local if its address begins with a path."""
+    return "://" in path or (is_dataset(path) and path[3:4] not in ("/", ".", "~"))
 
 
 def is_dataset(path: str) -> bool:
@@ -84,7 +92,7 @@ def input_files(patterns: list[str], format: str = "") -> list[str]:
     """Expands paths, globs and folders to files of text, in the order given, each file once. Keeps remote addresses."""
     paths = find_files(patterns, format)
     for path in paths:
-        if not is_remote(path) and not kind_of(path, format):
+        if not is_remote(path) and not is_dataset(path) and not kind_of(path, format):
             compressed = ", ".join(COMPRESSED)
             raise UserError(
                 f"{path}: only {', '.join(KINDS)} files are read, also as {compressed}; say what it is with"
@@ -96,11 +104,11 @@ def input_files(patterns: list[str], format: str = "") -> list[str]:
 def find_files(patterns: list[str], format: str = "") -> list[str]:
     """Expands paths, globs and folders to files. Of a folder it takes the files of text, or with `format` all files.
 
-    Links are followed. A file that several paths name is returned once. Hidden files and folders are skipped, and
-    counted in a line, unless a pattern names them.
+    Links are followed. A file that several paths name is returned once. Hidden files and folders are skipped, and so
+    are the files of a folder that are in NO_TEXT, unless a pattern names them. Each kind is counted in a line.
     """
     found: dict[str, str] = {}  # the real path: the first path that names the file
-    hidden: list[str] = []
+    skipped: list[str] = []
     for pattern in patterns:
         if is_dataset(pattern):
             found[pattern] = pattern
@@ -110,23 +118,29 @@ def find_files(patterns: list[str], format: str = "") -> list[str]:
                 raise UserError(f"{quote(pattern)}: {what}; download other files first")
             found[pattern] = pattern
         else:
-            for path in _local_files(pattern, format, hidden):
+            for path in _local_files(pattern, format, skipped):
                 found.setdefault(os.path.realpath(path), path)
-    if hidden and os.environ.get("RANK", "0") == "0":
-        names = list(dict.fromkeys(map(os.path.normpath, hidden)))
-        print(f"{len(names)} hidden files or folders skipped: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+    if os.environ.get("RANK", "0") == "0":
+        names = list(dict.fromkeys(path for path in map(os.path.normpath, skipped) if path not in found.values()))
+        _print_skipped("hidden files or folders", [name for name in names if os.path.basename(name).startswith(".")])
+        _print_skipped("files that describe data", [name for name in names if os.path.basename(name) in NO_TEXT])
     return list(found.values())
 
 
-def _local_files(pattern: str, format: str, hidden: list[str]) -> list[str]:
-    """Returns the files that one pattern names. Adds the hidden ones to `hidden`."""
+def _print_skipped(what: str, names: list[str]) -> None:
+    if names:
+        print(f"{what} skipped, {len(names)}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+
+
+def _local_files(pattern: str, format: str, skipped: list[str]) -> list[str]:
+    """Returns the files that one pattern names. Adds the skipped ones to `skipped`."""
     named = find_paths(pattern)
     for folder in {os.path.dirname(path) for path in named}:
         _refuse_loop(folder)
     found = []
     for path in named:
         if os.path.isdir(path):
-            found += _files_below(path, format, hidden)
+            found += _files_below(path, format, skipped)
         elif os.path.isfile(path):
             found.append(str(Path(path)))
         else:
@@ -134,7 +148,7 @@ def _local_files(pattern: str, format: str, hidden: list[str]) -> list[str]:
             raise UserError(f"{path}: not a regular file; copy it to one")
     head, tail = os.path.split(pattern)
     if tail[:1] in ("*", "?", "[") and not os.path.lexists(pattern):
-        hidden += [path for path in find_paths(os.path.join(head, "." + tail)) if _is_text(path, format)]
+        skipped += [path for path in find_paths(os.path.join(head, "." + tail)) if _is_text(path, format)]
     if not found:
         is_folder = any(os.path.isdir(path) for path in named)
         raise UserError(f"{pattern}: {'no text in this folder' if is_folder else 'no such file'}")
@@ -145,8 +159,8 @@ def _is_text(path: str, format: str) -> bool:
     return os.path.isdir(path) or bool(kind_of(path, format))
 
 
-def _files_below(folder: str, format: str, hidden: list[str]) -> list[str]:
-    """Returns the files of text below a folder, sorted."""
+def _files_below(folder: str, format: str, skipped: list[str]) -> list[str]:
+    """Returns the files of text below a folder, sorted. Adds the skipped ones to `skipped`."""
 
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: {error.strerror}") from error
@@ -155,11 +169,13 @@ def _files_below(folder: str, format: str, hidden: list[str]) -> list[str]:
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         _refuse_loop(root)
         paths = [os.path.join(root, name) for name in (*folders, *names)]
-        hidden += [path for path in paths if os.path.basename(path).startswith(".") and _is_text(path, format)]
+        skipped += [path for path in paths if os.path.basename(path).startswith(".") and _is_text(path, format)]
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = os.path.join(root, name)
-            if not name.startswith(".") and kind_of(path, format):
+            if name in NO_TEXT and not format:
+                skipped.append(path)
+            elif not name.startswith(".") and kind_of(path, format):
                 _refuse_broken_link(path)
                 found += [path] if os.path.isfile(path) else []
     return [str(path) for path in sorted(map(Path, found))]

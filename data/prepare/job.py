@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,6 @@ import numpy as np
 
 from data.prepare.journal import (
     JOURNAL,
-    MAY_CHANGE,
     RECIPE,
     Journal,
     Progress,
@@ -39,13 +37,12 @@ from data.prepare.journal import (
     read_object,
     same_pieces,
 )
-from data.prepare.sources import WorkUnit
-from data.prepare.text_files import SEPARATORS
+from data.prepare.sources import WorkUnit, describe_skipped
 from data.prepare.workers import Encoded, EncodeOptions, encoded_units, text_bytes
 from data.shards import ShardWriter, open_shard
 from data.tokenizers.fim import sentinels
-from data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
-from util.errors import MACHINE_REFUSES, UserError, quote, refuse_broken_link, user_errors
+from data.tokenizers.tokenizer import Tokenizer
+from util.errors import MACHINE_REFUSES, UserError, refuse_broken_link, user_errors
 from util.files import take_lock, write_atomically
 
 PARTIAL, RECUT, MANIFEST = ".partial", "recut", "manifest.json"
@@ -171,7 +168,7 @@ def _finish(job: Job, partial: Path, progress: Progress, files: list[dict[str, A
     """Publishes complete shards. Cuts them again if the input is too small for the planned validation shard."""
     if not progress.tokens and not job.pieces:
         shutil.rmtree(partial)
-        raise UserError(f"the input contains no text{_skip_counts(progress.skipped)}")
+        raise UserError(f"the input contains no text{describe_skipped(progress.skipped)}")
     folder, val_tokens = partial, job.validation(progress.tokens)
     if val_tokens != job.val_tokens:
         folder = partial / RECUT
@@ -230,8 +227,8 @@ def tokens_in(paths: list[Path], vocab_size: int) -> Iterator[np.ndarray]:
 def open_job(output_dir: Path, recipe: dict[str, Any], job: Job | None = None) -> Path | None:
     """Returns the hidden folder to write into, or None if `output_dir` already holds the shards of `recipe`.
 
-    Shards of another recipe, complete or not, are an error: they are never overwritten. With `job`, unfinished work may
-    differ in the keys that `open_journal` checks.
+    Shards of another recipe, complete or not, are an error: they are never overwritten. With `job`, `open_journal`
+    decides on unfinished work.
     """
     refuse_broken_link(output_dir, "output_dir")
     if output_dir.exists() and not output_dir.is_dir():
@@ -257,12 +254,19 @@ def open_job(output_dir: Path, recipe: dict[str, Any], job: Job | None = None) -
     if list(output_dir.glob("*.bin")):
         raise UserError(f"{output_dir} holds .bin files without a manifest; choose another --output_dir or remove them")
     # --- unfinished, or new ---
-    unfinished = read_object(partial / RECIPE) if (partial / JOURNAL).exists() else recipe
-    if changed := [key for key in difference(unfinished, recipe) if not job or key not in MAY_CHANGE]:
+    unfinished = job is None and (partial / JOURNAL).exists()
+    if unfinished and (changed := difference(read_object(partial / RECIPE), recipe)):
         raise other_command(partial, changed)
     with user_errors(f"--output_dir={output_dir}"):
         partial.mkdir(parents=True, exist_ok=True)
     return partial
+
+
+def tokenizer_recipe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the part of a recipe that the tokenizer decides. Most put only end-of-text before a document."""
+    prefix = tokenizer.document_prefix
+    found: dict[str, Any] = {"tokenizer": tokenizer.sha256}  # its path may differ between machines
+    return found if prefix == [tokenizer.end_of_text] else {**found, "document_prefix": prefix}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -277,18 +281,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _skip_counts(skipped: Counter[str] | dict[str, int]) -> str:
-    """Formats the counts as `, 3 null and 1 bad skipped`, or "" if nothing was skipped."""
-    counts = " and ".join(f"{n:,} {what}" for what, n in sorted(skipped.items()) if n and what != SEPARATORS)
-    return f", {counts} skipped" if counts else ""
-
-
 def summary(output_dir: Path, manifest: dict[str, Any]) -> str:
     """Describes the output in one line."""
-    notes, separators = _skip_counts(manifest["skipped"]), manifest["skipped"].get(SEPARATORS, 0)
-    if separators:
-        separator = manifest["recipe"].get("document_separator", END_OF_TEXT)
-        notes += f", text split at {separators:,} {quote(separator)} (see --document_separator)"
+    notes = describe_skipped(manifest["skipped"], manifest["recipe"].get("document_separator", ""))
     if "part" in manifest["recipe"]:
         return f"{output_dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens{notes}, for --join"
     val = sum(row["tokens"] for row in manifest["files"] if "_val_" in row["name"])

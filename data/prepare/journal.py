@@ -20,7 +20,6 @@ from util.errors import UserError
 from util.files import read_json, write_atomically
 
 RECIPE, JOURNAL = "recipe.json", "journal.json"
-MAY_CHANGE = ("source", "skip_bad", "max_tokens")  # keys of a recipe that may not concern the finished units
 
 
 @dataclass
@@ -80,8 +79,8 @@ def open_journal(partial: Path, recipe: dict[str, Any], unit_hashes: list[str], 
             raise UserError(f"{partial} was written by another version of rawgpt; remove it to start again")
         states = [state for state in (content, content["file_start"]) if _is_valid(state, journal, old, recipe)]
         changed = difference(old, recipe) if not states else _decisive_changes(old, recipe, states[0]["progress"])
-        if changed:
-            raise other_command(partial, changed)
+        if changed or not states:
+            raise other_command(partial, changed or ["source"])
         journal.file_start = content["file_start"]
         journal.restore(states[0])
         if journal.progress.units < content["progress"]["units"]:

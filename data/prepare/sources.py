@@ -20,8 +20,18 @@ from typing import Any, NamedTuple, TypeVar
 from data.prepare.hub import dataset_fingerprint, dataset_rows, dataset_units, file_row_name
 from data.prepare.inputs import COMPRESSED, Damaged, ReadOptions, file_fingerprint, is_dataset, is_remote, kind_of
 from data.prepare.parquet import open_parquet, parquet_rows, row_name
-from data.prepare.text_files import is_list, item_name, line_name, line_rows, list_rows, not_utf8, text_documents
-from util.errors import UserError, user_errors
+from data.prepare.text_files import (
+    SEPARATORS,
+    is_list,
+    item_name,
+    line_name,
+    line_rows,
+    list_rows,
+    not_utf8,
+    text_documents,
+)
+from data.tokenizers.tokenizer import END_OF_TEXT
+from util.errors import UserError, quote, user_errors
 from util.files import refuse_lfs_pointer
 
 UNIT_BYTES = 2**22  # approximate size of a unit
@@ -64,16 +74,17 @@ def plan(paths: list[str], options: ReadOptions) -> list[WorkUnit]:
 
 def retry(path: str, read: Callable[[], T]) -> T:
     """Calls `read` and returns its result. For a remote file it retries up to TRIES times."""
-    if not is_remote(path):
+    if not is_remote(path) and not is_dataset(path):
         return read()
-    for attempt in range(TRIES):
+    tries = TRIES if is_remote(path) else 1
+    for attempt in range(tries):
         try:
             return read()
         except UserError:
             raise
         except Exception as e:  # network libraries raise many kinds of exceptions
             problem = f"{type(e).__name__}: {e}"
-        if attempt < TRIES - 1:
+        if attempt < tries - 1:
             time.sleep(FIRST_PAUSE * 2**attempt)
     raise UserError(f"{path} cannot be read ({problem}); repeat the command to resume")
 
@@ -161,6 +172,15 @@ def documents(unit: WorkUnit, options: ReadOptions, skipped: Counter[str]) -> It
         skipped["bad"] += 1
 
 
+def describe_skipped(skipped: dict[str, int], separator: str = "") -> str:
+    """Describes the counts of `documents`, for the end of a summary. `separator` is --document_separator."""
+    counts = " and ".join(f"{n:,} {what}" for what, n in sorted(skipped.items()) if n and what != SEPARATORS)
+    notes = f", {counts} skipped" if counts else ""
+    if places := skipped.get(SEPARATORS):
+        notes += f", text split at {places:,} {quote(separator or END_OF_TEXT)} (see --document_separator)"
+    return notes
+
+
 def _decoded(text: str | bytes, place: Callable[[], str], skip_bad: bool) -> str | None:
     """Returns a row as valid text, or None if it is not UTF-8 and `skip_bad` is set."""
     if isinstance(text, str):
@@ -174,4 +194,4 @@ def _decoded(text: str | bytes, place: Callable[[], str], skip_bad: bool) -> str
     except UnicodeDecodeError as e:
         if skip_bad:
             return None
-        raise UserError(f"{place()} is {not_utf8(e)}") from e
+        raise Damaged(f"{place()} is {not_utf8(e)}") from e

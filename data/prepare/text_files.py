@@ -56,7 +56,7 @@ def read_errors(path: str) -> Iterator[None]:
 
 
 def not_utf8(e: UnicodeDecodeError, before: int = 0) -> str:
-    return f"not UTF-8 text ({e.reason} at byte {before + e.start}); repair it, or skip damaged text with --skip_bad"
+    return f"not UTF-8 text ({e.reason} at byte {before + e.start})"
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def list_rows(path: str, options: ReadOptions, skipped: Counter[str]) -> Iterato
             yield number, text_of(item, options.text_key)
         except ValueError as problem:
             if not options.skip_bad:
-                raise UserError(f"{item_name(path, number)}{problem}") from problem
+                raise Damaged(f"{item_name(path, number)}{problem}") from problem
             skipped["bad"] += 1
 
 
@@ -187,7 +187,7 @@ def line_rows(path: str, start: int, stop: int | None, options: ReadOptions, ski
                     yield at, text_of(parse_line(line), options.text_key)
                 except ValueError as problem:
                     if not options.skip_bad:
-                        raise UserError(f"{line_name(path, at)}{problem}") from problem
+                        raise Damaged(f"{line_name(path, at)}{problem}") from problem
                     skipped["bad"] += 1
             at += len(line)
 
@@ -199,7 +199,7 @@ def parse_line(line: bytes) -> Any:
     except UnicodeDecodeError as e:
         raise ValueError(f" is {not_utf8(e)}") from e
     except (ValueError, RecursionError) as e:
-        raise ValueError(" is not JSON; repair it, or skip damaged text with --skip_bad") from e
+        raise ValueError(" is not JSON") from e
 
 
 def text_of(row: Any, text_key: str) -> str | None:
@@ -207,9 +207,9 @@ def text_of(row: Any, text_key: str) -> str | None:
     try:
         text = field_of(row, text_key)
     except (KeyError, TypeError) as e:
-        raise ValueError(f" is not a JSON object with a field {text_key!r}; see --text_key, --skip_bad") from e
+        raise ValueError(f" is not a JSON object with a field {text_key!r} (see --text_key)") from e
     if not isinstance(text, str) and text is not None:
-        raise ValueError(f": field {text_key!r} is not text; see --text_key, --skip_bad")
+        raise ValueError(f": field {text_key!r} is not text (see --text_key)")
     return text
 
 
@@ -236,14 +236,3 @@ def line_name(path: str, at: int) -> str:
 
 def item_name(path: str, number: int) -> str:
     return f"{path}: item {number}"
-
-
-def json_lines(path: str) -> Iterator[tuple[int, Any]]:
-    """Yields number (from 1) and value of each line that is not blank."""
-    with read_errors(path), open_binary(path) as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    yield number, parse_line(line)
-                except ValueError as e:
-                    raise UserError(f"{path}, line {number}: not JSON") from e

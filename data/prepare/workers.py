@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.prepare.encoder import Encode, make_encoder, split_safely
-from data.prepare.inputs import Damaged, ReadOptions
+from data.prepare.inputs import ReadOptions
 from data.prepare.sources import WorkUnit, documents, retry
 from data.shards import token_dtype
 from data.tokenizers import fim
@@ -95,26 +95,25 @@ def encode_unit(unit: WorkUnit, path: Path, encoder: Encoder) -> Encoded:
             found.tokens += len(prefix)
             held.append(prefix)
             found.documents += 1
-            try:
-                for part in parts(document.text, encoder):
+            for part in parts(document.text, encoder):
+                try:
                     tokens = np.array([part], np.uint32) if isinstance(part, int) else encoder.encode(part)
-                    found.text_bytes += 0 if isinstance(part, int) else len(part.encode())
-                    held.append(tokens)
-                    found.tokens += len(tokens)
-                    holds += len(tokens)
-                    if holds > HELD_TOKENS:
-                        write()
-                        holds = 0
-            except Damaged:  # names its place already
-                raise
-            except UserError as e:  # from the encoder
-                if not options.skip_bad:
-                    raise UserError(f"{document.place()}: {e}") from e
-                write()
-                f.truncate(before.tokens * dtype.itemsize)
-                f.seek(0, os.SEEK_END)
-                found = before
-                found.skipped["bad"] += 1
+                except UserError as e:
+                    if not options.skip_bad:
+                        raise UserError(f"{document.place()}: {e}") from e
+                    write()
+                    f.truncate(before.tokens * dtype.itemsize)
+                    f.seek(0, os.SEEK_END)
+                    found = before
+                    found.skipped["bad"] += 1
+                    break
+                found.text_bytes += 0 if isinstance(part, int) else len(part.encode())
+                held.append(tokens)
+                found.tokens += len(tokens)
+                holds += len(tokens)
+                if holds > HELD_TOKENS:
+                    write()
+                    holds = 0
         write()
     os.replace(half, path)
     return found

@@ -38,6 +38,7 @@ NAMED = {
     "o200k_base": ("o200k_base.tiktoken", O200K_PATTERN, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
 }
 NAMES = (*NAMED, "bytes")
+_sized: dict[str, Tokenizer] = {}  # loaded by tokenizer_size; a run loads the same tokenizer next
 
 
 def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokenizer:
@@ -48,6 +49,8 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
     """
     if name in NAMES:
         tokenizer = _load_named(name)
+    elif name in _sized:
+        tokenizer = _sized.pop(name)
     elif name.startswith("hf:"):
         tokenizer = _load_path(model_folder(name.removeprefix("hf:"), f"--tokenizer={name}")[0])
     elif os.path.exists(path := os.path.expanduser(name)):
@@ -66,7 +69,10 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
 
 def tokenizer_size(name: str) -> int:
     """Returns the number of ids of a tokenizer. Those of a named tokenizer are known without its files."""
-    return NAMED_FINGERPRINTS[name]["vocab_size"] if name in NAMES else load_tokenizer(name).vocab_size
+    if name in NAMES:
+        return int(NAMED_FINGERPRINTS[name]["vocab_size"])
+    _sized[name] = load_tokenizer(name)
+    return _sized[name].vocab_size
 
 
 def _load_path(path: Path) -> Tokenizer:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import assets, fineweb_edu, tiny_shakespeare
+from data import assets, fineweb_edu, shards, tiny_shakespeare
 from data.prepare import encoder, job, sources, workers
 from data.prepare import hub as data_sets
 from data.tokenizers.tokenizer import Tokenizer
@@ -115,6 +115,15 @@ def test_an_option_that_decides_the_shards_may_not_change(tmp_path, quick, sourc
     source.write_text('{"text": "other"}\n')
     with pytest.raises(UserError, match="options .source."):
         quick(source, "--output_dir", tmp_path / "out")
+
+
+def test_the_output_may_be_below_the_input(tmp_path, quick, source, capsys):
+    for _ in range(2):
+        quick(tmp_path, "--output_dir", tmp_path / "out")
+    assert capsys.readouterr().out.endswith(f"{tmp_path}/out/manifest.json\n{tmp_path}/out: already there\n")
+    for step in ("--part=1/2", "--part=2/2", "--join"):
+        quick(tmp_path, "--output_dir", tmp_path / "parts", step)
+    assert "100 documents" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_an_option_that_does_not_decide_the_shards_may_change(tmp_path, quick, source, capsys):
@@ -318,6 +327,15 @@ def test_check_names_the_damaged_shard(tmp_path, quick, source, damage):
         path.unlink()
     with pytest.raises(UserError, match="x_train_000002.bin is"):
         quick("--output_dir", tmp_path / "out", "--check")
+
+
+def test_check_does_not_look_in_the_repository(tmp_path, quick, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "repository/data/x").mkdir(parents=True)
+    (tmp_path / "repository/data/x/x_train_000001.bin").touch()
+    monkeypatch.setattr(shards, "REPOSITORY", tmp_path / "repository")
+    with pytest.raises(UserError, match="--output_dir=data/x: no shards to check"):
+        quick("--output_dir", "data/x", "--check")
 
 
 def test_check_of_shards_without_a_manifest(tmp_path, quick, source, capsys):

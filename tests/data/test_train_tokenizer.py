@@ -33,7 +33,7 @@ def command(*args):
 @pytest.fixture(scope="module")
 def made(corpus):
     flags = ["--text_key=body", "--vocab_size=400", "--special_tokens=<|fim_prefix|>,<|fim_middle|>,<|fim_suffix|>"]
-    done = command(corpus / "*.jsonl", "--output", corpus / "tok", *flags)
+    done = command(corpus / "*.jsonl", corpus / "empty.txt", "--output", corpus / "tok", *flags)
     assert done.returncode == 0, done.stderr
     return corpus / "tok", done.stdout, flags
 
@@ -42,6 +42,7 @@ def test_the_command_prints_a_summary(made):
     folder, out, _ = made
     lines = out.splitlines()
     assert lines[0].startswith(f"{folder}/tokenizer.json: 400 tokens from ")
+    assert lines[0].endswith(" bytes, 1 empty skipped")
     assert "bytes per token on" in lines[1] and lines[2].startswith("gpt2: ")
     assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 

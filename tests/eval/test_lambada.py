@@ -105,6 +105,7 @@ def test_limit_reads_the_first_examples(passages):
         ('{"text": "a b "}\n', "line 1: the last word is missing"),
         ('{"text": "a b"\n', "line 1: not JSON"),
         ("[1]\n", "line 1: not an object"),
+        ("version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     ],
 )
 def test_user_errors_name_file_and_line(tmp_path, content, complaint):

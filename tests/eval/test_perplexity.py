@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def test_a_stride_of_the_window_equals_validation(model_251, shards, doc_mask):
     positions = document_positions(rows[:, :-1], 7) if doc_mask else None
     with torch.no_grad():
         loss, count = model.checkpoint.gpt.loss(rows[:, :-1], rows[:, 1:], positions)
-    texts = truncate(open_texts(paths, [], ReadOptions(), model), 2976)
+    texts = truncate(open_texts(paths, [], ReadOptions(), model, Counter()), 2976)
     assert measure(model, texts, 32, 32) == (pytest.approx(loss.item(), rel=1e-6), count.item())
 
 
@@ -236,12 +237,26 @@ def test_shards_are_one_text_and_their_bytes_are_counted(text_checkpoint, evalua
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-6)
 
 
+def test_a_folder_stands_for_its_validation_shards_and_each_shard_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x_train_000001.bin", "x_val_000000.bin", "manifest.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "link.bin").symlink_to("x_val_000000.bin")
+    val = tmp_path / "x_val_000000.bin"
+    assert texts.find_inputs([str(tmp_path)], "") == ([val], [])
+    assert texts.find_inputs([str(val), "x_val_*.bin", "link.bin", str(tmp_path)], "") == ([val], [])
+    val.unlink()
+    with pytest.raises(UserError, match=f"--input={tmp_path} matches no file"):
+        texts.find_inputs([str(tmp_path)], "")
+
+
 def test_text_files_and_lines_are_documents(text_checkpoint, evaluate, tmp_path, plain_losses, model):
     (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbf" + STORY.encode())  # with \r\n, as Windows writes text
-    lines = [json.dumps({"body": text}) for text in ("one\u2028two", "", "three")]
+    lines = [json.dumps({"body": text}) for text in ("one\u2028two", "", "three")] + ["bad"]
     (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n")
     inputs = ["--input", tmp_path / "a.md", tmp_path / "b.jsonl", "--text_key=body"]
-    evaluate(perplexity, f"--checkpoint={text_checkpoint}", *inputs, f"--output={tmp_path}/o.json", "--stride=8")
+    flags = [f"--checkpoint={text_checkpoint}", f"--output={tmp_path}/o.json", "--stride=8", "--skip_bad"]
+    assert evaluate(perplexity, *flags, *inputs).count("stride 8, 1 bad and 1 empty skipped\n") == 1
     documents = (STORY.replace("\r\n", "\n"), "one\u2028two", "three")
     rows = [[EOT, *load_tokenizer().encode(text)] for text in documents]
     found = read(tmp_path / "o.json")
@@ -375,7 +390,10 @@ def test_user_errors_in_shards(checkpoint, evaluate, tmp_path, name):
 TEXT_ERRORS = {
     "empty.txt": (b"", "too short"),
     "latin.txt": ("caf\xe9 x".encode("latin-1"), r"latin.txt: not UTF-8 text \(invalid continuation byte at byte 3\)"),
-    "field.jsonl": (b'{"text": "a"}\n\n{"txt": "b"}\n', "field.jsonl: line 3 .*field 'text'; see --text_key"),
+    "field.jsonl": (
+        b'{"text": "a"}\n\n{"txt": "b"}\n',
+        "field.jsonl: line 3 .*field 'text' .see --text_key.; repair",
+    ),
     "number.jsonl": (b'{"text": 5}\n', "number.jsonl: line 1: "),
     "json.jsonl": (b'{"text": "a"}\n{"text\n', "json.jsonl: line 2 is not JSON"),
     "blank.jsonl": (b'{"text": ""}\n\n', "too short"),

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.prepare import job as preparing
-from data.prepare import journal, sources, workers
+from data.prepare import journal, sources, text_files, workers
 from data.prepare.inputs import ReadOptions
-from data.prepare.job import locked, open_job, prepare, summary
+from data.prepare.job import locked, open_job, prepare, summary, tokenizer_recipe
 from data.prepare.sources import WorkUnit, plan
 from util.errors import UserError
 
@@ -69,6 +69,12 @@ def test_a_bos_token_follows_the_end_of_text_token(tmp_path, make_job, units, wh
     made = prepare(make_job(tmp_path / "out", tokenizer=replace(tokenizer, prefix=prefix)), units)
     tokens = [token for text in TEXTS for token in [*start, *tokenizer.encode(text)]]
     assert whole(tmp_path / "out") == tokens and (made["tokens"], made["documents"]) == (len(tokens), 60)
+
+
+def test_the_recipe_names_the_tokens_before_a_document(tokenizer):
+    """Shards with and without BOS are then not taken for the same."""
+    assert tokenizer_recipe(tokenizer) == {"tokenizer": tokenizer.sha256}
+    assert tokenizer_recipe(replace(tokenizer, bos=7)) == {"tokenizer": tokenizer.sha256, "document_prefix": [50256, 7]}
 
 
 @few
@@ -302,6 +308,24 @@ def test_units_have_the_tokens_of_their_documents_in_order(tmp_path, units, toke
     assert sum(tokens, []) == expected(TEXTS) and [one.tokens for one in encoded] == list(map(len, tokens))
 
 
+def test_an_error_of_the_disk_is_not_a_bad_document(tmp_path, tokenizer, monkeypatch):
+    """Not even with --skip_bad: the rest of the file would be lost."""
+    (tmp_path / "a.txt").write_text("some text")
+    (unit,) = plan([str(tmp_path / "a.txt")], ReadOptions())
+    reads = []
+
+    def blocks(path):
+        reads.append(path)
+        yield "some text " * 10
+        if len(reads) > 1:  # the first time it only looks for damage
+            raise UserError(f"{path}: Input/output error")
+
+    monkeypatch.setattr(text_files, "text_blocks", blocks)
+    encoder = workers.Encoder.of(workers.EncodeOptions(fast=False, skip_bad=True), tokenizer)
+    with pytest.raises(UserError, match="a.txt: Input/output error"):
+        workers.encode_unit(unit, tmp_path / "unit", encoder)
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_missing_and_truncated_shards_are_errors(tmp_path, make_job, units, damage):
     prepare(make_job(tmp_path / "out", shard_size=100), units)
@@ -328,6 +352,19 @@ def test_a_journal_of_other_units_is_not_resumed(tmp_path, monkeypatch, make_job
     assert "the last file is encoded again from its beginning" in capsys.readouterr().out
     prepare(make_job(tmp_path / "whole"), units[:1] + units[2:])
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_unfinished_work_on_other_units_is_not_resumed(tmp_path, monkeypatch, make_job, units):
+    """The recipe is the same, so the units must differ in the input."""
+    job = make_job(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(preparing, "_finish", lambda *args: (_ for _ in ()).throw(Interrupted))
+        prepare(job, units)
+    path = tmp_path / "out/.partial/journal.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "file_start": {**state, "units": "other"}}))
+    with pytest.raises(UserError, match="other input or options .source."):
+        prepare(job, units[1:])
 
 
 def test_a_journal_of_another_version_is_not_resumed(tmp_path, make_job, units):

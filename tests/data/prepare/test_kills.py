@@ -171,5 +171,5 @@ def test_a_damaged_line_found_by_a_worker_is_one_line(source, tmp_path):
     bad.write_bytes(source.read_bytes() + b'{"text": \n')
     process = start(bad, tmp_path / "out")
     out, err = finish(process, code=2)
-    assert err == f"error: {bad}: line 4301 is not a JSON object with a field 'text'; see --text_key, --skip_bad\n"
+    assert err == f"error: {bad}: line 4301 is not JSON; repair it, or skip damaged text with --skip_bad\n"
     assert all_gone(process.pid) and os.listdir(tmp_path / "out") == [".partial"]

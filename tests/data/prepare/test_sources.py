@@ -72,14 +72,30 @@ ALL = ["in/a.txt", "in/linked/more/c.txt", "in/sub/b.txt"]
 @pytest.mark.parametrize("pattern", ["in", "in/*", "in/**/*.txt", "./in/"])
 def test_links_are_followed_and_hidden_files_are_skipped(library, pattern, capsys):
     assert sorted(input_files([pattern])) == ALL
-    assert "hidden files or folders skipped: in/._a.txt" in capsys.readouterr().out.replace("in/.checkpoints, ", "")
+    out = capsys.readouterr().out
+    assert out.startswith("hidden files or folders skipped, ") and "in/._a.txt" in out
 
 
 def test_hidden_files_are_counted_once_and_read_if_they_are_named(library, capsys):
     input_files(["in", "in/*"])
-    assert capsys.readouterr().out == "2 hidden files or folders skipped: in/.checkpoints, in/._a.txt\n"
+    assert capsys.readouterr().out == "hidden files or folders skipped, 2: in/.checkpoints, in/._a.txt\n"
     assert input_files(["in/.*.txt", "in/.checkpoints"]) == ["in/._a.txt", "in/.checkpoints/a.txt"]
     assert not capsys.readouterr().out
+
+
+def test_files_that_describe_data_are_skipped_in_folders_and_counted(tmp_path, capsys):
+    for name in ("a.txt", "b.json", "README.md", "shards/manifest.json", "tok/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    text = [f"{tmp_path}/a.txt", f"{tmp_path}/b.json"]
+    assert input_files([str(tmp_path)]) == text
+    names = ("README.md", "shards/manifest.json", "tok/tokenizer.json")
+    skipped = ", ".join(f"{tmp_path}/{name}" for name in names)
+    assert capsys.readouterr().out == f"files that describe data skipped, 3: {skipped}\n"
+    with pytest.raises(UserError, match="shards: no text in this folder"):
+        input_files([f"{tmp_path}/shards"])
+    assert input_files([str(tmp_path), f"{tmp_path}/README.md"]) == [*text, f"{tmp_path}/README.md"]
+    assert input_files([f"{tmp_path}/tok"], "jsonl") == [f"{tmp_path}/tok/tokenizer.json"]
 
 
 def test_a_file_that_two_paths_name_is_read_once(library):
@@ -449,7 +465,7 @@ MISTAKES = {
     "no field": (
         "a.jsonl",
         bytes_of(b'{"txt": "x"}'),
-        "line 1 is not a JSON object with a field 'text'; see --text_key",
+        "line 1 is not a JSON object with a field 'text' (see --text_key)",
     ),
     "no text": ("a.jsonl", bytes_of(GOOD + b'{"text": 3}'), "line 2: field 'text' is not text"),
     "nested": ("a.jsonl", bytes_of(b'{"text":' * 10**5), "line 1 is not JSON"),
@@ -471,11 +487,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name, make, message", MISTAKES.values(), ids=MISTAKES)
-def test_a_damaged_input_is_one_line(tmp_path, name, make, message):
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_damaged_input_is_one_line(tmp_path, mistake):
+    name, make, message = MISTAKES[mistake]
     make(tmp_path / name)
     said = refusal([tmp_path / name])
     assert said.startswith(f"{tmp_path / name}: ") and message in said
+    assert mistake.endswith("column") or said.count("; repair it, or skip damaged text with --skip_bad") == 1
 
 
 @pytest.mark.parametrize("mistake", [name for name in MISTAKES if not name.endswith("column")])
@@ -616,6 +634,15 @@ def test_a_lasting_network_error_is_one_line(tmp_path, remote, tokenizer, monkey
     with pytest.raises(UserError, match="far/a.parquet cannot be read .ConnectionResetError.*repeat the command"):
         workers._work(unit, tmp_path / "unit", False)
     assert remote["failures"] == 99 - sources.TRIES
+
+
+def test_a_local_data_set_is_read_once_only(monkeypatch):
+    monkeypatch.setattr(sources, "FIRST_PAUSE", 0.0)
+    for path, tries in (("hf:./folder", 1), ("hf:/folder/x", 1), ("hf:~/x", 1), ("hf:owner/name", sources.TRIES)):
+        calls = []
+        with pytest.raises(UserError, match="cannot be read .OSError: damaged"):
+            sources.retry(path, lambda calls=calls: calls.append(1) or (_ for _ in ()).throw(OSError("damaged")))
+        assert len(calls) == tries
 
 
 def test_the_paths_of_units_are_plain_strings(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from data import assets
 from data.prepare.encoder import make_encoder
 from data.shards import token_dtype
+from data.tokenizers import load
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import GPT2_END_OF_TEXT, NAMED_FINGERPRINTS, rank_file
 from util.errors import UserError
@@ -99,6 +100,15 @@ def test_the_models_vocabulary_must_have_room_for_every_id(vocab_size, fits):
         return
     with pytest.raises(UserError, match=f"--vocab_size={vocab_size}"):
         load_tokenizer(vocab_size=vocab_size)
+
+
+def test_a_tokenizer_whose_size_was_asked_for_is_loaded_once(tmp_path, tokenizer, monkeypatch):
+    loads = []
+    monkeypatch.setattr(load, "_load_path", lambda path: loads.append(path) or tokenizer)
+    assert load.tokenizer_size(str(tmp_path)) == 50257 and load_tokenizer(str(tmp_path)) is tokenizer
+    assert loads == [tmp_path]
+    load_tokenizer(str(tmp_path))  # the file may have changed
+    assert loads == [tmp_path] * 2
 
 
 def test_the_ranks_come_from_the_verified_file(tmp_path, monkeypatch, tokenizer):
