@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from util.errors import UserError, quote
@@ -88,6 +89,15 @@ def check_run(c: Config, world_size: int) -> None:
             f" = {rows} × {c.sequence_length} × {world_size} = {micro};"
             f"{_smaller_batch(c, world_size)} nearest: {_multiples(c.total_batch_size, micro)}"
         )
+
+
+def check_rates(optimizer: str, flags: Iterable[str]) -> None:
+    """Raises UserError if one of the `flags` of a command line is a learning rate that the optimizer does not use."""
+    muon = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+    unused = ("learning_rate",) if optimizer == "muon" else muon
+    if name := next((name for name in flags if name in unused), None):
+        rates = ", ".join(f"--{rate}" for rate in muon) if optimizer == "muon" else "--learning_rate"
+        raise UserError(f"--{name}: has no effect with --optimizer={optimizer}; its rates are set by {rates}")
 
 
 def _smaller_batch(c: Config, world_size: int) -> str:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cfg.checks import PATH_FLAGS, check_model, check_run, largest_divisor
+from cfg.checks import PATH_FLAGS, check_model, check_rates, check_run, largest_divisor
 from cfg.flags import DEFAULT_OUTPUT_DIR, GROUPS, Config, ModelConfig, shown_default, training_only_flags, type_name
 from cfg.other_trainers import OTHER_NAMES
 from util.errors import CommandParser, UserError, closest, quote
@@ -247,6 +247,7 @@ def load_config(
     if saved_flags is not None:
         config = keep_batch(config, saved_flags(config), world_size)
     config = resolve(config, world_size)
+    check_rates(config.optimizer, flags)
     if pretrained is not None:
         _check_against_pretrained(config, pretrained, values)
     return config

@@ -129,11 +129,13 @@ def _numpy(path: Path) -> Shard:
     except (ValueError, OverflowError) as e:  # damaged
         raise UserError(f"{path}: not an array of tokens: {e}") from e
     if tokens.ndim != 1 or tokens.dtype not in ("<u2", "<u4"):
-        wide = tokens.dtype.kind in "iuf" and tokens.max(initial=0) >= 2**16
-        raise UserError(
+        problem = (
             f"{path}: an array of {tokens.dtype} with shape {tokens.shape}, but tokens are uint16 or uint32 in one"
-            f" dimension; save it again with np.save(path, tokens.astype(np.{'uint32' if wide else 'uint16'}))"
         )
+        if tokens.dtype.kind not in "iu" or tokens.min(initial=0) < 0:
+            raise UserError(f"{problem} dimension; is it another file?")
+        kind = "uint32" if tokens.max(initial=0) >= 2**16 else "uint16"
+        raise UserError(f"{problem} dimension; save it again with np.save(path, tokens.astype(np.{kind}).reshape(-1))")
     return Shard(path, len(tokens), tokens.dtype, tokens.offset)
 
 

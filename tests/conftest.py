@@ -117,7 +117,9 @@ class Trainer:
         data = [f"--input_train_bin={self.shards}/*_train_*.bin", f"--input_val_bin={self.shards}/*_val_*.bin"]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launcher = [*torchrun, f"--max-restarts={restarts}"] if ranks > 1 else []
-        return [python, *launcher, script, *TINY, *data, f"--output_dir={output_dir}", *flags]
+        muon = "--optimizer=muon" in flags  # which does not take --learning_rate
+        tiny = [flag for flag in TINY if not (muon and flag.startswith("--learning_rate="))]
+        return [python, *launcher, script, *tiny, *data, f"--output_dir={output_dir}", *flags]
 
     def start(
         self,

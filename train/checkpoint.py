@@ -138,7 +138,8 @@ class Checkpointer:
         state = self._restore(self.started_from) or {"step": 0}
         self.guard.load_state_dict(before)
         self.guard.rolled_back(step, state["step"], state.get("guard", {}))
-        advice = "lower --learning_rate" + (", or raise --skip_spikes" if config.skip_spikes else "")
+        rate = "--matrix_lr and the other rates of muon" if config.optimizer == "muon" else "--learning_rate"
+        advice = f"lower {rate}" + (", or raise --skip_spikes" if config.skip_spikes else "")
         if not state["step"]:
             raise DivergedError(f"diverged: {problem} in step {step}, and no checkpoint yet to roll back to; {advice}")
         if self.guard.rollbacks > config.max_rollbacks:

@@ -59,17 +59,19 @@ def add_reading_flags(parser: Any) -> None:
     )
     parser.add_argument(
         "--document_separator",
-        default="",
         metavar="TEXT",
-        help="what divides a .txt or .md file into documents (default: <|endoftext|>, except within a sentence);"
-        " none: a file is one document",
+        help="what divides a .txt or .md file into documents; \\n: a line break; none: a file is one document"
+        " (default: <|endoftext|>, except within a sentence)",
     )
     parser.add_argument("--skip_bad", action="store_true", help="skip damaged text, and count it")
 
 
 def read_options(args: argparse.Namespace) -> ReadOptions:
     """Returns the options that the flags of `add_reading_flags` give."""
-    return ReadOptions(args.text_key, args.skip_bad, args.format or "", args.document_separator)
+    if args.document_separator == "":
+        raise UserError("--document_separator: is empty; give a text, or none")
+    separator = (args.document_separator or "").replace("\\n", "\n").replace("\\t", "\t")
+    return ReadOptions(args.text_key, args.skip_bad, args.format or "", separator)
 
 
 def is_remote(path: str) -> bool:

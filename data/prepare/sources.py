@@ -178,6 +178,8 @@ def describe_skipped(skipped: dict[str, int], separator: str = "") -> str:
     notes = f", {counts} skipped" if counts else ""
     if places := skipped.get(SEPARATORS):
         notes += f", text split at {places:,} {quote(separator or END_OF_TEXT)} (see --document_separator)"
+    elif separator not in ("", "none"):
+        notes += f", no {quote(separator)} found (see --document_separator)"
     return notes
 
 

@@ -254,6 +254,14 @@ def test_the_summary_says_at_how_many_separators_text_was_split(tmp_path, quick,
     assert "1 documents" in capsys.readouterr().out
     quick(*args, "--output_dir", tmp_path / "own", "--document_separator=o")
     assert documents_in(whole(tmp_path / "own")) == ["ne\n<|end", "ftext|>\ntw", "<|end", "ftext|>"]
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    quick(*args, "--output_dir", tmp_path / "lines", r"--document_separator=\n\n")
+    assert documents_in(whole(tmp_path / "lines")) == ["one", "two"]
+    capsys.readouterr()
+    quick(*args, "--output_dir", tmp_path / "missing", "--document_separator=###")
+    assert "no ### found (see --document_separator)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--document_separator: is empty"):
+        quick(*args, "--output_dir", tmp_path / "empty", "--document_separator=")
 
 
 WRONG = """--shard_size=0 --shard_size=-5 --shard_size=2147483648 --val_tokens=-1 --val_tokens=2147483648

@@ -9,6 +9,7 @@ from cfg.config import load_config
 from model.gpt import GPT, init_weights
 from train.muon import normalize_rows, orthogonalize
 from train.optim import make_optimizer, set_schedules
+from util.errors import UserError
 
 BAND = 0.84, 1.15  # of singular values after five Polar Express steps from 0.001 on
 
@@ -109,3 +110,9 @@ def test_frozen_parameters_are_not_updated_and_need_no_matrices():
     optimizer = make_optimizer(model, config, 1)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
     assert not any(group["parts"] for group in optimizer.param_groups)
+
+
+def test_a_rate_of_the_other_optimizer_is_an_error():
+    for flags in (["--optimizer=muon", "--learning_rate=1"], ["--head_lr=1"]):
+        with pytest.raises(UserError, match=f"{flags[-1][:-2]}: has no effect with --optimizer="):
+            load_config(flags, 1)
