@@ -72,8 +72,8 @@ def write_status(output_dir: Path, status: str, step: int | None = None, reason:
     global _status
     if _held_lock is not None and is_at(_held_lock, output_dir / ".lock"):
         content = {"status": status, "step": step, "reason": reason}
+        _status = status  # before it can be read from the file
         write_atomically(output_dir / "status.json", (json.dumps(content) + "\n").encode())
-        _status = status
 
 
 def is_running() -> bool:

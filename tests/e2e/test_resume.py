@@ -207,8 +207,9 @@ def test_shards_that_are_new_since_the_checkpoint_are_trained_on_in_a_new_run(tr
     flags = [f"--input_train_bin={more}/*_train_*.bin", "--num_iterations=11"]
     err = trainer.run(finished, *flags, code=2).stderr
     assert "--input_train_bin: 2 shards are new (first: count_train_000000.bin) since the checkpoint was written" in err
-    assert f"start a new run from its weights with --init_from={finished} and another --output_dir" in err
-    trainer.run(tmp_path / "new", *flags, f"--init_from={finished}", "--num_iterations=1")
+    checkpoint = f"--init_from={finished}/checkpoints/step_00000010"
+    assert f"start a new run from its weights with {checkpoint} and another --output_dir" in err
+    trainer.run(tmp_path / "new", *flags, checkpoint, "--num_iterations=1")
     assert metrics(tmp_path / "new")[0]["loss"] < metrics(finished)[0]["loss"] - 0.1
 
 

@@ -108,7 +108,7 @@ def test_a_run_resumes_with_a_copy_of_its_tokenizer_but_not_with_another(run, wo
         ("gtp2", [], "--tokenizer=gtp2: no such tokenizer or file; did you mean gpt2?"),
         ("{world}/data", [], "tokenizer.json: No such file"),
         ("{world}/tok", ["--vocab_size=299"], "give --vocab_size=300"),
-        ("none", ["--vocab_size=128256"], "has 300 ids, but the model has --vocab_size=128256; give shards"),
+        ("none", ["--vocab_size=128256"], "has 300 ids, but the model has --vocab_size=128256; give --vocab_size=300"),
     ],
 )
 def test_a_mismatch_is_an_error_before_anything_is_written(world, trainer, tmp_path, tokenizer, more, message):
