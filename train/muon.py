@@ -48,11 +48,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon on groups with `parts`, AdamW (fused) on the others.
+    """Updates groups that have `parts` with Muon, and all others with AdamW (fused).
 
-    `parts` are the numbers of rows of the matrices that a parameter holds, such as query, key and value in c_attn. Each
-    is orthogonalised for itself. The whole momentum of a sharded matrix is gathered on all ranks, one matrix at a time,
-    and each rank keeps the rows of its own part: orthogonalising the parts would be another optimizer.
+    `parts` are the numbers of rows of the matrices in a parameter, such as query, key and value in c_attn. Each matrix
+    is orthogonalised separately. If a parameter is sharded, its momentum is gathered on all ranks, one parameter at a
+    time. Each rank then keeps the rows of its shard. Orthogonalising the shards would be another optimizer.
     """
 
     def __init__(self, groups: Any, **defaults: Any):

@@ -77,7 +77,7 @@ def write_status(output_dir: Path, status: str, step: int | None = None, reason:
 
 
 def is_running() -> bool:
-    """Returns whether status.json still says that the run goes on."""
+    """Returns whether the status of the run is still `running`."""
     return _status == "running"
 
 
