@@ -80,8 +80,8 @@ def parser() -> CommandParser:
         "--bos",
         type=int,
         choices=[0, 1],
-        help="1: put the token that documents start with before each prompt; 0: nothing (default: what the tokenizer"
-        " itself puts there, which is nothing for GPT-2)",
+        help="1: put the token that documents start with before each prompt; 0: no token (default: the tokens that the"
+        " tokenizer adds; GPT-2's adds none)",
     )
     add(
         "--special_tokens",

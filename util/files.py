@@ -169,7 +169,7 @@ def is_at(file: IO[str], path: Path) -> bool:
 
 
 def reopen(file: IO[str], path: Path) -> IO[str]:
-    """Returns `file`, opened with "a+". If it is no longer at `path`, writes its content there and opens that file."""
+    """Returns `file`, opened with "a+". If `path` was deleted or replaced, writes its content there and opens that."""
     if is_at(file, path):
         return file
     with file:
