@@ -30,7 +30,8 @@ if [ ! -f "$stamp" ]; then
         options+=(-c scripts/constraints.txt)
     # uv makes environments without pip: install with uv, or add pip.
     if .venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/bin/python -m ensurepip > /dev/null 2>&1; then
-        .venv/bin/python -m pip install -qq --disable-pip-version-check "${options[@]}"
+        # Python compiles modules at their first import; to compile all of them takes as long as the installation.
+        .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check "${options[@]}"
     elif command -v uv > /dev/null; then
         uv pip install --quiet --python .venv/bin/python "${options[@]}"
     else

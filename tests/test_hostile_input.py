@@ -41,7 +41,7 @@ from util.errors import UserError
 from util.files import file_sha256
 from util.ranks import Ranks
 
-CASES = 1000
+CASES = 300
 cases = settings(
     max_examples=CASES,
     deadline=timedelta(seconds=3),

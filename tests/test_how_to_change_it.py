@@ -86,6 +86,7 @@ def test_the_changed_functions_compute_what_the_page_says(changed):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_changed_sources_prepare_data_train_and_resume(changed):
     rows = "".join(f'{i},"A text with a comma, number {i}."\n' for i in range(200))
     (changed / "texts.csv").write_text(f"id,text\n{rows}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--sequence_length=64", "--batch_size=4", "--total_batch_size=256"]
 TINY += ["--num_iterations=3", "--device=cpu", "--sample_every=0", "--val_max_steps=1"]
@@ -53,7 +54,6 @@ def test_generation_with_another_tokenizer_than_the_checkpoint_is_an_error(comma
     assert "--tokenizer=gpt2, but the checkpoint was trained with gpt2-fim" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_run_without_tokenizer_keeps_the_fingerprint_of_the_checkpoint(command, run, tmp_path):
     shards = f"--input_train_bin={run}/code/*_train_*.bin"
     start = [*TINY, "--cfg=code-small", shards, "--input_val_bin=", f"--output_dir={tmp_path}"]

@@ -142,7 +142,7 @@ def test_a_spike_is_skipped(train, metrics, injected, tmp_path, resumed):
 )
 @pytest.mark.parametrize(
     "what, ranks, stage",
-    [("weights", 2, 3), ("moments", 1, 0), slow("weights", 2, 0), slow("weights", 2, 1), slow("weights", 2, 2)],
+    [slow("weights", 2, 3), ("moments", 1, 0), slow("weights", 2, 0), slow("weights", 2, 1), slow("weights", 2, 2)],
 )
 def test_poisoned_weights_are_never_saved(train, metrics, injected, tmp_path, what, ranks, stage):
     run = tmp_path / "run"

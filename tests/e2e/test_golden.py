@@ -140,13 +140,10 @@ def check_events(found, printed):
     assert records[f"step {STEPS}"]["val_loss"] < records["step 30"]["val_loss"]
 
 
-# The numbers of stages 0 and 1 on two ranks are also in tests/e2e/test_reference.py.
+# The numbers of two ranks are also in tests/e2e/test_reference.py.
 @pytest.mark.parametrize(
     "setting",
-    [
-        pytest.param(s, marks=pytest.mark.slow if s in ("two_ranks_stage_0", "two_ranks_stage_1") else ())
-        for s in SETTINGS
-    ],
+    [pytest.param(s, marks=() if s == "one_process" else pytest.mark.slow) for s in SETTINGS],
 )
 def test_the_run_gives_the_recorded_numbers(trainer, data_flags, tmp_path, setting):
     ranks, stage, file = SETTINGS[setting]

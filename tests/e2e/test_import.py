@@ -79,7 +79,8 @@ def test_a_run_resumes_and_another_run_can_start_from_it(trainer, trace, one_pro
     assert all((last[name] - first[name]).abs().max() < 1e-12 for name in last)
 
 
-@pytest.mark.parametrize("compile", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", [0, 1])
 def test_a_sliding_window_trains_and_is_saved_in_the_manifest(trainer, trace, tmp_path, compile):
     folder_of(MistralConfig(**SHAPE, sliding_window=5), tmp_path / "hf")
     common = [f"--init_from=hf:{tmp_path / 'hf'}", "--num_iterations=4", "--sample_every=4", "--sample_tokens=9"]

@@ -28,11 +28,12 @@ def soak(stage, folder, *flags, plan=None):
     return kills, max(kill.repeated for kill in kills)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "SIGKILL of one worker, all workers, or the launcher",
     "bit-equal; no orphan processes; only the steps since the last save are repeated",
 )
-@pytest.mark.parametrize("stage", [3, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_killed_in_several_phases_ends_bit_equal(injected, tmp_path, stage):
     kills, most = soak(stage, tmp_path, "--n_embd=32", "--val_max_steps=10", plan=SHORT[stage])
     assert [(kill.target, kill.planned) for kill in kills] == SHORT[stage]

@@ -119,7 +119,8 @@ def test_a_worker_killed_on_one_machine_restarts_all_of_them(
     assert_same_run(output_dir, undisturbed(2, *FLAGS))
 
 
-@pytest.mark.parametrize("strategy", ["stage0", pytest.param("stage3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["stage0", "stage3"])
 def test_a_slurm_job_goes_through_the_queue_until_it_is_done(
     launcher, assert_same_run, wait_for, undisturbed, tmp_path, strategy
 ):

@@ -46,9 +46,16 @@ def test_one_process_resumes_the_checkpoint_of_a_sharded_run(trainer, trace, sta
     run = cut_back(tmp_path / "sharded", tmp_path / "run")
     trainer.run(run, *FLAGS)
     assert_close(trace(run), trace(stage_0))
-    again = cut_back(tmp_path / "sharded", tmp_path / "again")
-    trainer.run(again, *FLAGS, "--zero_stage=3", ranks=2)
-    assert trace(again) == trace(tmp_path / "sharded")  # ==: all digits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [*STAGES, *SLOW])
+def test_a_sharded_run_resumes_bit_equal(trainer, trace, tmp_path, strategy):
+    flags, ranks = [*FLAGS, *(STAGES | SLOW)[strategy]], 4 if strategy == "hsdp" else 2
+    trainer.run(tmp_path / "whole", *flags, ranks=ranks)
+    run = cut_back(tmp_path / "whole", tmp_path / "run")
+    trainer.run(run, *flags, ranks=ranks)
+    assert trace(run) == trace(tmp_path / "whole")  # ==: all digits
 
 
 @pytest.mark.slow

@@ -94,18 +94,22 @@ def assert_equal(ours, theirs, limit=LIMIT):
         assert (weights[name].double() - wanted).abs().max() <= limit, name
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 CASES = [
     # shape, ranks, stage, flags that differ from TRAINING
     ("gpt2", 1, 0, {"schedule": "cosine", "batch_size": 4}),
     ("gpt2", 2, 0, {"dropout": 0.2, "flash": False}),
     ("gpt2", 2, 1, {"schedule": "linear", "activation_checkpointing": "block"}),
-    ("gpt2", 2, 3, {"schedule": "constant"}),
-    ("llama", 1, 3, {"schedule": "linear"}),
-    ("llama", 2, 0, {"batch_size": 8}),
+    slow("gpt2", 2, 3, {"schedule": "constant"}),
+    slow("llama", 1, 3, {"schedule": "linear"}),
+    slow("llama", 2, 0, {"batch_size": 8}),
     ("llama", 2, 2, {"schedule": "cosine"}),
     ("llama", 2, 3, {"dropout": 0.1, "flash": False, "activation_checkpointing": "block"}),
-    pytest.param("gpt2", 1, 3, {}, marks=pytest.mark.slow),
-    pytest.param("llama", 1, 0, {}, marks=pytest.mark.slow),
+    slow("gpt2", 1, 3, {}),
+    slow("llama", 1, 0, {}),
 ]
 
 

@@ -20,8 +20,8 @@ def steps_logged(output_dir):
 @pytest.mark.parametrize(
     "ranks,number",
     [
-        (1, signal.SIGUSR1),
         (2, signal.SIGTERM),
+        pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow),
         *(pytest.param(n, signal.SIGINT, marks=pytest.mark.slow) for n in (1, 2)),
         pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow),
     ],
@@ -95,7 +95,7 @@ def whole(trainer, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("first,then", [(1, 2), (2, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first,then", [(1, 2), *(pytest.param(2, n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_a_run_resumed_on_other_ranks_trains_on_the_same_samples(trainer, trace, whole, tmp_path, first, then):
     shutil.copytree(whole / str(first), tmp_path / "run")
     for late in (tmp_path / "run" / "checkpoints").glob("step_*"):

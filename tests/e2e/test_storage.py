@@ -345,6 +345,7 @@ def test_a_run_whose_deleted_output_dir_is_used_by_another_run_ends(trainer, wai
     kill_all(second)
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_is_announced_and_the_error_says_what_to_delete(trainer, tmp_path):
     """On a file system with room for two checkpoints. After what the error names is deleted, the run finishes."""
     disk = tmp_path / "disk"

@@ -142,6 +142,7 @@ def test_tiny_shakespeare_with_a_trained_tokenizer(command, world, tmp_path):
     assert "made from other input" in command(*other, code=2).stderr
 
 
+@pytest.mark.slow
 def test_the_preset_of_bytes_trains_on_tiny_shakespeare(command, metrics, tmp_path):
     command("data/tiny_shakespeare.py", "--tokenizer=bytes", "--output_dir", tmp_path / "data")
     data = [f"--input_train_bin={tmp_path}/data", f"--input_val_bin={tmp_path}/data", f"--output_dir={tmp_path}/run"]

@@ -426,6 +426,7 @@ def test_ctrl_c_ends_the_command_after_the_printed_text(endless):
     assert start.startswith(b"ROMEO:") and b"-" * 40 not in start + rest
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_the_command(endless):
     endless.stdout.read(40)
     endless.stdout.close()

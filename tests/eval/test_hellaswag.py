@@ -118,6 +118,7 @@ def test_accuracy_and_its_standard_error():
     assert all(r.name in shown for r in GPT2) and "0.2955" in shown and "0.5089" in shown
 
 
+@pytest.mark.slow
 def test_an_untrained_model_has_the_accuracy_of_chance(text_checkpoint, evaluate, tmp_path):
     path = write(tmp_path / "random.jsonl", rows(500))
     output = tmp_path / "out.json"

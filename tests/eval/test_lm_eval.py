@@ -217,6 +217,7 @@ def resps(results, task):
     return [[answer for request in sample["resps"] for answer in request] for sample in samples]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_metrics_equal_those_of_the_librarys_model(task, found, theirs):
     ours, reference = ({k: v for k, v in r["results"][task].items() if isinstance(v, float)} for r in (found, theirs))

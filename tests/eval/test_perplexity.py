@@ -328,7 +328,8 @@ def test_the_manifest_of_shards_gives_the_bytes_of_tokens_for_a_hugging_face_mod
         texts.byte_lengths_for(shard, replace(foreign, encoder=bytewise))
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_give_bit_identical_results(checkpoint, shards, evaluate, tmp_path, ranks):
     flags = [f"--checkpoint={checkpoint}", f"--input={shards}/*_val_*.bin", "--batch_tokens=500"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

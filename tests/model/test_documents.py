@@ -106,7 +106,9 @@ def test_one_document_per_row_needs_no_mask(family):
     assert torch.allclose(model(idx, positions=positions), model(idx), atol=1e-5)
 
 
-@FAMILIES
+@pytest.mark.parametrize(
+    "family", [WINDOW, *(pytest.param(f, marks=pytest.mark.slow) for f in ([], LLAMA))], ids=["window", "gpt2", "llama"]
+)
 def test_compiled_gives_the_same_numbers_as_eager(family):
     model = make(*family, "--compile=1")
     eager_loss, eager = loss_and_gradients(model, *packed())

@@ -62,9 +62,9 @@ def slow(*case):
     "family, how, recompute",
     [
         slow([], "1", "none"),
-        (LLAMA, "1", "none"),
+        slow(LLAMA, "1", "none"),
         (MODERN, "1", "none"),
-        ([], "model", "selective"),
+        slow([], "model", "selective"),
         slow(LLAMA, "model", "block"),
         slow(MODERN, "model", "none"),
     ],

@@ -254,6 +254,7 @@ def with_begin_of_text(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_bos_token_is_added_by_rawgpt_and_by_transformers(trainer, with_begin_of_text, tmp_path, capsys):
     """The run, its export in rawgpt and its export in transformers generate the same text."""
     flags = [f"--tokenizer={with_begin_of_text}", "--vocab_size=50258", "--n_layer=1", "--num_iterations=2"]

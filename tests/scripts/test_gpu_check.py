@@ -5,6 +5,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -13,6 +15,7 @@ def gpu_check(*flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_writes_a_report_of_the_chosen_checks(tmp_path):
     output = tmp_path / "new" / "report.json"
     done = gpu_check("--device", "cpu", "--only", "flash document", "--output", output)
@@ -26,6 +29,7 @@ def test_a_rehearsal_writes_a_report_of_the_chosen_checks(tmp_path):
     assert {"hardware", "torch", "cuda", "python", "commit", "command", "seconds"} <= report.keys()
 
 
+@pytest.mark.slow
 def test_a_check_that_starts_after_the_time_limit_fails(tmp_path):
     output = tmp_path / "report.json"
     assert gpu_check("--device=cpu", "--only=half", "--minutes=1e-9", f"--output={output}").returncode == 1

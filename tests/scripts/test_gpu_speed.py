@@ -69,6 +69,7 @@ def rehearsal(tmp_path_factory, nanogpt):
     return output, done.stdout
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_reports_results(rehearsal):
     report = json.loads(rehearsal[0].read_text())
     assert not report["failed"] and not report["left_out"] and len(report["figures"]) == 19
@@ -81,6 +82,7 @@ def test_every_part_runs_and_reports_results(rehearsal):
     assert {"hardware", "driver", "torch", "cuda", "cudnn", "LD_LIBRARY_PATH", "commit", "command"} <= report.keys()
 
 
+@pytest.mark.slow
 def test_a_killed_benchmark_keeps_its_results(tmp_path, nanogpt):
     output = tmp_path / "report.json"
     process = subprocess.Popen(command(*TINY, f"--output={output}", f"--nanogpt={nanogpt}"), stdout=subprocess.PIPE)
@@ -148,6 +150,7 @@ def test_user_errors_write_nothing(measure, tmp_path, monkeypatch, flags, words)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_page_gets_a_section_per_report_and_keeps_the_rest(rehearsal, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(f"# Before\n{gpu_table.BEGIN}\nold\n{gpu_table.END}\nafter\n")
@@ -177,6 +180,7 @@ def test_a_file_that_is_not_a_report_is_a_user_error(tmp_path, monkeypatch, cont
     assert (tmp_path / "page.md").read_text() == "without marks"
 
 
+@pytest.mark.slow
 def test_a_page_without_marks_is_not_changed(rehearsal, tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text("without marks")
     monkeypatch.setattr(sys, "argv", ["gpu_table.py", str(rehearsal[0]), "--output", str(tmp_path / "page.md")])

@@ -164,6 +164,7 @@ def test_a_user_error_names_the_flag_and_a_remedy(refusal, command_line, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.slow
 def test_if_nothing_fits_it_suggests_changes_that_fit(refusal, answer, capsys):
     message = refusal("--cfg=llama3-8b --gpu=A100 --gpus=8 --zero_stage=0")
     assert "leaving out --zero_stage" in message

@@ -114,6 +114,7 @@ def journal_of(out):
     return json.loads(path.read_text())["progress"]["units"] if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(source, made, tmp_path, content):
     """Four kills at random moments. Every second one waits until the journal has advanced."""
     random.seed(7)
