@@ -49,9 +49,9 @@ def train(config: Config) -> int:
         config = choose_batch_size(config, ranks)  # from the free GPU memory
     parallel.set_math_mode(config, ranks.device)  # TF32, deterministic kernels
 
-    # --- inputs: data, tokenizer and pretrained weights are checked before the output directory is touched ----------
+    # --- inputs: data, tokenizer and pretrained weights are checked before the output directory is locked -----------
     tokenizer = inputs.open_tokenizer(config, ranks)  # None if the shards' tokenizer is unknown
-    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # without one --doc_mask is an error
+    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # --doc_mask requires a tokenizer
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
     config = inputs.count_iterations(config, train_data, ranks)  # from --num_epochs
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
@@ -81,7 +81,7 @@ def train(config: Config) -> int:
     step, last_record = checkpointer.resume()  # (0, {}) without a checkpoint
     ranks.on_main(lambda: run_dir.write_config(output_dir, to_yaml(config)))
     model.check_replicas()  # raises if copies of a parameter differ between ranks
-    model.warm_up()  # DDP arranges its buckets now: a resumed run adds gradients in the order of an uninterrupted one
+    model.warm_up()  # DDP arranges its buckets now: a resumed run sums gradients in the same order as before
     metrics.start(step, last_record.get("elapsed_s", 0.0))
     stop = interrupt.StopRequest(config.max_minutes, STARTED, output_dir)  # signals, or out of time
     # `pending` is the record of a step that is not yet evaluated and logged, or None. After a resume it is the
@@ -97,9 +97,9 @@ def train(config: Config) -> int:
     )
     with checkpointer:  # if training fails, waits until a save in the background is complete
         while True:
-            # 1. Finish the last step: run the evaluations that are due after it, and log its record. This follows
-            #    the save, so that an evaluation that crashes loses no step. When stopping with an evaluation due,
-            #    leave the record pending; the next start evaluates and logs it.
+            # 1. Finish the previous step: run the evaluations that are due after it, and log its record. Its checkpoint
+            #    was saved before (in part 4), so an evaluation that crashes does not lose it. When stopping with an
+            #    evaluation due, leave the record pending; the next start evaluates and logs it.
             if pending and not (stopping and evaluator.due(step)):
                 try:
                     pending |= evaluator.run(model, step, stop)
@@ -200,7 +200,7 @@ def train_step(
         loss_sum += loss.detach()
 
     # One all-reduce of each rank's share: every rank gets the same two numbers, and takes the same branch below.
-    total, squared_norm = ranks.sum(loss_sum, model.squared_grad_norm())
+    total, squared_norm = ranks.sum(loss_sum, model.squared_grad_norm_share())
     mean_loss, grad_norm = total / config.total_batch_size, math.sqrt(squared_norm) / scaler.value
 
     # Clip and update, unless loss or gradient is not finite or the norm is a spike. With a loss scale (fp16) gradients
@@ -213,7 +213,7 @@ def train_step(
         optimizer.step()
     scaler.update(mean_loss, grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean_loss, grad_norm, optimizer.param_groups[0]["lr"], skip_reason)  # logs the rate that was used
+    return StepResult(mean_loss, grad_norm, optimizer.param_groups[0]["lr"], skip_reason)
 
 
 def main(config: Config) -> int:

@@ -76,7 +76,7 @@ class ParallelModel:
         """Returns the gradients that this rank holds."""
         return [p.grad for p in self.gpt.parameters() if p.grad is not None]
 
-    def squared_grad_norm(self) -> Tensor:
+    def squared_grad_norm_share(self) -> Tensor:
         """Returns this rank's share of the squared gradient norm: the sum over all ranks is the model's."""
         return norm_squared(self.gradients(), self.mesh, self.ranks.world_size).to(self.ranks.device)
 

@@ -58,7 +58,7 @@ class Setting:
             self.parallel.set_gradient_sync(last=i == micro_steps - 1)
             loss, _ = self.parallel(micro_batch[:, :-1], micro_batch[:, 1:])
             (loss * self.ranks.world_size / rows.numel()).backward()
-        [squared] = self.ranks.sum(self.parallel.squared_grad_norm())
+        [squared] = self.ranks.sum(self.parallel.squared_grad_norm_share())
         self.parallel.scale_gradients(0.5)
         self.optimizer.step()
         self.optimizer.zero_grad()
