@@ -1,0 +1,240 @@
+"""Tokens to GPT-2's loss: `python scripts/bench/tokens_to_loss.py FILES --folder DIR`.
+
+Trains small models on the CPU: the recipe of GPT-2 on 8M tokens, and that of --cfg=modern-124m on a half and on a third
+of them. Each recipe runs once at three learning rates, then with three other seeds at the best of them. GPT-2 also runs
+with an untied head. Then the modern recipe runs on a third of the tokens without each of its changes. All runs have the
+same size, shards, and validation tokens.
+
+The vocabulary (4,096 tokens), the shards and the runs are in DIR, and the results in --output. Repeat the command to
+resume: runs in --output are skipped, interrupted runs resume. Prints the results as tables in Markdown; with --show it
+does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from util.errors import CommandParser, UserError, run_command
+from util.files import read_json, write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "tokens_to_loss.json"
+TOKENS = 8_000_000
+BATCH = 16384
+SIZE = f"""--n_layer=3 --n_embd=192 --n_head=3 --sequence_length=256 --batch_size=8 --total_batch_size={BATCH}
+    --vocab_size=4096 --device=cpu --dtype=float32 --compile=0 --tensorcores=0 --val_loss_every=0 --val_max_steps=30
+    --save_every_niter=100 --keep_last=1 --log_every=20""".split()
+# The learning rates of each recipe; a run multiplies them by its factor.
+RATES = {
+    "gpt2": {"learning_rate": 2e-3},
+    "gpt2-untied": {"learning_rate": 2e-3},
+    "modern": {"matrix_lr": 0.025, "embedding_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.015},
+}
+FLAGS = {
+    "gpt2": ["--schedule=cosine", "--learning_rate_decay_frac=0.1"],
+    "gpt2-untied": ["--schedule=cosine", "--learning_rate_decay_frac=0.1", "--tie_embeddings=0"],
+    "modern": ["--cfg=modern-124m"],
+}
+RECIPES = (("gpt2", 1.0), ("modern", 1 / 2), ("modern", 1 / 3), ("gpt2-untied", 1.0))  # with the part of TOKENS
+FACTORS = (0.5, 1.0, 2.0)
+SEEDS = (2, 3, 4)  # seed 1 chooses the learning rate
+# Each undoes one change of the modern recipe.
+ABLATIONS = {
+    "AdamW instead of Muon": "--optimizer=adamw --beta1=0.9 --adam_eps=1e-8 --weight_decay=0.1",
+    "cosine to 0.1 of the peak": "--schedule=cosine --learning_rate_decay_frac=0.1",
+    "learned positions": "--positions=learned",
+    "LayerNorm with weights": "--norm=layernorm --norm_weight=1",
+    "no norm of the embedding": "--embedding_norm=0 --embedding_std=0.02",
+    "GELU": "--mlp=gelu",
+    "no QK-norm": "--qk_norm=0",
+    "no soft cap": "--logit_softcap=0",
+    "tied head": "--tie_embeddings=1 --head_init=normal",
+    "GPT-2's initial projections and head": "--zero_init=0 --head_init=normal",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run: the recipe, the part of TOKENS, the factor of its learning rates, the seed, and the change undone."""
+
+    recipe: str
+    part: float
+    factor: float
+    seed: int = 1
+    without: str = ""
+
+    @property
+    def name(self) -> str:
+        name = f"{self.recipe}-{self.part:.2f}-{self.factor:g}-{self.seed}"
+        return f"{name}-without-{list(ABLATIONS).index(self.without)}" if self.without else name
+
+    @property
+    def steps(self) -> int:
+        return round(self.part * TOKENS / BATCH)
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * BATCH
+
+    def flags(self) -> list[str]:
+        """Returns the flags for train_gpt.py, without paths."""
+        rates = dict(RATES[self.recipe])
+        if self.without == "AdamW instead of Muon":
+            rates = RATES["gpt2"]
+        warmup = [] if self.recipe == "modern" else [f"--warmup_iters={self.steps // 20}"]
+        return [
+            *FLAGS[self.recipe],
+            *SIZE,
+            f"--num_iterations={self.steps}",
+            *warmup,
+            *(f"--{flag}={rate * self.factor:g}" for flag, rate in rates.items()),
+            *ABLATIONS.get(self.without, "").split(),
+            f"--seed={self.seed}",
+        ]
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", nargs="*", metavar="FILE", help="text, as for data/text.py; at least 9M tokens")
+    parser.add_argument("--folder", type=Path, help="where vocabulary, shards and runs are written")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default: 2)")
+    parser.add_argument("--show", action="store_true", help="print the results only")
+    args = parser.parse_args()
+    results = read_results(args.output)
+    if not args.show:
+        if args.folder is None or not args.input:
+            raise UserError("FILE and --folder: missing; name the text, and a folder for shards and runs")
+        prepare(args.input, args.folder)
+        while todo := [s for s in next_runs(results) if s not in results]:
+            with ThreadPoolExecutor(args.jobs) as pool:
+                futures = {pool.submit(train, setting, args.folder): setting for setting in todo}
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    write_results(args.output, results)
+                    print(f"{futures[future].name}: {future.result()}", file=sys.stderr, flush=True)
+    print(tables(results))
+
+
+def read_results(path: Path) -> dict[Setting, dict[str, Any]]:
+    return {Setting(**run.pop("setting")): run for run in read_json(path)} if path.exists() else {}
+
+
+def write_results(path: Path, results: dict[Setting, dict[str, Any]]) -> None:
+    lines = ",\n".join(json.dumps({"setting": asdict(setting), **result}) for setting, result in results.items())
+    write_atomically(path, f"[\n{lines}\n]\n".encode())
+
+
+def prepare(files: list[str], folder: Path) -> None:
+    """Trains the tokenizer and writes the shards, unless they are there."""
+    tokenizer = folder / "tokenizer"
+    if not (tokenizer / "tokenizer.json").exists():
+        words = ["data/train_tokenizer.py", *files, f"--output={tokenizer}", "--vocab_size=4096", "--special_tokens="]
+        run([*words, "--max_bytes=50M"], threads=0)
+    words = ["data/text.py", *files, f"--output_dir={folder / 'shards'}", f"--tokenizer={tokenizer}"]
+    run([*words, "--max_tokens=9M", "--val_tokens=500_000"], threads=0)
+
+
+def run(words: list[str], threads: int) -> None:
+    """Runs one of rawgpt's commands. `threads` of 0 leaves their number to the command."""
+    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, stdout=sys.stderr)
+
+
+def next_runs(results: dict[Setting, dict[str, Any]]) -> list[Setting]:
+    """Returns the runs that can be chosen now; those that depend on others only after these have finished."""
+    runs = [Setting(recipe, part, factor) for recipe, part in RECIPES for factor in FACTORS]
+    if any(s not in results for s in runs):
+        return runs
+    for recipe, part in RECIPES:
+        chosen = Setting(recipe, part, best_factor(results, recipe, part))
+        runs += [replace(chosen, seed=seed) for seed in SEEDS]
+    chosen = Setting("modern", 1 / 3, best_factor(results, "modern", 1 / 3))
+    return runs + [replace(chosen, without=change) for change in ABLATIONS]
+
+
+def best_factor(results: dict[Setting, dict[str, Any]], recipe: str, part: float) -> float:
+    """Returns the factor of the learning rates that gave the lowest loss."""
+    return min(FACTORS, key=lambda factor: results[Setting(recipe, part, factor)].get("val_loss", float("inf")))
+
+
+def train(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Trains one model, or resumes it, and returns its validation loss, or how it failed."""
+    output = folder / "runs" / setting.name
+    paths = {"input_train_bin": folder / "shards", "input_val_bin": folder / "shards", "output_dir": output}
+    flags = [*setting.flags(), f"--tokenizer={folder / 'tokenizer'}", *(f"--{k}={v}" for k, v in paths.items())]
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with (output / "console.log").open("a") as console:
+        command = [sys.executable, "train_gpt.py", *flags]
+        code = subprocess.call(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=console, stderr=console
+        )
+    seconds = time.perf_counter() - started
+    status = read_json(output / "status.json")["status"] if (output / "status.json").exists() else "not started"
+    if status in ("stopped", "interrupted"):
+        raise UserError(f"{setting.name}: {status}; repeat the command to resume")
+    if code:
+        return {"failed": f"exit code {code}: {(output / 'console.log').read_text().splitlines()[-1]}"}
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["val_loss"] for record in records if "val_loss" in record]
+    return {"tokens": setting.tokens, "val_loss": losses[-1], "seconds": round(seconds)}
+
+
+def tables(results: dict[Setting, dict[str, Any]]) -> str:
+    """Returns the results as Markdown: the recipes compared, the learning rates, the changes undone."""
+    losses = {setting: result["val_loss"] for setting, result in results.items() if "val_loss" in result}
+    text = "| recipe | tokens | learning rates | validation loss, mean of n seeds | n | difference | p |\n"
+    text += "|---|---|---|---|---|---|---|\n"
+    seeded = sorted((s for s in losses if s.seed != 1), key=lambda s: (s.name, s.seed))
+    groups = {
+        replace(s, seed=0): [losses[t] for t in seeded if replace(t, seed=0) == replace(s, seed=0)] for s in seeded
+    }
+    base = next((values for s, values in groups.items() if s.recipe == "gpt2"), [])
+    for s, values in groups.items():
+        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        mean = statistics.mean(values)
+        row = f"| {s.recipe} | {s.tokens:,} | × {s.factor:g} | {mean:.4f} ± {spread:.4f} | {len(values)} |"
+        compared = s.recipe != "gpt2" and min(len(values), len(base)) > 1
+        difference = f" {mean - statistics.mean(base):+.4f} | {welch(values, base):.2g} |"
+        text += row + (difference if compared else "  |  |") + "\n"
+    text += (
+        "\n| recipe | tokens |" + "".join(f" rates × {factor:g} |" for factor in FACTORS) + "\n|---|---|---|---|---|\n"
+    )
+    for recipe, part in RECIPES:
+        runs = [Setting(recipe, part, factor) for factor in FACTORS]
+        text += f"| {recipe} | {runs[0].tokens:,} |" + "".join(f" {outcome(results.get(s))} |" for s in runs) + "\n"
+    text += f"\n| modern on {round(TOKENS / 3e6, 1)}M tokens without | validation loss | difference |\n|---|---|---|\n"
+    for s in (s for s in results if s.without):
+        whole = losses.get(replace(s, without=""))
+        change = f"{losses[s] - whole:+.4f}" if whole is not None and s in losses else ""
+        text += f"| {s.without} | {outcome(results[s])} | {change} |\n"
+    return text
+
+
+def outcome(result: dict[str, Any] | None) -> str:
+    return "" if result is None else f"{result['val_loss']:.4f}" if "val_loss" in result else result["failed"]
+
+
+def welch(lower: list[float], higher: list[float]) -> float:
+    """Returns the p-value of the one-sided Welch test that the mean of `lower` is below that of `higher`."""
+    from scipy.stats import ttest_ind  # installed with tests/requirements.txt
+
+    return float(ttest_ind(lower, higher, equal_var=False, alternative="less").pvalue)
+
+
+if __name__ == "__main__":
+    run_command(main)
