@@ -185,7 +185,7 @@ def train(setting: Setting, folder: Path) -> dict[str, Any]:
         )
     seconds = time.perf_counter() - started
     status = read_json(output / "status.json")["status"] if (output / "status.json").exists() else "not started"
-    if status in ("stopped", "interrupted"):
+    if status in ("stopped", "interrupted", "out of time", "running"):  # running: it was killed
         raise UserError(f"{setting.name}: {status}; repeat the command to resume")
     if code:
         return {"failed": f"exit code {code}: {(output / 'console.log').read_text().splitlines()[-1]}"}

@@ -43,6 +43,12 @@ def test_a_run_killed_in_several_phases_ends_bit_equal(injected, tmp_path, stage
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_with_muon_killed_in_several_phases_ends_bit_equal(tmp_path, stage):
+    soak(stage, tmp_path, "--n_embd=32", "--val_max_steps=10", "--optimizer=muon", plan=SHORT[0])
+
+
+@pytest.mark.slow
 @pytest.mark.fault(
     "15 SIGKILLs per run, stages 0 to 3",
     "bit-equal; no orphan processes; only the steps since the last save are repeated",

@@ -1,9 +1,11 @@
 """--optimizer=muon gives the same numbers in every strategy, resumes bit-equal, and loads checkpoints of any stage."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
+FAILING = str(Path(__file__).with_name("failing_training.py"))
 FLAGS = ["--optimizer=muon", "--mlp=swiglu", "--positions=rotary", "--norm=rmsnorm", "--n_kv_head=1", "--keep_every=10"]
 STAGES = {"stage2": ["--zero_stage=2"], "stage3": ["--zero_stage=3"]}
 SLOW = {"hsdp": ["--zero_stage=3", "--replicas=2"], "offload": ["--zero_stage=3", "--cpu_offload=1"]}
@@ -71,3 +73,25 @@ def test_a_checkpoint_of_adamw_is_not_resumed(trainer, stage_0, tmp_path):
     run = cut_back(stage_0, tmp_path / "run")
     done = trainer.run(run, *[flag for flag in FLAGS if flag != "--optimizer=muon"], code=2)
     assert "--optimizer=adamw: " in done.stderr and "--init_from=" in done.stderr
+
+
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+def test_a_roll_back_skips_bad_data_also_if_it_is_killed_on_the_way(
+    trainer, trace, parameters_of, assert_same_run, tmp_path, stage
+):
+    """Equal to a run without the data. The momentum of the bad steps must not remain."""
+    run, ranks = tmp_path / "run", 1 if stage == 0 else 2
+    flags = [*FLAGS, f"--zero_stage={stage}", "--num_iterations=24", "--save_every_niter=10", "--dropout=0.1"]
+    bad = {"script": FAILING, "env": {"FAIL": "gradient@12-16"}, "ranks": ranks}
+    trainer.run(run, *flags, **bad, fault="metrics#13=KILL", code=-9 if ranks == 1 else 1)
+    assert "rolled back to step 10" in trainer.run(run, *flags, **bad).stdout
+    trainer.run(tmp_path / "without", *flags, script=FAILING, env={"SKIP_DATA": "11+6"}, ranks=ranks)
+    assert_same_run(run, (trace(tmp_path / "without"), parameters_of(tmp_path / "without")))
+
+
+def test_float16_gives_the_losses_of_float32_within_its_rounding(trainer, trace, tmp_path):
+    losses = {}
+    for dtype in ("float16", "float32"):
+        trainer.run(tmp_path / dtype, *FLAGS, f"--dtype={dtype}", "--save_every_niter=0")
+        losses[dtype] = [record["loss"] for record in trace(tmp_path / dtype)]
+    assert losses["float16"] == pytest.approx(losses["float32"], rel=1e-2) and losses["float16"] != losses["float32"]

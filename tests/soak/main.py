@@ -51,7 +51,7 @@ from util.errors import CommandParser, UserError, run_command
 VOCAB = 251
 FLAGS = [
     *("--n_layer=2", "--n_head=2", "--n_embd=64", f"--vocab_size={VOCAB}", "--tokenizer=none", "--dropout=0.1"),
-    *("--sequence_length=32", "--batch_size=2", "--learning_rate=1e-3", "--warmup_iters=4"),
+    *("--sequence_length=32", "--batch_size=2", "--warmup_iters=4"),
     *("--save_every_niter=4", "--keep_last=2", "--val_loss_every=4", "--val_max_steps=20", "--log_every=1"),
 ]
 

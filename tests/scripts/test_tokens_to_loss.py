@@ -1,0 +1,87 @@
+"""scripts/bench/tokens_to_loss.py: which runs it makes, what it keeps, and its tables."""
+
+import json
+import math
+
+import pytest
+
+from data import assets
+from scripts.bench import tokens_to_loss as bench
+from scripts.bench.tokens_to_loss import ABLATIONS, FACTORS, RECIPES, SEEDS, Setting
+from util.errors import UserError
+
+HALF = Setting("modern", 0.5, 1.0)
+
+
+def finished(loss):
+    """Returns results of all runs, made in the order in which the script asks for them."""
+    results = {}
+    while todo := [s for s in bench.next_runs(results) if s not in results]:
+        results |= {s: loss(s) for s in todo}
+    return results
+
+
+def falling(setting):
+    """A loss that is lowest at twice the learning rates, and lower for the modern recipe."""
+    lower = 0.1 if setting.recipe == "modern" else 0.0
+    return {"val_loss": 4 - lower - 0.01 * setting.factor + 0.001 * setting.seed + 0.02 * bool(setting.without)}
+
+
+def test_each_recipe_is_repeated_at_its_best_learning_rate():
+    results = finished(falling)
+    assert len(results) == len(RECIPES) * (len(FACTORS) + len(SEEDS)) + len(ABLATIONS)
+    assert {s.factor for s in results if s.seed != 1 or s.without} == {2.0}
+    assert len({s.name for s in results}) == len(results)
+
+
+def test_a_run_that_failed_is_reported_and_its_rate_is_not_chosen():
+    failed = {"failed": "exit code 3: diverged"}
+    results = finished(lambda s: failed if s.factor == 2 else falling(s))
+    assert {s.factor for s in results if s.seed != 1} == {1.0}
+    assert "diverged" in bench.tables(results)
+
+
+def test_the_flags_are_accepted_and_undo_one_change_each():
+    from cfg.config import load_config
+
+    paths = ["--input_train_bin=x", "--input_val_bin="]
+    whole = load_config([*HALF.flags(), *paths], 1).model_dump()
+    assert whole["optimizer"] == "muon" and whole["num_iterations"] * bench.BATCH == HALF.tokens
+    for change in ABLATIONS:
+        flags = Setting("modern", 0.5, 1.0, without=change).flags()
+        config = load_config([*flags, *paths], 1).model_dump()
+        assert {k for k in whole if config[k] != whole[k]} - {"learning_rate"}, change
+
+
+def test_the_tables_have_means_differences_and_p_values():
+    text = bench.tables(finished(falling))
+    mean = sum(4 - 0.1 - 0.02 + 0.001 * seed for seed in SEEDS) / 3
+    row = next(line for line in text.splitlines() if line.startswith(f"| modern | {HALF.tokens:,} | × 2 |"))
+    assert f"{mean:.4f} ± 0.0010 | 3 | -0.1000 |" in row
+    assert float(row.split("|")[-2]) < 1e-5
+    assert bench.welch([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == pytest.approx(0.5)
+    assert sum(line.startswith(f"| {change} |") for change in ABLATIONS for line in text.splitlines()) == len(ABLATIONS)
+
+
+def test_results_are_read_back_as_they_were_written(tmp_path):
+    results = finished(falling)
+    bench.write_results(tmp_path / "results.json", results)
+    assert bench.read_results(tmp_path / "results.json") == results
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_and_a_stopped_run_is_not_taken_for_a_result(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_bytes(assets.fetch("tinyshakespeare.txt").read_bytes())
+    bench.prepare([str(text)], tmp_path)
+    monkeypatch.setattr(bench, "TOKENS", 65536)
+    monkeypatch.setattr(bench, "SIZE", [*bench.SIZE, "--n_layer=1", "--n_embd=48", "--val_max_steps=1"])
+    result = bench.train(HALF, tmp_path)
+    assert result["tokens"] == 32768 and 0 < result["val_loss"] < math.log(4096) + 0.1
+    status = tmp_path / "runs" / HALF.name / "status.json"
+    assert json.loads(status.read_text())["status"] == "done"
+    monkeypatch.setattr(bench, "SIZE", [*bench.SIZE, "--max_minutes=1e-9"])
+    with pytest.raises(UserError, match="repeat the command to resume"):
+        bench.train(Setting("gpt2", 0.5, 1.0), tmp_path)
+    monkeypatch.setattr(bench, "SIZE", [*bench.SIZE, "--n_head=5"])
+    assert "exit code 2: error: " in bench.train(Setting("gpt2", 0.5, 2.0), tmp_path)["failed"]
