@@ -81,7 +81,7 @@ def train(config: Config) -> int:
     step, last_record = checkpointer.resume()  # (0, {}) without a checkpoint
     ranks.on_main(lambda: run_dir.write_config(output_dir, to_yaml(config)))
     model.check_replicas()  # raises if copies of a parameter differ between ranks
-    model.warm_up()  # DDP arranges its buckets now: a resumed run sums gradients in the same order as before
+    model.warm_up()  # arranges DDP's buckets now, so that a resume does not change the order in which it sums
     metrics.start(step, last_record.get("elapsed_s", 0.0))
     stop = interrupt.StopRequest(config.max_minutes, STARTED, output_dir)  # signals, or out of time
     # `pending` is the record of a step that is not yet evaluated and logged, or None. After a resume it is the

@@ -69,6 +69,16 @@ def test_every_strategy_gives_the_numbers_of_one_process(trainer, trace, stage_0
     assert_close(trace(tmp_path / "run"), trace(stage_0))
 
 
+@pytest.mark.slow
+def test_every_stage_resumes_the_checkpoints_of_every_other_on_other_ranks(trainer, trace, stage_0, tmp_path):
+    """A chain of starts that has each ordered pair of stages once. Each but the last makes one step."""
+    stages = [0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0]
+    for i, stage in enumerate(stages):
+        flags = [*FLAGS, f"--zero_stage={stage}", *(["--max_minutes=1e-9"] if i < len(stages) - 1 else [])]
+        trainer.run(tmp_path / "run", *flags, ranks=(1, 2, 4)[i % 3])
+    assert_close(trace(tmp_path / "run"), trace(stage_0))
+
+
 def test_a_checkpoint_of_adamw_is_not_resumed(trainer, stage_0, tmp_path):
     run = cut_back(stage_0, tmp_path / "run")
     done = trainer.run(run, *[flag for flag in FLAGS if flag != "--optimizer=muon"], code=2)
