@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py --cfg=gpt2-124m --zero_stage=2
 
 Start reading at `train`: ranks, data, output directory, model, resume, loop. `--help` lists the flags; cfg/ holds the
-presets. Steps count from 1. Step k is the k-th optimizer step, skipped ones included, and checkpoint k holds the
+presets. Steps are numbered from 1. Step k is the k-th optimizer step, skipped ones included, and checkpoint k holds the
 weights after it.
 """
 
@@ -51,7 +51,8 @@ def train(config: Config) -> int:
 
     # --- inputs: data, tokenizer and pretrained weights are checked before the output directory is locked -----------
     tokenizer = inputs.open_tokenizer(config, ranks)  # None if the shards' tokenizer is unknown
-    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None  # --doc_mask requires a tokenizer
+    # If --doc_mask is set, open_tokenizer returns a tokenizer or raises an error.
+    end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
     config = inputs.count_iterations(config, train_data, ranks)  # from --num_epochs
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
@@ -67,7 +68,7 @@ def train(config: Config) -> int:
 
     # --- model and optimizer ---------------------------------------------------------------------------------------
     model = parallel.parallelize(config, ranks, pretrained)  # activation checkpointing → compile → DDP or FSDP
-    model.set_timeout(config.start_timeout_minutes)  # FSDP makes its process groups with torch's default
+    model.set_timeout(config.start_timeout_minutes)  # FSDP creates its process groups with torch's default timeout
     optimizer = optim.make_optimizer(model.gpt, config, ranks.world_size)
     scaler = stability.LossScaler(config)
     guard = stability.SpikeGuard(config)
@@ -97,9 +98,9 @@ def train(config: Config) -> int:
     )
     with checkpointer:  # if training fails, waits until a save in the background is complete
         while True:
-            # 1. Finish the previous step: run the evaluations that are due after it, and log its record. Its checkpoint
-            #    was saved before (in part 4), so an evaluation that crashes does not lose it. When stopping with an
-            #    evaluation due, leave the record pending; the next start evaluates and logs it.
+            # 1. Finish the previous step: run the evaluations that are due after it, and log its record. If a
+            #    checkpoint was due, part 4 has saved it, so it is not lost if the run crashes now. When stopping with
+            #    an evaluation due, leave the record pending; the next start evaluates and logs it.
             if pending and not (stopping and evaluator.due(step)):
                 try:
                     pending |= evaluator.run(model, step, stop)
@@ -135,7 +136,7 @@ def train(config: Config) -> int:
             #    background, or metrics.jsonl).
             stopping, failed = answers()
             if failed:
-                watchdog.progress("the end", config.start_timeout_minutes)
+                watchdog.progress("shutdown", config.start_timeout_minutes)
                 checkpointer.wait()  # wait and flush raise the error on all ranks
                 metrics.flush()
 
@@ -152,7 +153,7 @@ def train(config: Config) -> int:
                 checkpointer.save(step, pending)
 
     # --- the end ---------------------------------------------------------------------------------------------------
-    watchdog.progress("the end", config.start_timeout_minutes)
+    watchdog.progress("shutdown", config.start_timeout_minutes)
     batches.close()
     # Once the last step is logged the run is complete: a stop request is then ignored.
     complete = step == config.num_iterations and pending is None
@@ -192,7 +193,7 @@ def train_step(
         watchdog.progress(f"step {step}")
         idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]
         positions = document_positions(idx, end_of_text) if end_of_text is not None else None
-        model.set_gradient_sync(last=i == len(micro_batches) - 1)  # reduces gradients once per step
+        model.set_gradient_sync(last=i == len(micro_batches) - 1)  # once per step, or --sync_every_microbatch
         with model.autocast():
             loss, _ = model(idx, targets, positions)
         # DDP and FSDP average gradients over ranks, but a sum is needed: hence the world size.
@@ -220,7 +221,7 @@ def main(config: Config) -> int:
     """Trains; an error is also written to status.json."""
     output_dir = Path(config.output_dir)
     run_dir.refuse_restart_after_divergence(output_dir)
-    interrupt.end_on_ctrl_c(output_dir)
+    interrupt.end_on_ctrl_c(output_dir)  # until train() makes its StopRequest
     with run_dir.status_on_error(output_dir):
         try:
             return train(config)
@@ -229,4 +230,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(config), teardown=False)  # threads of gloo may crash or hang an ordinary exit
+    run_command(lambda: main(config), teardown=False)  # an ordinary exit can crash or hang in gloo's threads
