@@ -123,7 +123,7 @@ def sample_numbers(step: int, sequences_per_batch: int, part: int, parts: int) -
 class Loader:
     """A loader of one set of shards: `batch(step)` for training, `gather(windows)` for evaluation.
 
-    Steps count from 1.
+    Steps count from 1. Shards of conversations have masks, which `mask` and `gather_mask` read.
     """
 
     def __init__(
@@ -135,9 +135,11 @@ class Loader:
         shuffle: bool,
         flag: str,
         name: str = "",
+        masks: list[Shard] | None = None,
     ):
         self.key = f"{seed}:{name}" if name else str(seed)  # the name is a source of a mixture
         self.stream = TokenStream(shards)
+        self.masks = TokenStream(masks) if masks is not None else None
         self.sequence_length, self.sequences_per_batch = sequence_length, sequences_per_batch
         self.shuffle = shuffle
         self.windows = max(0, len(self.stream) - 1) // sequence_length
@@ -151,12 +153,16 @@ class Loader:
             )
         # Everything that decides which tokens a step sees. Checkpoints store it, and a resume compares it. It is
         # computed now, because the files could be replaced during the run.
+        rows = self.stream.shard_fingerprints()
+        if self.masks is not None:
+            for row, mask in zip(rows, self.masks.shard_fingerprints(), strict=True):
+                row["mask_ends"] = mask["ends"]
         self.fingerprint = {
             "seed": seed,
             "sequence_length": sequence_length,
             "total_batch_size": sequences_per_batch * sequence_length,
             "shuffle": shuffle,
-            "shards": self.stream.shard_fingerprints(),
+            "shards": rows,
         }
 
     @property
@@ -180,6 +186,15 @@ class Loader:
         """Returns the samples with these numbers, (n, T + 1) int32."""
         return self.stream.read_windows(self.locate(numbers)[1] * self.sequence_length, self.sequence_length + 1)
 
+    def sample_masks(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns which tokens of the samples with these numbers are counted, (n, T + 1) bool. Without masks, all."""
+        return self._read_masks(self.locate(numbers)[1])
+
+    def _read_masks(self, windows: np.ndarray) -> np.ndarray:
+        if self.masks is None:
+            return np.ones((len(windows), self.sequence_length + 1), bool)
+        return self.masks.read_windows(windows * self.sequence_length, self.sequence_length + 1) != 0
+
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Tensor:
         """Returns part `part` of `parts` of step's global batch, (sequences_per_batch / parts, T + 1) int32.
 
@@ -187,10 +202,20 @@ class Loader:
         """
         return torch.from_numpy(self.samples(sample_numbers(step, self.sequences_per_batch, part, parts)))
 
+    def mask(self, step: int, part: int = 0, parts: int = 1) -> Tensor | None:
+        """Returns which tokens of `batch(step, part, parts)` are counted as targets, (…, T + 1) bool. None: all."""
+        if self.masks is None:
+            return None
+        return torch.from_numpy(self.sample_masks(sample_numbers(step, self.sequences_per_batch, part, parts)))
+
     def gather(self, windows: list[int]) -> Tensor:
         """Returns windows by their index in the stream, (len(windows), T + 1) int32."""
         starts = np.array(windows, np.int64) * self.sequence_length
         return torch.from_numpy(self.stream.read_windows(starts, self.sequence_length + 1))
+
+    def gather_mask(self, windows: list[int]) -> Tensor | None:
+        """Returns which tokens of `gather(windows)` are counted as targets, (…, T + 1) bool. None: all."""
+        return None if self.masks is None else torch.from_numpy(self._read_masks(np.array(windows, np.int64)))
 
 
 class Prefetcher:

@@ -91,11 +91,13 @@ class MixedLoader:
         seed: int,
         shuffle: bool,
         flag: str,
+        masks: list[list[Shard] | None] | None = None,
     ):
         self.sources, self.sequence_length, self.sequences_per_batch = sources, sequence_length, sequences_per_batch
         self.counts = np.array(slot_counts([source.weight for source in sources]))
         self.loaders = []
-        for source, count, its_shards in zip(sources, self.counts, shards, strict=True):
+        masks = masks or [None] * len(sources)
+        for source, count, its_shards, its_masks in zip(sources, self.counts, shards, masks, strict=True):
             tokens = sum(shard.count for shard in its_shards)
             if tokens <= sequence_length:
                 raise UserError(
@@ -107,7 +109,8 @@ class MixedLoader:
                     f"--{flag}: the weight of {source.name} is less than one sample in {SLOTS:,}; raise it or remove"
                     f" the source"
                 )
-            self.loaders.append(Loader(its_shards, sequence_length, 1, seed, shuffle, flag, source.name))
+            loader = Loader(its_shards, sequence_length, 1, seed, shuffle, flag, source.name, its_masks)
+            self.loaders.append(loader)
         self.slots = spread(self.counts.tolist())
         self.before = np.empty(SLOTS, np.int64)  # the number of the source's earlier slots
         for m, count in enumerate(self.counts):
@@ -144,6 +147,19 @@ class MixedLoader:
         rows = np.empty((len(source), self.sequence_length + 1), np.int32)
         for m, loader in enumerate(self.loaders):
             rows[source == m] = loader.samples(number[source == m])
+        return torch.from_numpy(rows)
+
+    def mask(self, step: int, part: int = 0, parts: int = 1) -> Tensor | None:
+        """Returns which tokens of `batch(step, part, parts)` are counted as targets, (…, T + 1) bool. None: all.
+
+        All tokens of a source without masks are counted.
+        """
+        if all(loader.masks is None for loader in self.loaders):
+            return None
+        source, number = self.locate(sample_numbers(step, self.sequences_per_batch, part, parts))
+        rows = np.empty((len(source), self.sequence_length + 1), bool)
+        for m, loader in enumerate(self.loaders):
+            rows[source == m] = loader.sample_masks(number[source == m])
         return torch.from_numpy(rows)
 
     def describe(self, num_iterations: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from cfg.config import Config
 from data.fingerprint import check_shards_tokenizer
 from data.loader import Loader
+from data.masks import open_masks
 from data.mixed_loader import MixedLoader, parse_sources
 from data.shards import Shard, find_shards, open_shard
 from util.errors import UserError
@@ -24,8 +25,11 @@ def open_train_data(config: Config, tokenizer: dict[str, Any]) -> Loader | Mixed
     pattern, flag = config.input_train_bin, "input_train_bin"
     order = (config.sequence_length, config.total_batch_size // config.sequence_length, config.seed, config.shuffle)
     if sources := parse_sources(pattern, flag):
-        return MixedLoader(sources, [open_shards(config, s.pattern, flag, tokenizer) for s in sources], *order, flag)
-    return Loader(open_shards(config, pattern, flag, tokenizer), *order, flag)
+        each = [open_shards(config, source.pattern, flag, tokenizer) for source in sources]
+        masks = [open_masks(shards, config.sequence_length, flag) for shards in each]
+        return MixedLoader(sources, each, *order, flag, masks)
+    shards = open_shards(config, pattern, flag, tokenizer)
+    return Loader(shards, *order, flag, masks=open_masks(shards, config.sequence_length, flag))
 
 
 def open_val_data(config: Config, tokenizer: dict[str, Any]) -> Loader:
@@ -34,4 +38,5 @@ def open_val_data(config: Config, tokenizer: dict[str, Any]) -> Loader:
     if parse_sources(pattern, flag):
         raise UserError(f"--{flag}={pattern}: validation reads one set of shards; give one glob without name=weight:")
     shards = open_shards(config, pattern, flag, tokenizer)
-    return Loader(shards, config.sequence_length, 1, config.seed, config.shuffle, flag)
+    masks = open_masks(shards, config.sequence_length, flag)
+    return Loader(shards, config.sequence_length, 1, config.seed, config.shuffle, flag, masks=masks)

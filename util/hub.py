@@ -7,7 +7,10 @@ from pathlib import Path
 
 from util.errors import UserError
 
-DESCRIPTION = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+DESCRIPTION = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    "chat_template.jinja",
+)
 # Not consolidated.safetensors, which some models have as a second copy.
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 

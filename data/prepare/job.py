@@ -210,6 +210,7 @@ def _move_out(output_dir: Path) -> None:
         if (folder / MANIFEST).is_file():
             for row in json.loads((folder / MANIFEST).read_text())["files"]:
                 if (folder / row["name"]).exists():
+                    (output_dir / row["name"]).parent.mkdir(exist_ok=True)  # data/sft.py's tokenizer is in a folder
                     os.replace(folder / row["name"], output_dir / row["name"])
             os.replace(folder / MANIFEST, output_dir / MANIFEST)
             shutil.rmtree(partial)

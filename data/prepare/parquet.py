@@ -1,22 +1,33 @@
-"""The rows of parquet files, local or remote: one column of text, which may be a field of a struct."""
+"""The rows of parquet files: one column of text, which may be a field of a struct, or several columns."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from data.prepare.inputs import Damaged, ReadOptions, is_remote
+from data.prepare.text_files import not_utf8
 from util.errors import UserError
 
 ROWS_BYTES = 2**20  # approximate size of a batch of rows
+OBJECT_ROWS = 256  # rows with several columns that are read at a time
 
 
 @contextmanager
 def open_parquet(path: str, text_key: str) -> Iterator[tuple[Any, int]]:
     """Opens a parquet file. Yields it and the index of its text column among the columns that are stored."""
+    with _open(path) as file:
+        _check_column(path, file.schema_arrow, text_key)
+        column = next(i for i in range(file.metadata.num_columns) if file.schema.column(i).path == text_key)
+        yield file, column
+
+
+@contextmanager
+def _open(path: str) -> Iterator[Any]:
+    """Opens a parquet file, and turns errors of reading it into Damaged or UserError."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowException, set_memory_pool, system_memory_pool
 
@@ -25,9 +36,7 @@ def open_parquet(path: str, text_key: str) -> Iterator[tuple[Any, int]]:
     try:
         options = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
         with pq.ParquetFile(source, metadata=metadata, **options) as file:
-            _check_column(path, file.schema_arrow, text_key)
-            column = next(i for i in range(file.metadata.num_columns) if file.schema.column(i).path == text_key)
-            yield file, column
+            yield file
     except ArrowException as e:
         raise Damaged(f"{path}: not a readable parquet file ({e})") from e
     except OSError as e:  # pyarrow raises it for damaged pages
@@ -118,6 +127,28 @@ def rows_at_once(group: Any, column: int) -> int:
     """Returns how many rows have about a megabyte of text, so that long rows do not need more memory."""
     size = group.column(column).total_uncompressed_size
     return max(1, min(1024, group.num_rows * ROWS_BYTES // max(1, size)))
+
+
+def object_rows(
+    path: str, columns: Iterable[str], convert: Callable[[Any], Any], skip_bad: bool, skipped: Counter[str]
+) -> Iterator[tuple[int, Any]]:
+    """Yields number (from 1) and `convert(row)` of each row, a dict of those of `columns` that the file has.
+
+    `convert` raises ValueError with a message that follows "row N" if the row is malformed.
+    """
+    with _open(path) as file:
+        names = [name for name in columns if name in file.schema_arrow.names]
+        number = 0
+        for batch in file.iter_batches(OBJECT_ROWS, columns=names):
+            for i in range(len(batch)):
+                number += 1
+                try:
+                    yield number, convert(batch.slice(i, 1).to_pylist()[0])
+                except ValueError as problem:
+                    if not skip_bad:
+                        what = f" is {not_utf8(problem)}" if isinstance(problem, UnicodeDecodeError) else problem
+                        raise Damaged(f"{row_name(path, number)}{what}") from problem
+                    skipped["bad"] += 1
 
 
 def row_name(path: str, number: int) -> str:

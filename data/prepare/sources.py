@@ -29,6 +29,7 @@ from data.prepare.text_files import (
     list_rows,
     not_utf8,
     text_documents,
+    text_of,
 )
 from data.tokenizers.tokenizer import END_OF_TEXT
 from util.errors import UserError, quote, user_errors
@@ -141,6 +142,7 @@ def documents(unit: WorkUnit, options: ReadOptions, skipped: Counter[str]) -> It
     an error that names the file and the line or byte.
     """
     path, kind = unit.path, kind_of(unit.path, options.format)
+    convert = partial(text_of, text_key=options.text_key)
     rows: Iterable[tuple[int, str | bytes | None]]
     name: Callable[[str, int], str]  # of path and number: the place of a row
     try:
@@ -149,10 +151,10 @@ def documents(unit: WorkUnit, options: ReadOptions, skipped: Counter[str]) -> It
         elif kind == "parquet":
             rows, name = parquet_rows(path, unit.start, unit.stop, options, skipped), row_name
         elif kind == "jsonl" and is_list(path):
-            rows, name = list_rows(path, options, skipped), item_name
+            rows, name = list_rows(path, convert, options.skip_bad, skipped), item_name
         elif kind == "jsonl":
             stop = None if path.lower().endswith(COMPRESSED) else unit.stop
-            rows, name = line_rows(path, unit.start, stop, options, skipped), line_name
+            rows, name = line_rows(path, unit.start, stop, convert, options.skip_bad, skipped), line_name
         else:
             for blocks in text_documents(path, options, skipped):
                 yield Document(blocks, lambda: path)

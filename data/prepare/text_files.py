@@ -13,7 +13,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, groupby
 from typing import IO, Any
@@ -26,7 +26,7 @@ BLOCK = 2**22
 # Characters around an <|endoftext|> that is mentioned in a sentence.
 BEFORE_MENTION, AFTER_MENTION = frozenset(" \t`'\"“‘«([{"), frozenset(" \t`'\"”’»)]}.,;:!?")
 SEPARATORS = "separators"  # key of their number among the counts of skipped text
-Row = tuple[int, Any]  # where it is (the byte of a line, the number of an item or row), and its text or None
+Row = tuple[int, Any]  # where it is (the byte of a line, the number of an item or row), and what it was converted to
 
 
 def open_binary(path: str) -> IO[bytes]:
@@ -152,8 +152,11 @@ def is_list(path: str) -> bool:
         return f.read(2**12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def list_rows(path: str, options: ReadOptions, skipped: Counter[str]) -> Iterator[Row]:
-    """Yields number and text of each item of a JSON list, which is read as a whole."""
+def list_rows(path: str, convert: Callable[[Any], Any], skip_bad: bool, skipped: Counter[str]) -> Iterator[Row]:
+    """Yields number and `convert(item)` of each item of a JSON list, which is read as a whole.
+
+    `convert` raises ValueError with a message that follows "item N" if the item is malformed.
+    """
     with read_errors(path), open_binary(path) as f:
         content = f.read()
     try:
@@ -164,15 +167,20 @@ def list_rows(path: str, options: ReadOptions, skipped: Counter[str]) -> Iterato
         raise Damaged(f"{path}: a list that is not JSON ({e})") from e
     for number, item in enumerate(items, 1):
         try:
-            yield number, text_of(item, options.text_key)
+            yield number, convert(item)
         except ValueError as problem:
-            if not options.skip_bad:
+            if not skip_bad:
                 raise Damaged(f"{item_name(path, number)}{problem}") from problem
             skipped["bad"] += 1
 
 
-def line_rows(path: str, start: int, stop: int | None, options: ReadOptions, skipped: Counter[str]) -> Iterator[Row]:
-    """Yields place and text of each line that begins from byte `start` to byte `stop`; None: to the end."""
+def line_rows(
+    path: str, start: int, stop: int | None, convert: Callable[[Any], Any], skip_bad: bool, skipped: Counter[str]
+) -> Iterator[Row]:
+    """Yields place and `convert(value)` of each line that begins from byte `start` to byte `stop`; None: to the end.
+
+    `convert` raises ValueError with a message that follows "line N" if the value is malformed.
+    """
     with read_errors(path), open_binary(path) as f:
         at = start
         if at:
@@ -184,9 +192,9 @@ def line_rows(path: str, start: int, stop: int | None, options: ReadOptions, ski
         while (stop is None or at < stop) and (line := f.readline()):
             if line.strip():
                 try:
-                    yield at, text_of(parse_line(line), options.text_key)
+                    yield at, convert(parse_line(line))
                 except ValueError as problem:
-                    if not options.skip_bad:
+                    if not skip_bad:
                         raise Damaged(f"{line_name(path, at)}{problem}") from problem
                     skipped["bad"] += 1
             at += len(line)

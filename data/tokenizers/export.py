@@ -10,6 +10,8 @@ from data.tokenizers.bpe import merges
 from data.tokenizers.hf_json import SAME_CUTS, TOKENIZER, TOKENIZER_CONFIG, _byte_letters, byte_level_steps
 from data.tokenizers.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
 
 def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str, bytes]:
     """Returns names and contents of the files. `limit` is the model's context length (model_max_length).
@@ -34,6 +36,24 @@ def tokenizer_files(tokenizer: Tokenizer, limit: int | None = None) -> dict[str,
     return {TOKENIZER: content, TOKENIZER_CONFIG: (json.dumps(config, indent=1) + "\n").encode()}
 
 
+def extended_files(tokenizer: Tokenizer, names: list[str], end_of_text: str, chat_template: str) -> dict[str, bytes]:
+    """Returns names and contents of a tokenizer's files with additional special tokens, which get the next ids.
+
+    `end_of_text` is the name of its end-of-text token, a special token or one of `names`.
+    """
+    files = tokenizer_files(tokenizer)
+    data, config = json.loads(files[TOKENIZER]), json.loads(files[TOKENIZER_CONFIG])
+    if tokenizer.files and "bos_token" not in json.loads(tokenizer.files[TOKENIZER_CONFIG]):
+        del config["bos_token"]  # which `tokenizer_files` has set for models that begin every text with it
+    for name, i in zip(names, range(tokenizer.vocab_size, tokenizer.vocab_size + len(names)), strict=True):
+        data["added_tokens"].append({"id": i, "content": name, **FLAGS})
+        data["model"]["vocab"][name] = i  # otherwise ids after a gap would be renumbered
+    if names:
+        files[TOKENIZER] = json.dumps(data, ensure_ascii=False).encode()
+    config |= {"eos_token": end_of_text, "chat_template": chat_template}
+    return {**files, TOKENIZER_CONFIG: (json.dumps(config, indent=1) + "\n").encode()}
+
+
 def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the tokenizer.json of a named tokenizer.
 
@@ -43,13 +63,12 @@ def _named_json(tokenizer: Tokenizer) -> dict[str, Any]:
     assert tokenizer.ranks is not None, "a named tokenizer has ranks"
     pairs = merges(tokenizer.ranks)
     vocab = {_written(token): i for token, i in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in tokenizer.special.items()],
+        "added_tokens": [{"id": i, "content": name, **FLAGS} for name, i in tokenizer.special.items()],
         "normalizer": None,
         "pre_tokenizer": _pre_tokenizer(tokenizer.pattern, byte_level),
         "post_processor": byte_level | {"trim_offsets": False, "use_regex": False},

@@ -33,6 +33,7 @@ from data.tokenizers.tokenizer import CL100K_PATTERN, END_OF_TEXT, GPT2_PATTERN,
 from util.errors import UserError, user_errors
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # the place of the template in newer folders
 GENERATION_CONFIG = "generation_config.json"
 ROLES = ("bos_token", "pad_token", "unk_token")
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -95,6 +96,11 @@ class LibraryEncoding:
             encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Returns the first character of each token of a text, and the one after its last."""
+        spans: list[tuple[int, int]] = self._library.encode(text, add_special_tokens=False).offsets
+        return spans
+
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b"".join(self._special[i] if i in self._special else self.token_bytes[i] for i in ids)
 
@@ -105,6 +111,8 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     with user_errors(f"--tokenizer: {file}"):
         content = file.read_bytes()
     config, generation = (_read_config(file.with_name(name)) for name in (TOKENIZER_CONFIG, GENERATION_CONFIG))
+    if (template := file.with_name(CHAT_TEMPLATE)).is_file():
+        config = config | {"chat_template": template.read_text(encoding="utf-8", errors="replace")}
     return read_tokenizer_json(str(path), file, content, config, generation)
 
 
@@ -129,7 +137,7 @@ def read_tokenizer_json(
         ordinary = set(made)  # tokens made by merges are ordinary, even if they are listed as added
         special = {name: i for name, i in added.items() if i not in ordinary}
         token_bytes = _token_bytes(file, data, {t: i for t, i in vocab.items() if t not in special})
-        library = LibraryEncoding(_without_special(data, special), token_bytes, special)
+        library = library_encoding(data, token_bytes, special)
         same_ids = _same_cuts(data) and _same_merges(model, made, special)
         prefix = _prefix(data.get("post_processor") or {})
         if unknown := {*prefix} - {*vocab.values(), *added.values()}:
@@ -192,19 +200,25 @@ def _token_bytes(file: Path, data: dict[str, Any], vocab: dict[str, int]) -> dic
     return {i: fallback.get(t, t.replace("▁", " ").encode()) for t, i in vocab.items()}
 
 
-def _pre_tokenizers(data: dict[str, Any]) -> list[dict[str, Any]]:
+def library_encoding(data: dict[str, Any], token_bytes: dict[int, bytes], special: dict[str, int]) -> LibraryEncoding:
+    """Returns the encoder of a tokenizer.json's content."""
+    return LibraryEncoding(_without_special(data, special), token_bytes, special)
+
+
+def pre_tokenizers(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the steps that split a text, and that may put a space before it."""
     pre = data.get("pre_tokenizer") or {}
     return list(pre["pretokenizers"]) if pre.get("type") == "Sequence" else [pre]
 
 
 def byte_level_steps(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the pre-tokenizers that write bytes as letters."""
-    return [step for step in _pre_tokenizers(data) if step.get("type") == "ByteLevel"]
+    return [step for step in pre_tokenizers(data) if step.get("type") == "ByteLevel"]
 
 
 def _pattern(data: dict[str, Any]) -> str:
     """Returns the regular expression of a pre-tokenizer that only splits text, "" for other pre-tokenizers."""
-    *before, last = _pre_tokenizers(data)
+    *before, last = pre_tokenizers(data)
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
         return ""
     if not before:  # built into ByteLevel
@@ -286,6 +300,9 @@ def _kept_config(config: dict[str, Any], end: str, names: set[str]) -> bytes:
     """
     kept = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
     kept |= {role: name for role in ROLES if (name := _token_name(config, role)) in names and name}
-    if isinstance(template := config.get("chat_template"), str):
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several templates, each with a name
+        template = {each.get("name"): each.get("template") for each in template}.get("default")
+    if isinstance(template, str):
         kept["chat_template"] = template
     return json.dumps(kept).encode()
