@@ -203,7 +203,7 @@ def prepare(args: argparse.Namespace) -> None:
     print(summary(args.output_dir, manifest))
     resize = " --resize_embeddings=1" if tokenizer.sha256 != base.sha256 else ""
     flags = f"--tokenizer={args.output_dir / TOKENIZER_FOLDER} --sequence_length={size} --doc_mask=1{resize}"
-    print(f"train with {flags}")
+    print(f"train with --init_from=MODEL {flags}")
 
 
 def summary(output_dir: Path, manifest: dict[str, Any]) -> str:

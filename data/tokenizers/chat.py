@@ -179,7 +179,7 @@ def render_probe(template: ChatTemplate, names: dict[str, str], to: int = len(PR
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, template: ChatTemplate, folder: Path) -> tuple[Tokenizer, dict[str, bytes]]:
-    """Returns the tokenizer for a template, and its files, which are to be written to `folder`.
+    """Returns the tokenizer for a template, and the files to write to `folder`.
 
     Names of the form <|name|> that the template writes become special tokens, unless it is the tokenizer's own. The
     end-of-text token separates conversations. If the template writes it within a conversation, another one takes its
@@ -260,8 +260,8 @@ class Chat:
                 before = self._render(messages[:i], prompt=True)
                 if not text.startswith(before):
                     raise ValueError(
-                        f": the chat template writes the messages before message {i + 1} differently once the"
-                        f" conversation goes on; mark the replies in it with {{% generation %}}"
+                        f": the chat template writes the messages before message {i + 1} differently when"
+                        f" more follow; mark the replies in it with {{% generation %}}"
                     )
                 spans.append((len(before), self._end_of_turn(messages, i, text, len(before))))
         return spans
