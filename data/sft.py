@@ -129,13 +129,35 @@ def blocks_of(conversations: list[Conversation], size: int, filler: int) -> tupl
     return ids, counted
 
 
-def shards_of(name: str, ids: np.ndarray, counted: np.ndarray, size: int, end: int) -> Iterator[tuple[str, Any, Any]]:
+def shards_of(
+    name: str, first: int, ids: np.ndarray, counted: np.ndarray, size: int, end: int
+) -> Iterator[tuple[str, Any, Any]]:
     """Yields name, tokens and mask of shards of at most `size` blocks. The last has one more token, `end`."""
-    for i, start in enumerate(range(0, len(ids), size)):
+    for i, start in enumerate(range(0, len(ids), size), first):
         tokens, mask = ids[start : start + size].reshape(-1), counted[start : start + size].reshape(-1)
         if start + size >= len(ids):
             tokens, mask = np.append(tokens, np.array(end, tokens.dtype)), np.append(mask, np.uint8(0))
-        yield name.format(i), tokens, mask
+        yield f"{name}_{i:06d}", tokens, mask
+
+
+def make_shards(
+    found: list[Conversation], args: argparse.Namespace, name: str, end: int
+) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]]:
+    """Returns name, tokens and mask of each shard, and what the manifest says about them."""
+    size = args.sequence_length
+    train, val = split(found, args.val_share)
+    ids, counted = blocks_of(train, size, end)
+    val_ids, val_counted = blocks_of(val, size, end)
+    shards = list(shards_of(f"{name}_val", 0, val_ids, val_counted, len(val_ids) or 1, end))
+    shards += shards_of(f"{name}_train", 1, ids, counted, args.shard_size // size, end)
+    total = sum(len(conversation.ids) for conversation in found)
+    return shards, {
+        "sequence_length": size,
+        "conversations": {"train": len(train), "val": len(val)},
+        "blocks": {"train": len(ids), "val": len(val_ids)},
+        "packed_share": round(total / (size * (len(ids) + len(val_ids))), 4),
+        "counted_tokens": {"train": int(counted.sum()), "val": int(val_counted.sum())},
+    }
 
 
 def write(
@@ -156,14 +178,11 @@ def write(
     return rows
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace, name: str) -> None:
     """Makes the data set, and prints a summary."""
     base = load_tokenizer(args.tokenizer)
     template = find_template(args.chat_template or "", base)
-    tokenizer, tokenizer_files = prepare_tokenizer(base, template, args.output_dir / TOKENIZER_FOLDER)
-    chat = Chat(tokenizer, find_template("tokenizer", tokenizer))
     files = input_files(args.inputs, args.format or "")
-    name = args.name or args.output_dir.resolve().name
     keys = ("sequence_length", "val_share", "shard_size", "skip_bad", "rows", "format")
     recipe = {
         "source": [file_fingerprint(path) for path in files],
@@ -176,40 +195,28 @@ def prepare(args: argparse.Namespace) -> None:
     if partial is None:
         print(f"{args.output_dir}: already there")
         return
-    size, end = args.sequence_length, tokenizer.end_of_text
+    tokenizer, tokenizer_files = prepare_tokenizer(base, template, args.output_dir / TOKENIZER_FOLDER)
+    job = Job(args.output_dir, name, recipe, tokenizer, EncodeOptions())
     with disk_errors(args.output_dir), locked(args.output_dir):
-        encoder = Encoder(chat, args.rows or "", size)
+        encoder = Encoder(Chat(tokenizer, find_template("tokenizer", tokenizer)), args.rows or "", args.sequence_length)
         found = encode(files, args, encoder)
-        train, val = split(found, args.val_share)
-        val_ids, val_counted = blocks_of(val, size, end)
-        ids, counted = blocks_of(train, size, end)
-        shards = list(shards_of(f"{name}_val_000000", val_ids, val_counted, len(val_ids) or 1, end))
-        numbered = shards_of("{}", ids, counted, max(1, args.shard_size // size), end)
-        shards += [(f"{name}_train_{int(i) + 1:06d}", *arrays) for i, *arrays in numbered]
-        total = sum(len(conversation.ids) for conversation in found)
-        facts = {
-            "sequence_length": size,
-            "chat_template": template.fingerprint,
-            "conversations": {"train": len(train), "val": len(val), "cut": encoder.cut},
-            "blocks": {"train": len(ids), "val": len(val_ids)},
-            "packed_share": round(total / (size * (len(ids) + len(val_ids))), 4),
-            "counted_tokens": {"train": int(counted.sum()), "val": int(val_counted.sum())},
-        }
+        shards, facts = make_shards(found, args, name, tokenizer.end_of_text)
+        rows = write(partial, shards, tokenizer, tokenizer_files)
         tokens = sum(len(tokens) for _, tokens, _ in shards)
-        size_of_text = sum(text_bytes(tokens, tokenizer) for _, tokens, _ in shards)
-        progress = Progress(1, tokens, len(found), size_of_text, encoder.skipped)
-        job = Job(args.output_dir, name, recipe, tokenizer, EncodeOptions())
-        manifest = publish(job, partial, progress, write(partial, shards, tokenizer, tokenizer_files), facts)
+        size = sum(text_bytes(tokens, tokenizer) for _, tokens, _ in shards)
+        progress = Progress(1, tokens, len(found), size, encoder.skipped)
+        facts = {"chat_template": template.fingerprint, "cut": encoder.cut, **facts}
+        manifest = publish(job, partial, progress, rows, facts)
     print(summary(args.output_dir, manifest))
-    resize = " --resize_embeddings=1" if tokenizer.sha256 != base.sha256 else ""
-    flags = f"--tokenizer={args.output_dir / TOKENIZER_FOLDER} --sequence_length={size} --doc_mask=1{resize}"
-    print(f"train with --init_from=MODEL {flags}")
+    flags = [f"--tokenizer={args.output_dir / TOKENIZER_FOLDER}", f"--sequence_length={args.sequence_length}"]
+    flags += ["--doc_mask=1", *(["--resize_embeddings=1"] if tokenizer.sha256 != base.sha256 else [])]
+    print("train with --init_from=MODEL", *flags)
 
 
 def summary(output_dir: Path, manifest: dict[str, Any]) -> str:
     """Describes a data set in two lines."""
     conversations, counted, blocks = (manifest[key] for key in ("conversations", "counted_tokens", "blocks"))
-    cut = f", {conversations['cut']:,} cut" if conversations["cut"] else ""
+    cut = f", {manifest['cut']:,} cut" if manifest["cut"] else ""
     return (
         f"{output_dir}: {conversations['train']:,} conversations for training and {conversations['val']:,} for"
         f" validation{cut}{describe_skipped(manifest['skipped'])}\n"
@@ -276,7 +283,7 @@ def main() -> None:
     name = args.name or args.output_dir.resolve().name
     if Path(name).name != name or "_val_" in name or "_train_" in name:
         raise UserError(f"--name={name} must be a name, not a path, and must not contain _val_ or _train_")
-    prepare(args)
+    prepare(args, name)
 
 
 if __name__ == "__main__":

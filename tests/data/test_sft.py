@@ -302,7 +302,7 @@ def test_the_shards_hold_every_conversation_once(tmp_path_factory, rows, val_sha
         if tokens_of(row) <= size
     )
     assert not whole - found  # none that fits is cut or lost
-    assert (found - whole).total() == manifest["conversations"]["cut"]
+    assert (found - whole).total() == manifest["cut"]
     assert found.total() == manifest["documents"] == len(rows) + 1 - sum(manifest["skipped"].values())
     for split in ("train", "val")[: 1 + (val_share != "0")]:
         ids, mask = read(out, f"*_{split}_*.bin")
