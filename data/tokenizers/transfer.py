@@ -25,8 +25,9 @@ def token_rows(old: Tokenizer, new: Tokenizer, old_size: int, new_size: int) -> 
     of the vocabularies.
 
     A token gets the old token with its bytes, otherwise the old tokens that spell it. A special token gets the old
-    special token with its name, and the end-of-text token otherwise the old end-of-text token. New special tokens and
-    unused ids get nothing. If both tokenizers are equal, every row is kept, including rows without a token.
+    special token with its name. The end-of-text token gets the old end-of-text token, unless both of these exist in
+    both tokenizers. New special tokens and unused ids get nothing. If both tokenizers are equal, every row is kept,
+    including rows without a token.
     """
     if old.vocab_size > old_size or new.vocab_size > new_size:
         raise ValueError(f"{old.vocab_size} and {new.vocab_size} ids in {old_size} and {new_size} rows")
@@ -35,8 +36,10 @@ def token_rows(old: Tokenizer, new: Tokenizer, old_size: int, new_size: int) -> 
     else:
         bags = _with_equal_bytes(old.token_bytes, new.token_bytes)
         bags |= _spelled(old, {i: token for i, token in new.token_bytes.items() if i not in bags})
-        bags[new.end_of_text] = [old.end_of_text]
-        bags |= {i: [old.special[name]] for name, i in new.special.items() if name in old.special}
+        by_name = {i: [old.special[name]] for name, i in new.special.items() if name in old.special}
+        if new.end_of_text not in by_name or [old.end_of_text] not in by_name.values():
+            by_name[new.end_of_text] = [old.end_of_text]
+        bags |= by_name
     offsets = np.zeros(new_size + 1, np.int64)
     np.cumsum([len(bags.get(i, ())) for i in range(new_size)], out=offsets[1:])
     return np.array([j for i in range(new_size) for j in bags.get(i, ())], np.int64), offsets

@@ -201,10 +201,17 @@ def test_the_end_of_text_token_is_none_that_the_template_writes(prepared, bases)
         assert tokenizer.special[end] == tokenizer.end_of_text
     spiece = prepared("sentencepiece", "mistral")[0].tokenizer  # whose </s> ends a turn
     assert spiece.special[END_OF_TEXT] == spiece.end_of_text == bases["sentencepiece"].vocab_size
-    new = prepared("bytelevel", "phi3")[0].tokenizer
-    ids, offsets = token_rows(bases["bytelevel"], new, 400, new.vocab_size)
-    old_end = new.special[END_OF_TEXT]
-    assert ids[offsets[old_end] : offsets[old_end + 1]].tolist() == [old_end]  # the turn's end keeps its embedding
+
+
+def test_a_model_whose_end_of_text_token_ends_turns_keeps_its_embeddings(tmp_path):
+    """As in the chat models of Qwen, whose base models separate documents by another token."""
+    data = json.loads(train(iter([TEXT]), 300, [END_OF_TEXT, "<|im_start|>", "<|im_end|>"], "gpt4").to_str())
+    config = {"eos_token": "<|im_end|>", "chat_template": BUILT_IN["chatml"]}
+    old = write(tmp_path, {"tokenizer.json": data, "tokenizer_config.json": config})
+    new, files = prepare_tokenizer(old, find_template("", old), tmp_path)
+    assert (old.end_of_text, new.end_of_text) == (2, 0) and files["tokenizer.json"] == old.files["tokenizer.json"]
+    ids, offsets = token_rows(old, new, 300, 300)
+    assert ids.tolist() == [*range(300)] and offsets.tolist() == [*range(301)]
 
 
 forged = st.lists(
