@@ -105,8 +105,11 @@ def _messages(rows: Any, name: str) -> list[dict[str, str]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f": message {number} is not an object with role and content")
-        role, content = row.get("role", row.get("from")), row.get("content", row.get("value"))
-        if role not in ROLES:
+        role = row.get("role") or row.get("from")
+        content = row.get("value") if row.get("content") is None else row["content"]
+        if row.get("tool_calls"):
+            raise ValueError(f": message {number} calls tools, which is not supported")
+        if not isinstance(role, str) or role not in ROLES:
             known = ", ".join(ROLES)
             raise ValueError(f": message {number} has the unknown role {quote(role)!r}, not one of {known}")
         messages.append({"role": ROLES[role], "content": _text(content, f"the content of message {number}")})

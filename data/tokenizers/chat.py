@@ -4,9 +4,9 @@ A template is a Jinja program in the format of Hugging Face's tokenizer_config.j
 messages, {"role", "content"}, into text in which the names of special tokens stand for the tokens. Such names within a
 message are ordinary text, so that a message cannot end its turn or begin another.
 
-Counted are the assistant's messages, each with the token that ends its turn. If the template marks them with
+The assistant's messages are counted, each with the token that ends its turn. If the template marks them with
 {% generation %}, the marks decide. Otherwise the conversation is rendered up to each reply, with the prompt for a
-reply; this text must be the beginning of the whole, and what follows it is the reply.
+reply. The whole text must begin with this text, and continues with the reply.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ class Chat:
         added = json.loads(tokenizer.files.get(TOKENIZER, b"{}")).get("added_tokens") or []
         flags = {token["content"]: token for token in added}
         self._special = _pattern({name: flags.get(name, {}) for name in tokenizer.special})
-        # A message cannot contain these: special tokens, and others that the template writes around messages. Tokens
-        # such as <think>, which a tokenizer.json lists without calling them special, are parts of messages.
+        # Tokens that no message can contain: special ones, and others that the template writes around messages. Tokens
+        # such as <think>, which a tokenizer.json lists with "special": false, may be in messages.
         around = render_probe(template, self.names, to=4)
         control = [name for name in tokenizer.special if flags.get(name, {}).get("special", True) or name in around]
         self._control = _pattern({name: {} for name in control})
@@ -221,7 +221,7 @@ class Chat:
         self._undisguise = {ord(disguise): chr(c) for c, disguise in self._disguise.items()}
 
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Returns the ids of a conversation, and of each whether it is counted.
+        """Returns the ids of a conversation, and for each whether it is counted.
 
         Raises ValueError with a message that follows the place of the conversation, such as "line 3".
         """
@@ -308,7 +308,7 @@ class Chat:
 
 
 def _inside(tokenizer: Tokenizer, piece: str, ids: list[int], inside: bytearray) -> list[bool]:
-    """Returns of each token of a text whether one of its characters is inside."""
+    """Returns for each token of a text whether one of its characters is inside."""
     if 1 not in inside or 0 not in inside:
         return [1 in inside] * len(ids)
     if tokenizer.library is not None:

@@ -44,7 +44,7 @@ def extended_files(tokenizer: Tokenizer, names: list[str], end_of_text: str, cha
     files = tokenizer_files(tokenizer)
     data, config = json.loads(files[TOKENIZER]), json.loads(files[TOKENIZER_CONFIG])
     if tokenizer.files and "bos_token" not in json.loads(tokenizer.files[TOKENIZER_CONFIG]):
-        del config["bos_token"]  # which `tokenizer_files` has set for models that begin every text with it
+        config.pop("bos_token", None)  # which `tokenizer_files` has set for models that begin every text with it
     for name, i in zip(names, range(tokenizer.vocab_size, tokenizer.vocab_size + len(names)), strict=True):
         data["added_tokens"].append({"id": i, "content": name, **FLAGS})
         data["model"]["vocab"][name] = i  # otherwise ids after a gap would be renumbered

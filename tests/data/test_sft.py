@@ -176,6 +176,8 @@ def test_the_format_of_rows_can_be_named(make, tmp_path):
         ({"messages": "a"}, ": messages is not a list"),
         ({"messages": ["a"]}, ": message 1 is not an object with role and content"),
         ({"messages": [{"role": "robot", "content": "a"}]}, ": message 1 has the unknown role 'robot', not one of"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, r": message 1 has the unknown role .\['user'\]"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, ": message 1 calls tools, which is not supported"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, ": the content of message 1 is not text"),
         ({"messages": [{"role": "user", "content": "a"}]}, " has no message of the assistant"),
         ({"instruction": "a", "output": 3}, ": output is not text"),
