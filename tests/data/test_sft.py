@@ -24,6 +24,7 @@ from data.prepare.job import MANIFEST
 from data.prepare.packing import pack
 from data.shards import open_shard
 from data.tokenizers.load import load_tokenizer
+from train.inputs import refuse_masks
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -468,3 +469,9 @@ def test_check_finds_damage(make, source, damage):
 def test_check_of_another_folder_is_one_line(call, tmp_path):
     with pytest.raises(UserError, match="no data set that data/sft.py has made"):
         call(sft, "--check", "--output_dir", tmp_path)
+
+
+def test_training_on_replies_is_not_supported_yet(config):
+    data = open_train_data(config(), config.fingerprint)
+    with pytest.raises(UserError, match="--input_train_bin: .*not supported yet"):
+        refuse_masks(data)
