@@ -66,6 +66,7 @@ def test_a_rank_stopped_in_a_save_is_named(trainer, injected, tmp_path):
     injected(1, "the steps since the checkpoint")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("one rank hangs without dying", "all ranks end and name the step and its place in the code")
 def test_a_stuck_rank_is_named_with_its_place_in_the_code(trainer, injected, tmp_path):
     run = tmp_path / "run"

@@ -64,6 +64,7 @@ def test_every_strategy_trains_the_model_alike(trainer, trace, one_process, llam
     near(trace(tmp_path / "run"), trace(one_process))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_another_run_can_start_from_it(trainer, trace, one_process, llama, tmp_path, parameters_of):
     flags = [f"--init_from=hf:{llama[0]}", "--shuffle=0", "--batch_size=8"]
     trainer.run(tmp_path / "run", *flags, "--max_minutes=1e-9")

@@ -63,6 +63,7 @@ def test_killed_fifteen_times(injected, tmp_path, stage):
     injected(len(kills), f"at most {most} steps repeated, saved every {SAVE_EVERY}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(tmp_path):
     command = [sys.executable, "-m", "tests.soak.main", "--kills=1", f"--output_dir={tmp_path / 'soak'}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -99,6 +99,7 @@ def test_a_roll_back_skips_bad_data_also_if_it_is_killed_on_the_way(
     assert_same_run(run, (trace(tmp_path / "without"), parameters_of(tmp_path / "without")))
 
 
+@pytest.mark.slow
 def test_float16_gives_the_losses_of_float32_within_its_rounding(trainer, trace, tmp_path):
     losses = {}
     for dtype in ("float16", "float32"):

@@ -119,7 +119,7 @@ def test_training_gives_the_numbers_of_the_reference(run, expected, tmp_path, sh
     assert_equal(run(tmp_path / "run", ranks, zero_stage=stage, **flags), expected(ranks, **flags))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_float16_gives_the_norms_of_the_reference_within_its_rounding(run, expected, tmp_path, ranks):
     """The parameters are sharded and offloaded to the host."""
     flags = {**SIZE, **GPT2, **TRAINING}

@@ -106,9 +106,8 @@ def test_one_document_per_row_needs_no_mask(family):
     assert torch.allclose(model(idx, positions=positions), model(idx), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "family", [WINDOW, *(pytest.param(f, marks=pytest.mark.slow) for f in ([], LLAMA))], ids=["window", "gpt2", "llama"]
-)
+@pytest.mark.slow
+@FAMILIES
 def test_compiled_gives_the_same_numbers_as_eager(family):
     model = make(*family, "--compile=1")
     eager_loss, eager = loss_and_gradients(model, *packed())

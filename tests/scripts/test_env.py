@@ -75,7 +75,7 @@ def is_refused(done, *words):
 
 
 REQUIREMENTS = "-r requirements-gpu.txt -c scripts/constraints.txt"
-INSTALL = f"python -m pip install -qq --disable-pip-version-check {REQUIREMENTS}"
+INSTALL = f"python -m pip install -qq --no-compile --disable-pip-version-check {REQUIREMENTS}"
 
 
 def test_a_missing_environment_is_made_once(checkout):

@@ -37,6 +37,7 @@ def test_a_check_that_starts_after_the_time_limit_fails(tmp_path):
     assert not report["passed"] and "minutes are over" in report["checks"][0]["error"]
 
 
+@pytest.mark.slow
 def test_a_missing_gpu_is_an_error_of_one_line(tmp_path):
     done = gpu_check("--output", tmp_path / "report.json")
     assert done.returncode == 2
