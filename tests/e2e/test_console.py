@@ -40,6 +40,7 @@ def test_a_run_without_a_console_ends_with_a_checkpoint_or_continues_under_nohup
     injected(1)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "out of memory during a save in the background", "the checkpoint is completed; one line, exit code 2"
 )

@@ -85,7 +85,8 @@ def test_a_checkpoint_of_adamw_is_not_resumed(trainer, stage_0, tmp_path):
     assert "--optimizer=adamw: " in done.stderr and "--init_from=" in done.stderr
 
 
-@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
 def test_a_roll_back_skips_bad_data_also_if_it_is_killed_on_the_way(
     trainer, trace, parameters_of, assert_same_run, tmp_path, stage
 ):

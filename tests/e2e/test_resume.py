@@ -42,6 +42,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_equal(
     assert_same_run(output_dir, undisturbed(ranks, *FLAGS))
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_resumes_bit_equal(trainer, assert_same_run, undisturbed, tmp_path):
     output_dir = tmp_path / "run"
     done = trainer.run(output_dir, *FLAGS, "--max_minutes=0.001")

@@ -112,6 +112,7 @@ def test_one_batch_is_memorized(trainer, metrics, tmp_path):
     assert metrics(tmp_path / "run")[-1]["loss"] < 0.1
 
 
+@pytest.mark.slow
 def test_a_run_is_fine_tuned_and_repeated_with_other_flags(trainer, metrics, command, tmp_path):
     run, tuned, again = (tmp_path / name for name in ("run", "tuned", "again"))
     trainer.run(run, "--tokenizer=none", "--num_iterations=40")

@@ -224,6 +224,7 @@ def test_the_metrics_equal_those_of_the_librarys_model(task, found, theirs):
     assert len(ours) >= 1 and ours == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_answer_equals_that_of_the_librarys_model(task, found, theirs):
     mine, its = resps(found, task), resps(theirs, task)

@@ -171,7 +171,7 @@ SHAPE = "--n_layer=1 --n_head=2 --n_embd=32 --vocab_size=301 --sequence_length=1
 
 
 @pytest.mark.parametrize("flags", ["", "--tie_embeddings=0 --logit_softcap=5"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_learns_the_same_from_the_chunked_and_from_the_plain_loss(flags, compiled, compiled_chunk, monkeypatch):
     """Tied and untied head, padded vocabulary, softcap, ignored targets; several chunks, the last one shorter."""
     monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 32 * PADDED)

@@ -232,13 +232,13 @@ def check_save(ranks, folder):
 def check_load(ranks, folder):
     """Every setting loads checkpoints of all kinds bit for bit and continues from them.
 
-    Each checkpoint is loaded by every fifth setting. All combinations are in tests/e2e/test_strategies.py, marked slow.
+    Each checkpoint is loaded by one setting. All combinations are in tests/e2e/test_strategies.py, marked slow.
     """
     norms = []
     for i, saved in enumerate(sorted(folder.iterdir())):
         expected = load_file(saved / "whole.safetensors")
         for k, flags in enumerate(settings(ranks.world_size).values()):
-            if (i + k) % 5 == 0:
+            if k == i % 6:
                 setting = Setting(ranks, *flags)
                 load_checkpoint(list_checkpoints(saved)[0], setting.model, setting.optimizer)
                 assert_equal(setting.whole(), expected)

@@ -145,6 +145,7 @@ def interrupt(process, out):
     assert not list(out.glob("*.bin")) and all_gone(process.pid)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_ctrl_c_are_one_line_and_can_be_resumed(source, made, tmp_path, content):
     process = start(source, tmp_path, FINE_COMMAND)
     wait_until(lambda: journal_of(tmp_path) > 2, process)
