@@ -49,10 +49,9 @@ def run_case(trainer, trace, one_process, output_dir, stage, accumulation, recom
     return trace(output_dir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, accumulation, recompute, compile",
-    [("stage3", 1, "selective", 1), ("hsdp", 4, "selective", 0)],
+    [pytest.param("stage3", 1, "selective", 1, marks=pytest.mark.slow), ("hsdp", 4, "selective", 0)],
 )
 def test_a_strategy_gives_the_numbers_of_one_process(
     trainer, trace, one_process, tmp_path, stage, accumulation, recompute, compile
