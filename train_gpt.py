@@ -54,7 +54,7 @@ def train(config: Config) -> int:
     # If --doc_mask is set, open_tokenizer returns a tokenizer or raises an error.
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
-    inputs.refuse_masks(train_data)  # those of conversations
+    inputs.refuse_masks(train_data)  # shards of conversations: the loss does not use their masks yet
     config = inputs.count_iterations(config, train_data, ranks)  # from --num_epochs
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
     pretrained = inputs.load_pretrained(config, ranks)  # None: random weights from --seed

@@ -3,8 +3,8 @@
 Reads conversations from .jsonl, .json (also compressed) and .parquet files, in the formats that
 data/prepare/conversations.py lists. Writes to DIR token shards, for each shard a mask of the tokens that count
 (data/masks.py), and in DIR/tokenizer the tokenizer with the special tokens of the chat template. Conversations are
-packed into blocks of --sequence_length tokens; an end-of-text token begins each and fills the rest of a block. Train
-with --tokenizer=DIR/tokenizer, --doc_mask=1 and the same --sequence_length.
+packed into blocks of --sequence_length tokens. An end-of-text token begins each conversation, and more of them fill the
+rest of a block. Training on these masks is not supported yet.
 """
 
 from __future__ import annotations
@@ -208,9 +208,6 @@ def prepare(args: argparse.Namespace, name: str) -> None:
         facts = {"chat_template": template.fingerprint, "cut": encoder.cut, **facts}
         manifest = publish(job, partial, progress, rows, facts)
     print(summary(args.output_dir, manifest))
-    flags = [f"--tokenizer={args.output_dir / TOKENIZER_FOLDER}", f"--sequence_length={args.sequence_length}"]
-    flags += ["--doc_mask=1", *(["--resize_embeddings=1"] if tokenizer.sha256 != base.sha256 else [])]
-    print("train with --init_from=MODEL", *flags)
 
 
 def summary(output_dir: Path, manifest: dict[str, Any]) -> str:

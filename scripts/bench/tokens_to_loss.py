@@ -12,20 +12,21 @@ does nothing else.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before all else: this folder holds a tokenize.py
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import argparse
 import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from util.errors import CommandParser, UserError, run_command
 from util.files import read_json, write_atomically
@@ -114,7 +115,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default: 2)")
     parser.add_argument("--show", action="store_true", help="print the results only")
     args = parser.parse_args()
+    if args.jobs < 1:
+        raise UserError(f"--jobs={args.jobs}: must be at least 1")
     results = read_results(args.output)
+    if args.show and not results:
+        raise UserError(f"--output={args.output}: no results yet; run the command without --show")
     if not args.show:
         if args.folder is None or not args.input:
             raise UserError("FILE and --folder: missing; name the text, and a folder for shards and runs")
@@ -130,7 +135,13 @@ def main() -> None:
 
 
 def read_results(path: Path) -> dict[Setting, dict[str, Any]]:
-    return {Setting(**run.pop("setting")): run for run in read_json(path)} if path.exists() else {}
+    """Returns the results in a file, or none if it does not exist."""
+    if not path.exists():
+        return {}
+    try:
+        return {Setting(**run.pop("setting")): run for run in read_json(path)}
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        raise UserError(f"--output={path}: not a file of this command ({e}); restore it, or name another") from e
 
 
 def write_results(path: Path, results: dict[Setting, dict[str, Any]]) -> None:
@@ -143,15 +154,15 @@ def prepare(files: list[str], folder: Path) -> None:
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer.json").exists():
         words = ["data/train_tokenizer.py", *files, f"--output={tokenizer}", "--vocab_size=4096", "--special_tokens="]
-        run([*words, "--max_bytes=50M"], threads=0)
+        run([*words, "--max_bytes=50M"])
     words = ["data/text.py", *files, f"--output_dir={folder / 'shards'}", f"--tokenizer={tokenizer}"]
-    run([*words, "--max_tokens=9M", "--val_tokens=500_000"], threads=0)
+    run([*words, "--max_tokens=9M", "--val_tokens=500_000"])
 
 
-def run(words: list[str], threads: int) -> None:
-    """Runs one of rawgpt's commands. `threads` of 0 leaves their number to the command."""
-    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, stdout=sys.stderr)
+def run(words: list[str]) -> None:
+    """Runs one of rawgpt's commands. If it fails, its error is printed already; exits with its exit code."""
+    if code := subprocess.call([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=sys.stderr):
+        sys.exit(code)
 
 
 def next_runs(results: dict[Setting, dict[str, Any]]) -> list[Setting]:
@@ -179,10 +190,8 @@ def train(setting: Setting, folder: Path) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with (output / "console.log").open("a") as console:
-        command = [sys.executable, "train_gpt.py", *flags]
-        code = subprocess.call(
-            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=console, stderr=console
-        )
+        command = [sys.executable, str(ROOT / "train_gpt.py"), *flags]
+        code = subprocess.call(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=console, stderr=console)
     seconds = time.perf_counter() - started
     status = read_json(output / "status.json")["status"] if (output / "status.json").exists() else "not started"
     if status in ("stopped", "interrupted", "out of time", "running"):  # running: it was killed

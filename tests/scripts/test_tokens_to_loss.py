@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from scripts.bench import tokens_to_loss as bench
 from scripts.bench.tokens_to_loss import ABLATIONS, FACTORS, RECIPES, SEEDS, Setting
 from util.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 HALF = Setting("modern", 0.5, 1.0)
 
 
@@ -67,6 +71,25 @@ def test_results_are_read_back_as_they_were_written(tmp_path):
     results = finished(falling)
     bench.write_results(tmp_path / "results.json", results)
     assert bench.read_results(tmp_path / "results.json") == results
+
+
+@pytest.mark.parametrize(
+    "content, flags, message",
+    [
+        (None, [], "FILE and --folder: missing"),
+        (None, ["x.txt", "--folder=runs", "--jobs=0"], "--jobs=0: must be at least 1"),
+        (None, ["missing.txt", "--folder=runs"], "missing.txt: no such file"),
+        (None, ["--show"], "results.json: no results yet"),
+        ("", ["--show"], "results.json"),
+        ('[{"setting": {}}]', ["--show"], "results.json: not a file of this command"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, content, flags, message):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    command = [sys.executable, str(ROOT / "scripts/bench/tokens_to_loss.py"), "--output", "results.json", *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.slow
