@@ -55,6 +55,7 @@ def test_running_out_of_memory_during_a_save_keeps_the_checkpoint(trainer, injec
     injected(1, "the steps since the checkpoint")
 
 
+@pytest.mark.slow
 def test_the_log_has_the_lines_of_each_start_and_rank(trainer, tmp_path):
     run = tmp_path / "run"
     for steps in (5, 10):

@@ -239,6 +239,7 @@ def test_a_run_whose_shards_were_deleted_still_saves_its_checkpoint(trainer, wai
     assert (tmp_path / "run/checkpoints/latest").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_total_batch_size_on_other_ranks(trainer, trace, metrics, tmp_path):
     """Also if it was derived from --batch_size and the number of ranks, which differs now."""
     flags = ["--total_batch_size=0", "--batch_size=4", "--save_every_niter=5"]

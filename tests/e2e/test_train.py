@@ -71,6 +71,7 @@ def test_a_folder_of_numpy_arrays_gives_the_numbers_of_the_shards(one_rank, trai
     assert trace(tmp_path / "run") == trace(one_rank[0])
 
 
+@pytest.mark.slow
 def test_four_ranks_give_the_numbers_of_one(one_rank, trainer, trace, parameters_of, tmp_path):
     """Losses, norms, validation and final parameters of 20 steps, within 1e-5. Two ranks: test_reference.py."""
     output_dir = tmp_path / "run"
@@ -82,6 +83,7 @@ def test_four_ranks_give_the_numbers_of_one(one_rank, trainer, trace, parameters
     assert max((ours[k] - reference[k]).abs().max().item() for k in ours) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_automatic_micro_batch_gives_equal_numbers_and_may_change_on_resume(one_rank, trainer, trace, tmp_path):
     expected, output_dir = trace(one_rank[0]), tmp_path / "run"
     done = trainer.run(output_dir, "--batch_size=0", ranks=2)

@@ -132,6 +132,7 @@ def test_an_untrained_model_has_the_accuracy_of_chance(text_checkpoint, evaluate
             assert accuracy["value"] == sum(right) / 500 == pytest.approx(0.25, abs=0.06)  # 3 standard errors
 
 
+@pytest.mark.slow
 def test_limit_batches_and_ranks_do_not_change_the_results(text_checkpoint, evaluate, tmp_path):
     path = write(tmp_path / "random.jsonl", rows(12))
     flags = [f"--checkpoint={text_checkpoint}", f"--input={path}", "--device=cpu"]

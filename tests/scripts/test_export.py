@@ -59,6 +59,7 @@ def export(*words, code=0):
     return ""
 
 
+@pytest.mark.slow
 def test_consolidated_has_the_weights_of_all_ranks(sharded, parameters_of, trainer, tmp_path):
     run_command("--checkpoint", sharded, "--to", "consolidated", "--output", tmp_path / "whole")
     tensors, expected = load_file(tmp_path / "whole/model/model.safetensors"), parameters_of(sharded)

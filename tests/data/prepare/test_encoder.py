@@ -132,6 +132,7 @@ def test_splitting_a_document_does_not_change_its_byte_count(tmp_path, tokenizer
     assert found.skipped == Counter() and isinstance(tokenizer, Tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern",
     [GPT2_PATTERN, *(pytest.param(p, marks=pytest.mark.slow) for p in (CL100K_PATTERN, O200K_PATTERN))],
