@@ -1,9 +1,9 @@
 """Tokens to GPT-2's loss: `python scripts/bench/tokens_to_loss.py FILES --folder DIR`.
 
-Trains small models on the CPU: the recipe of GPT-2 on 8M tokens, and that of --cfg=modern-124m on a half and on a third
-of them. Each recipe runs once at three learning rates, then with three other seeds at the best of them. GPT-2 also runs
-with an untied head. Then the modern recipe runs on a third of the tokens without each of its changes. All runs have the
-same size, shards, and validation tokens.
+Trains small models on the CPU: the recipe of GPT-2 on 3M tokens, and that of --cfg=modern-124m on a half and on a third
+of them. Each recipe runs once at three learning rates, and at further ones while the best is the lowest or the highest
+tried; then with three other seeds at the best. The modern recipe also runs on a third of the tokens without each of its
+changes, and GPT-2 with an untied head. All runs have the same size, shards, and validation tokens.
 
 The vocabulary (4,096 tokens), the shards and the runs are in DIR, and the results in --output. Repeat the command to
 resume: runs in --output are skipped, interrupted runs resume. Prints the results as tables in Markdown; with --show it
@@ -20,11 +20,12 @@ if __name__ == "__main__":  # before all else: this folder holds a tokenize.py
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -33,16 +34,17 @@ from util.files import read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "tokens_to_loss.json"
-TOKENS = 8_000_000
-BATCH = 16384
-SIZE = f"""--n_layer=3 --n_embd=192 --n_head=3 --sequence_length=256 --batch_size=8 --total_batch_size={BATCH}
+TOKENS = 3_000_000
+BATCH = 6144
+SIZE = f"""--n_layer=3 --n_embd=128 --n_head=2 --sequence_length=256 --batch_size=8 --total_batch_size={BATCH}
     --vocab_size=4096 --device=cpu --dtype=float32 --compile=0 --tensorcores=0 --val_loss_every=0 --val_max_steps=30
     --save_every_niter=100 --keep_last=1 --log_every=20""".split()
-# The learning rates of each recipe; a run multiplies them by its factor.
+# The learning rates of each recipe; a run multiplies them by its factor. Those of the embedding and the head are the
+# rates of modern-124m times sqrt(768 / width), nanochat's rule.
 RATES = {
-    "gpt2": {"learning_rate": 2e-3},
-    "gpt2-untied": {"learning_rate": 2e-3},
-    "modern": {"matrix_lr": 0.025, "embedding_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.015},
+    "gpt2": {"learning_rate": 4e-3},
+    "gpt2-untied": {"learning_rate": 4e-3},
+    "modern": {"matrix_lr": 0.025, "embedding_lr": 0.73, "head_lr": 0.0098, "scalar_lr": 0.015},
 }
 FLAGS = {
     "gpt2": ["--schedule=cosine", "--learning_rate_decay_frac=0.1"],
@@ -51,6 +53,7 @@ FLAGS = {
 }
 RECIPES = (("gpt2", 1.0), ("modern", 1 / 2), ("modern", 1 / 3), ("gpt2-untied", 1.0))  # with the part of TOKENS
 FACTORS = (0.5, 1.0, 2.0)
+MAX_FACTORS = 5
 SEEDS = (2, 3, 4)  # seed 1 chooses the learning rate
 # Each undoes one change of the modern recipe.
 ABLATIONS = {
@@ -109,7 +112,7 @@ class Setting:
 
 def main() -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="*", metavar="FILE", help="text, as for data/text.py; at least 9M tokens")
+    parser.add_argument("input", nargs="*", metavar="FILE", help="text, as for data/text.py; at least 4M tokens")
     parser.add_argument("--folder", type=Path, help="where vocabulary, shards and runs are written")
     parser.add_argument("--output", type=Path, default=RESULTS, help="results (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default: 2)")
@@ -124,13 +127,7 @@ def main() -> None:
         if args.folder is None or not args.input:
             raise UserError("FILE and --folder: missing; name the text, and a folder for shards and runs")
         prepare(args.input, args.folder)
-        while todo := [s for s in next_runs(results) if s not in results]:
-            with ThreadPoolExecutor(args.jobs) as pool:
-                futures = {pool.submit(train, setting, args.folder): setting for setting in todo}
-                for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-                    write_results(args.output, results)
-                    print(f"{futures[future].name}: {future.result()}", file=sys.stderr, flush=True)
+        train_all(results, args)
     print(tables(results))
 
 
@@ -156,7 +153,7 @@ def prepare(files: list[str], folder: Path) -> None:
         words = ["data/train_tokenizer.py", *files, f"--output={tokenizer}", "--vocab_size=4096", "--special_tokens="]
         run([*words, "--max_bytes=50M"])
     words = ["data/text.py", *files, f"--output_dir={folder / 'shards'}", f"--tokenizer={tokenizer}"]
-    run([*words, "--max_tokens=9M", "--val_tokens=500_000"])
+    run([*words, "--max_tokens=4M", "--val_tokens=500_000"])
 
 
 def run(words: list[str]) -> None:
@@ -165,21 +162,57 @@ def run(words: list[str]) -> None:
         sys.exit(code)
 
 
+def train_all(results: dict[Setting, dict[str, Any]], args: argparse.Namespace) -> None:
+    """Trains the models that are not in `results`, `--jobs` at a time, and adds each when it is done."""
+    running: dict[Future[dict[str, Any]], Setting] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        while True:
+            todo = [s for s in next_runs(results) if s not in results and s not in running.values()]
+            for setting in todo[: args.jobs - len(running)]:
+                running[pool.submit(train, setting, args.folder)] = setting
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                setting = running.pop(future)
+                results[setting] = future.result()
+                write_results(args.output, results)
+                print(f"{setting.name}: {results[setting]}", file=sys.stderr, flush=True)
+
+
 def next_runs(results: dict[Setting, dict[str, Any]]) -> list[Setting]:
-    """Returns the runs that can be chosen now; those that depend on others only after these have finished."""
-    runs = [Setting(recipe, part, factor) for recipe, part in RECIPES for factor in FACTORS]
+    """Returns the runs that can be chosen now, the most important first; the others depend on results of these."""
+    compared = [s for recipe, part in RECIPES if recipe != "gpt2-untied" for s in runs_of(results, recipe, part)]
+    untied = [s for recipe, part in RECIPES if recipe == "gpt2-untied" for s in runs_of(results, recipe, part)]
+    if any(s not in results for s in compared):
+        return [*compared, *untied]
+    return [*compared, *(without(results, change) for change in ABLATIONS), *untied]
+
+
+def runs_of(results: dict[Setting, dict[str, Any]], recipe: str, part: float) -> list[Setting]:
+    """Returns the runs of a recipe: those that choose the learning rate, and then those with the other seeds."""
+    factors = sorted({*FACTORS, *(s.factor for s in results if s == Setting(recipe, part, s.factor))})
+    runs = [Setting(recipe, part, factor) for factor in factors]
     if any(s not in results for s in runs):
         return runs
-    for recipe, part in RECIPES:
-        chosen = Setting(recipe, part, best_factor(results, recipe, part))
-        runs += [replace(chosen, seed=seed) for seed in SEEDS]
-    chosen = Setting("modern", 1 / 3, best_factor(results, "modern", 1 / 3))
-    return runs + [replace(chosen, without=change) for change in ABLATIONS]
+    best = best_factor(results, recipe, part)
+    if best in (factors[0], factors[-1]) and len(factors) < MAX_FACTORS:
+        return [*runs, Setting(recipe, part, best / 2 if best == factors[0] else best * 2)]
+    return runs + [Setting(recipe, part, best, seed) for seed in SEEDS]
 
 
 def best_factor(results: dict[Setting, dict[str, Any]], recipe: str, part: float) -> float:
-    """Returns the factor of the learning rates that gave the lowest loss."""
-    return min(FACTORS, key=lambda factor: results[Setting(recipe, part, factor)].get("val_loss", float("inf")))
+    """Returns the factor of the learning rates that gave the lowest loss, of those that have been tried."""
+    losses = {
+        s.factor: run.get("val_loss", math.inf) for s, run in results.items() if s == Setting(recipe, part, s.factor)
+    }
+    return min(losses, key=losses.__getitem__)
+
+
+def without(results: dict[Setting, dict[str, Any]], change: str) -> Setting:
+    """Returns the modern recipe on a third of the tokens without one change, at its own best rates or AdamW's."""
+    adamw = change == "AdamW instead of Muon"
+    factor = best_factor(results, "gpt2", 1.0) if adamw else best_factor(results, "modern", 1 / 3)
+    return Setting("modern", 1 / 3, factor, without=change)
 
 
 def train(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -220,15 +253,15 @@ def tables(results: dict[Setting, dict[str, Any]]) -> str:
         compared = s.recipe != "gpt2" and min(len(values), len(base)) > 1
         difference = f" {mean - statistics.mean(base):+.4f} | {welch(values, base):.2g} |"
         text += row + (difference if compared else "  |  |") + "\n"
-    text += (
-        "\n| recipe | tokens |" + "".join(f" rates × {factor:g} |" for factor in FACTORS) + "\n|---|---|---|---|---|\n"
-    )
+    factors = sorted({s.factor for s in results if not s.without})
+    text += "\n| recipe | tokens |" + "".join(f" rates × {factor:g} |" for factor in factors)
+    text += "\n|---|---|" + "---|" * len(factors) + "\n"
     for recipe, part in RECIPES:
-        runs = [Setting(recipe, part, factor) for factor in FACTORS]
+        runs = [Setting(recipe, part, factor) for factor in factors]
         text += f"| {recipe} | {runs[0].tokens:,} |" + "".join(f" {outcome(results.get(s))} |" for s in runs) + "\n"
-    text += f"\n| modern on {round(TOKENS / 3e6, 1)}M tokens without | validation loss | difference |\n|---|---|---|\n"
+    text += f"\n| modern on {TOKENS / 3e6:g}M tokens without | validation loss | difference |\n|---|---|---|\n"
     for s in (s for s in results if s.without):
-        whole = losses.get(replace(s, without=""))
+        whole = losses.get(Setting("modern", 1 / 3, best_factor(results, "modern", 1 / 3)))
         change = f"{losses[s] - whole:+.4f}" if whole is not None and s in losses else ""
         text += f"| {s.without} | {outcome(results[s])} | {change} |\n"
     return text

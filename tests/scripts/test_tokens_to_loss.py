@@ -21,21 +21,34 @@ def finished(loss):
     """Returns results of all runs, made in the order in which the script asks for them."""
     results = {}
     while todo := [s for s in bench.next_runs(results) if s not in results]:
-        results |= {s: loss(s) for s in todo}
+        results[todo[0]] = loss(todo[0])
     return results
 
 
 def falling(setting):
     """A loss that is lowest at twice the learning rates, and lower for the modern recipe."""
-    lower = 0.1 if setting.recipe == "modern" else 0.0
-    return {"val_loss": 4 - lower - 0.01 * setting.factor + 0.001 * setting.seed + 0.02 * bool(setting.without)}
+    loss = 3.9 if setting.recipe == "modern" else 4.0
+    return {"val_loss": loss + 0.01 * abs(setting.factor - 2) + 0.001 * setting.seed + 0.02 * bool(setting.without)}
 
 
 def test_each_recipe_is_repeated_at_its_best_learning_rate():
     results = finished(falling)
-    assert len(results) == len(RECIPES) * (len(FACTORS) + len(SEEDS)) + len(ABLATIONS)
+    assert len(results) == len(RECIPES) * (len(FACTORS) + 1 + len(SEEDS)) + len(ABLATIONS)
     assert {s.factor for s in results if s.seed != 1 or s.without} == {2.0}
+    assert {s.factor for s in results} == {0.5, 1.0, 2.0, 4.0}, "the best was the highest, so one more was tried"
     assert len({s.name for s in results}) == len(results)
+
+
+def test_the_compared_runs_come_first_and_a_rate_that_is_ever_better_ends():
+    order = list(finished(lambda s: {"val_loss": s.factor}))
+    assert [s.recipe == "gpt2-untied" for s in order] == sorted(s.recipe == "gpt2-untied" for s in order)
+    assert min(s.factor for s in order) == 0.125 and max(s.factor for s in order) == 2.0
+
+
+def test_adamw_instead_of_muon_runs_at_the_rate_that_is_best_for_adamw():
+    results = finished(lambda s: {"val_loss": abs(s.factor - (1 if s.recipe == "gpt2" else 0.5))})
+    adamw, *others = (s for s in results if s.without)
+    assert "--learning_rate=0.004" in adamw.flags() and {s.factor for s in others} == {0.5}
 
 
 def test_a_run_that_failed_is_reported_and_its_rate_is_not_chosen():
@@ -59,7 +72,7 @@ def test_the_flags_are_accepted_and_undo_one_change_each():
 
 def test_the_tables_have_means_differences_and_p_values():
     text = bench.tables(finished(falling))
-    mean = sum(4 - 0.1 - 0.02 + 0.001 * seed for seed in SEEDS) / 3
+    mean = sum(3.9 + 0.001 * seed for seed in SEEDS) / 3
     row = next(line for line in text.splitlines() if line.startswith(f"| modern | {HALF.tokens:,} | × 2 |"))
     assert f"{mean:.4f} ± 0.0010 | 3 | -0.1000 |" in row
     assert float(row.split("|")[-2]) < 1e-5
@@ -100,7 +113,7 @@ def test_a_model_is_trained_and_a_stopped_run_is_not_taken_for_a_result(tmp_path
     monkeypatch.setattr(bench, "TOKENS", 65536)
     monkeypatch.setattr(bench, "SIZE", [*bench.SIZE, "--n_layer=1", "--n_embd=48", "--val_max_steps=1"])
     result = bench.train(HALF, tmp_path)
-    assert result["tokens"] == 32768 and 0 < result["val_loss"] < math.log(4096) + 0.1
+    assert result["tokens"] == 30720 and 0 < result["val_loss"] < math.log(4096) + 0.1
     status = tmp_path / "runs" / HALF.name / "status.json"
     assert json.loads(status.read_text())["status"] == "done"
     monkeypatch.setattr(bench, "SIZE", [*bench.SIZE, "--max_minutes=1e-9"])
