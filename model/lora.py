@@ -69,6 +69,7 @@ def add_adapters(model: GPT, config: Config) -> None:
             parameter.data = parameter.data.to(frozen_dtype)
     targets = parse_lora_targets(config.lora_targets)
     for block in model.h:
+        block.lora_rank = config.lora_rank
         for module in module_sizes(config):
             parent, name = block.get_submodule(module.partition(".")[0]), module.partition(".")[2]
             linear = getattr(parent, name)

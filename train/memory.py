@@ -90,15 +90,14 @@ def lora_activations(config: Config, checkpointing: str) -> tuple[int, int]:
     """Returns bytes per token of a block: inputs of frozen matrices, which are not saved, and what adapters save.
 
     A frozen matrix saves its input only for an adapter's A. (The output of attention is saved by attention.) An adapter
-    saves its product with A, and the mask of its dropout. "selective" saves the outputs of A and B.
+    saves its product with A, and the mask of its dropout unless that is recomputed.
     """
     if not config.lora_rank:
         return 0, 0
     e, sizes, targets = element_size(config), module_sizes(config), parse_lora_targets(config.lora_targets)
     frozen = sum(e * i for name, (i, _) in sizes.items() if name not in targets and name != "attn.c_proj")
-    if checkpointing == "selective":
-        return frozen, sum(e * (config.lora_rank + sizes[name][1]) for name in targets)
-    masks = sum(sizes[name][0] for name in targets) if config.lora_dropout else 0
+    dropout = config.lora_dropout and checkpointing == "none"
+    masks = sum(sizes[name][0] for name in targets) if dropout else 0
     return frozen, e * config.lora_rank * len(targets) + masks
 
 
