@@ -15,6 +15,7 @@ from train.metrics import read_records
 TRAINING = """init_from input_train_bin tokenizer sequence_length total_batch_size num_iterations optimizer
     learning_rate schedule warmup_iters learning_rate_decay_frac weight_decay beta1 beta2 grad_clip dropout dtype
     zero_stage doc_mask seed""".split()
+LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_embeddings", "base_dtype"]
 MEASURED = {
     "loss": "training loss (nats per token)",
     "val_loss": "validation loss (nats per token)",
@@ -65,6 +66,7 @@ def training_section(path: Path, parameters: int, dtype: str) -> list[str]:
         found = {f"{k}, {limit} examples" if k.startswith("HellaSwag") else k: v for k, v in found.items()}
     if record.get("val_loss") is not None:
         found["validation perplexity"] = f"{exp(record['val_loss']):.2f}"
+    shown = TRAINING + (LORA if flags.get("lora_rank") else [])
     step, tokens = record.get("step", 0), record.get("tokens", 0)
     return [
         f"A language model of {parameters:,} parameters in {dtype}, trained with rawgpt for {step:,} steps on"
@@ -76,7 +78,7 @@ def training_section(path: Path, parameters: int, dtype: str) -> list[str]:
         "",
         "## Training",
         "",
-        *table({name: without_directory(flags[name]) for name in TRAINING if name in flags}),
+        *table({name: without_directory(flags[name]) for name in shown if name in flags}),
         "",
     ]
 
