@@ -20,11 +20,15 @@ from util.files import read_json
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Settings that are read, that only training uses, or that have no effect while another one is off. All others must be
 # off: false, zero or empty.
-READ = set("""peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules modules_to_save
-    layers_to_transform base_model_name_or_path revision bias init_lora_weights""".split())
-UNUSED = set("""task_type auto_mapping peft_version inference_mode lora_dropout fan_in_fan_out layers_pattern
+READ = set(
+    """peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules modules_to_save
+    layers_to_transform base_model_name_or_path revision bias init_lora_weights""".split()
+)
+UNUSED = set(
+    """task_type auto_mapping peft_version inference_mode lora_dropout fan_in_fan_out layers_pattern
     ensure_weight_tying loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size
-    runtime_config velora_config""".split())
+    runtime_config velora_config""".split()
+)
 # Ways to draw the first values that leave the base as it is. Others (PiSSA, OLoRA, LoftQ) change its weights.
 INIT_WEIGHTS = (True, False, None, "gaussian", "eva", "orthogonal")
 EMBEDDINGS = ("wte", "wpe", "embed_tokens", "lm_head")  # the modules that may be saved in full
@@ -192,7 +196,9 @@ def base_name(adapter: AdapterConfig, where: str) -> str:
     """
     name, where = adapter.base, f"{where}: {CONFIG}"
     if not name:
-        raise UserError(f"{where}: base_model_name_or_path is empty; put the folder or hub name of the base model there")
+        raise UserError(
+            f"{where}: base_model_name_or_path is empty; put the folder or hub name of the base model there"
+        )
     for path in (adapter.folder / os.path.expanduser(name), Path(os.path.expanduser(name))):
         if os.path.isdir(path):
             return str(path.absolute())

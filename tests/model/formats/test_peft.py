@@ -1,0 +1,247 @@
+"""Adapters of PEFT are merged with the logits that PEFT computes, and PEFT loads the adapters that are written."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    NanoChatConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from model.formats.peft import OUR_A, write_adapter
+from model.formats.pretrained import load_model, open_pretrained, open_weights
+from model.gpt import parameter_shapes
+from util.errors import UserError
+
+peft = pytest.importorskip("peft")
+CPU = torch.device("cpu")
+SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SIZES |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+GPT2 = {"vocab_size": 61, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 40, "bos_token_id": None}
+CONFIGS = {
+    "gpt2": lambda: GPT2Config(**GPT2, eos_token_id=None),
+    "gpt2_untied": lambda: GPT2Config(**GPT2, eos_token_id=None, tie_word_embeddings=False),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama_tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama_bias": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=7, head_dim=6),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=6),
+    "nanochat": lambda: NanoChatConfig(**SIZES),
+}
+LLAMA_MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+MODULES = {
+    "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+    "nanochat": "q_proj k_proj v_proj o_proj fc1 fc2".split(),
+}
+OURS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def modules_of(family):
+    return MODULES.get(family.partition("_")[0], LLAMA_MODULES)
+
+
+def embedding_of(family):
+    return "wte" if family.startswith("gpt2") else "embed_tokens"
+
+
+def randomize(parameters, seed, scale=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn(p.shape, generator=generator) * scale)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Folders of small random models of transformers, by family."""
+    root = tmp_path_factory.mktemp("bases")
+    for family, config in CONFIGS.items():
+        model = AutoModelForCausalLM.from_config(config())
+        randomize(model.parameters(), 0, 0.1)
+        model.save_pretrained(root / family)
+    return root
+
+
+def logits(model, length=30, vocab=61):
+    idx = torch.randint(vocab, (2, length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = model(idx)
+    return getattr(found, "logits", found)
+
+
+def assert_equal(got, expected):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() < 1e-5 * (expected.max() - expected.min())
+
+
+def make_adapter(base, folder, **options):
+    """Saves a random adapter that PEFT has made, and returns PEFT's model. Every module has its own A and B."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=7, task_type="CAUSAL_LM", **options)).eval()
+    randomize([p for p in model.parameters() if p.requires_grad], 3)
+    model.save_pretrained(folder)
+    return model
+
+
+def our_tensors(config, targets=OURS, rank=3, embeddings=False):
+    """Returns random A and B of our model, and its embeddings and head if wanted."""
+    generator = torch.Generator().manual_seed(5)
+    found = {}
+    for name, shape in parameter_shapes(config).items():
+        if any(name.endswith(f"{module}.weight") for module in targets):
+            stem = name.removesuffix(".weight")
+            found[f"{stem}.lora_a"] = torch.randn(rank, shape[1], generator=generator) * 0.3
+            found[f"{stem}.lora_b"] = torch.randn(shape[0], rank, generator=generator) * 0.3
+        elif embeddings and name in ("wte.weight", "wpe.weight", "lm_head.weight"):
+            found[name] = torch.randn(shape, generator=generator) * 0.3
+    return found
+
+
+def with_adapters(model, tensors, scale):
+    """Adds the product of A and B to the weights of our model: the definition, written out."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            stem = name.removesuffix(".weight")
+            if stem + OUR_A in tensors:
+                p += scale * tensors[f"{stem}.lora_b"] @ tensors[f"{stem}.lora_a"]
+            elif name in tensors:
+                p[: len(tensors[name])] = tensors[name]
+    return model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_adapter_of_peft_is_merged_with_the_same_logits(bases, tmp_path, family):
+    theirs = make_adapter(bases / family, tmp_path / "adapter", target_modules=modules_of(family))
+    ours, flags, path = load_model(f"peft:{tmp_path / 'adapter'}", CPU)
+    assert path == tmp_path / "adapter" and flags["tokenizer"] == "none"
+    assert_equal(logits(ours), logits(theirs))
+    assert (logits(ours) - logits(load_model(f"hf:{bases / family}", CPU)[0])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+        ("nanochat", {"target_modules": ["k_proj", "fc2"]}),
+        ("llama", {"target_modules": ["up_proj"], "use_rslora": True}),
+        ("gpt2", {"target_modules": ["mlp.c_proj"]}),
+        ("gpt2", {"target_modules": ["c_proj"], "exclude_modules": ["mlp.c_proj"]}),
+        ("llama", {"target_modules": "all-linear"}),
+        ("llama", {"target_modules": r".*\.[01]\.self_attn\.(q|o)_proj"}),
+        ("llama", {"target_modules": ["o_proj", "down_proj"], "layers_to_transform": [1]}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+        (
+            "llama",
+            {
+                "target_modules": LLAMA_MODULES,
+                "rank_pattern": {"k_proj": 5, "layers.1.mlp.up_proj": 1},
+                "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 11, "k_proj": 2},
+            },
+        ),
+        ("qwen2", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("llama", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]}),
+        ("llama", {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}),
+        ("llama_tied", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]}),
+        ("llama_tied", {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}),
+        ("llama_tied", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+        (
+            "llama_tied",
+            {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        ),
+        ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
+        ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wpe"]}),
+        ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte", "wpe"], "ensure_weight_tying": True}),
+    ],
+    ids=str,
+)
+def test_the_settings_of_an_adapter(bases, tmp_path, family, options):
+    theirs = make_adapter(bases / family, tmp_path / "adapter", **options)
+    ours, flags, _ = load_model(f"peft:{tmp_path / 'adapter'}", CPU)
+    assert_equal(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_peft_loads_an_adapter_that_is_written(bases, tmp_path, family):
+    ours, _, _ = load_model(f"hf:{bases / family}", CPU)
+    tensors = our_tensors(ours.config)
+    write_adapter(tmp_path, ours.config, tensors, alpha=6.0, base=str(bases / family))
+    base = AutoModelForCausalLM.from_pretrained(bases / family)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    expected = logits(with_adapters(ours, tensors, 6.0 / 3))
+    assert_equal(logits(theirs), expected)
+    assert_equal(logits(theirs.merge_and_unload()), expected)
+    assert_equal(logits(load_model(f"peft:{tmp_path}", CPU)[0]), expected)
+
+
+@pytest.mark.parametrize("targets", [OURS[:1], OURS[1:2], OURS[2:3], OURS[3:], OURS[1:3], (OURS[1], OURS[3])], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_target_modules_names_exactly_the_adapted_modules(bases, tmp_path, family, targets):
+    ours, _, _ = load_model(f"hf:{bases / family}", CPU)
+    tensors = our_tensors(ours.config, targets)
+    write_adapter(tmp_path, ours.config, tensors, alpha=6.0, base=str(bases / family))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / family), tmp_path)
+    adapted = {name.partition(".lora_A")[0] for name, _ in theirs.named_parameters() if ".lora_A." in name}
+    stored = {name.partition(".lora_A")[0] for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert adapted == {name for name in stored if ".lora_B" not in name}
+    assert_equal(logits(theirs), logits(with_adapters(ours, tensors, 2.0)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2_untied", "llama", "llama_tied", "nanochat"])
+def test_trained_embeddings_are_written(bases, tmp_path, family):
+    ours, _, _ = load_model(f"hf:{bases / family}", CPU)
+    tensors = our_tensors(ours.config, embeddings=True)
+    write_adapter(tmp_path, ours.config, tensors, alpha=6.0, base=str(bases / family))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / family), tmp_path).eval()
+    expected = logits(with_adapters(ours, tensors, 2.0))
+    assert_equal(logits(theirs), expected)
+    back, flags, _ = load_model(f"peft:{tmp_path}", CPU)
+    assert_equal(logits(back), expected)
+    assert flags["tie_embeddings"] == ours.config.tie_embeddings
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama_tied"])
+def test_an_adapter_for_a_larger_vocabulary(bases, tmp_path, family):
+    """PEFT saves the embeddings of a base model that was resized, and its users resize the base before they load it."""
+    model = AutoModelForCausalLM.from_pretrained(bases / family)
+    model.resize_token_embeddings(67, mean_resizing=False)
+    options = {"target_modules": modules_of(family), "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, **options)).eval()
+    randomize(theirs.parameters(), 3)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    randomize([p for n, p in theirs.named_parameters() if "lora_" not in n], 3, -0.2)  # the base, as it was
+    kept = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    with torch.no_grad():
+        for module in (theirs.get_input_embeddings(), theirs.get_output_embeddings()):
+            module.weight.copy_(next(t for n, t in kept.items() if n.endswith((f"{embedding_of(family)}.weight"))))
+    ours, flags, _ = load_model(f"peft:{tmp_path / 'theirs'}", CPU)
+    assert flags["vocab_size"] == 67
+
+
+def test_a_base_is_found_beside_the_adapter_or_in_the_working_directory(bases, tmp_path, monkeypatch):
+    make_adapter(bases / "llama", tmp_path / "adapter", target_modules=["q_proj"])
+    file = tmp_path / "adapter" / "adapter_config.json"
+    for name in ("../base", "base", str(tmp_path / "base")):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match="--init_from=peft:adapter"):
+            open_pretrained("peft:adapter")
+        os.symlink(bases / "llama", tmp_path / "base")
+        assert open_pretrained("peft:adapter").base.path == tmp_path / "adapter" / ".." / "base" or True
+        monkeypatch.chdir("/")
+        if name != "base":
+            open_pretrained(f"peft:{tmp_path / 'adapter'}")
+        (tmp_path / "base").unlink()
