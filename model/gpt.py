@@ -18,7 +18,14 @@ from cfg.flags import ModelConfig
 from model.attention import CausalSelfAttention, Mask, Rotary, UpdateCache, document_mask
 from model.kv_cache import KVCache
 from model.layers import MLP, make_norm, rotary_table
-from model.loss import IGNORE_INDEX, ChunkLoss, chunk_loss_and_grad, linear_cross_entropy, token_losses
+from model.lora import adapter_value, is_adapter
+from model.loss import (
+    IGNORE_INDEX,
+    ChunkLoss,
+    chunk_loss_and_grad,
+    linear_cross_entropy,
+    token_losses,
+)
 
 VOCABULARY = ("wte.weight", "lm_head.weight")  # the parameters that have a row for each token
 INIT_STD = 0.02  # GPT-2's
@@ -219,29 +226,45 @@ class GPT(nn.Module):
         x = self.hidden(idx, positions, mask, cache)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last]
+        head = self.head_weight
+        if not torch.is_autocast_enabled(x.device.type):
+            head = head.to(x.dtype)  # a head that is frozen may be in bfloat16
         # The padding is sliced off after the product, so that the matrix keeps its aligned shape.
-        logits = nn.functional.linear(x, self.head_weight)[..., : self.config.vocab_size]
+        logits = nn.functional.linear(x, head)[..., : self.config.vocab_size]
         if c := self.config.logit_softcap:
             logits = c * torch.tanh(logits / c)
         return logits
 
-    def num_params(self) -> int:
-        """Returns the number of parameters: tied weights once, without vocabulary padding (GPT-2 124M: 124,439,808)."""
-        padding = (self.wte.num_embeddings - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding * (1 if self.lm_head is None else 2)
+    def sizes(self) -> dict[str, int]:
+        """Returns the number of elements of each parameter, without vocabulary padding."""
+        padded = self.wte.num_embeddings
+        return {
+            name: p.numel() // padded * self.config.vocab_size if name in VOCABULARY else p.numel()
+            for name, p in self.named_parameters()
+        }
+
+    def num_params(self, trained: bool = False) -> int:
+        """Returns the number of parameters: tied weights once, without vocabulary padding (GPT-2 124M: 124,439,808).
+
+        With `trained`, of those that are not frozen.
+        """
+        sizes = self.sizes()
+        return sum(sizes[name] for name, p in self.named_parameters() if p.requires_grad or not trained)
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Returns the training FLOPs (forward and backward) per token: 6·N + 12·L·H·Q·T.
+        """Returns the training FLOPs (forward and backward) per token: 6·N + 4·F + 12·L·H·Q·T.
 
-        PaLM (Chowdhery et al. 2022), appendix B. N counts the parameters that are multiplied: not the embedding and
-        position look-ups, but the output head even when tied. L layers, H heads of size Q, T attended positions (at
-        most a sliding window), without halving for the causal mask. Recomputation does not count.
+        PaLM (Chowdhery et al. 2022), appendix B. N counts the trained parameters that are multiplied: not the embedding
+        and position look-ups, but the output head even when tied. F counts the frozen ones, for which no gradient is
+        computed. L layers, H heads of size Q, T attended positions (at most a sliding window), without halving for the
+        causal mask. Recomputation does not count.
         """
-        c = self.config
-        lookups = c.n_embd * (c.n_positions if self.wpe is not None else 0)
-        lookups += c.n_embd * c.vocab_size * (0 if self.lm_head is None else 1)
+        c, sizes = self.config, self.sizes()
+        lookups = ("wpe.weight",) if self.lm_head is None else ("wpe.weight", "wte.weight")
+        flops = {name: (6 if p.requires_grad else 4) * sizes[name] for name, p in self.named_parameters()}
         seen = min(sequence_length, c.sliding_window or sequence_length)
-        return 6 * (self.num_params() - lookups) + 12 * c.n_layer * c.n_head * c.head_size * seen
+        products = sum(n for name, n in flops.items() if name not in lookups)
+        return products + 12 * c.n_layer * c.n_head * c.head_size * seen
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -255,8 +278,11 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
     It depends on seed, name and shape only: each parameter has its own generator, so ranks, sharding and the order of
     construction do not change it. The distribution is GPT-2's: N(0, 0.02²) for weights, scaled by 1/√(2·n_layer) at
-    the end of a residual branch; biases 0; norms 1. --embedding_std, --head_init and --zero_init change it.
+    the end of a residual branch; biases 0; norms 1. --embedding_std, --head_init and --zero_init change it. LoRA
+    adapters: see `adapter_value`.
     """
+    if is_adapter(name):
+        return adapter_value(name, shape, seed)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

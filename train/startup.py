@@ -32,4 +32,6 @@ def read_config() -> Config:
         )
         if not config.input_train_bin:
             raise UserError("--input_train_bin: give the training shards; this preset has none")
+        if config.lora_rank and config.init_from == "scratch":
+            raise UserError(f"--lora_rank={config.lora_rank}: adapters need a pretrained model; give --init_from")
         return config

@@ -139,6 +139,35 @@ def check_numbers(ranks, folder):
             assert_equal(setting.whole(), reference.whole(), limit)
 
 
+LORA = {
+    "gpt2": ["--lora_rank=4", "--lora_embeddings=1"],
+    "llama": ["--lora_rank=4", "--base_dtype=bfloat16", "--activation_checkpointing=selective"],
+}
+
+
+def check_lora(ranks, folder):
+    """Adapters get the same values in 20 steps of every strategy, and frozen parameters stay as they are."""
+    for family, more in LORA.items():
+        strategies = settings(ranks.world_size)
+        if ranks.world_size == 2:
+            strategies["offload"] = ["--zero_stage=3", "--cpu_offload=1", "--sync_every_microbatch=1"]
+        expected, norms = {}, []
+        for name, flags in strategies.items():
+            setting = Setting(ranks, *flags, *more, *FAMILIES[family], "--learning_rate=1e-3")
+            assert setting.parallel.differing_parameter() is None
+            before = setting.whole()
+            ours = [setting.step(k) for k in range(20)]
+            after = setting.whole()
+            trained = {n for n, p in setting.model.named_parameters() if p.requires_grad}
+            for n in dict(setting.model.named_parameters()):
+                assert torch.equal(before[n], after[n]) == (n not in trained), (name, n)
+            assert all(n.rpartition("/")[0] in trained for n in named_states(setting.optimizer, setting.model))
+            expected, norms = expected or after, norms or ours
+            limit = 0 if name in ("stage0", "stage1") else 5e-6
+            assert max(abs(a - b) for a, b in zip(ours, norms, strict=True)) <= limit, (name, ours, norms)
+            assert_equal(after, expected, limit)
+
+
 def comm_counter():
     """Returns a CommDebugMode without the module tracker, which fails on modules that run twice in a step."""
     mode = CommDebugMode()

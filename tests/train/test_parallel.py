@@ -20,7 +20,7 @@ CHECKS = [
     "evaluation_leaves_shards",
 ]
 # Two ranks repeat only the checks that depend on the number of ranks. tests/e2e/test_strategies.py resumes on one.
-LAUNCHES = [(2, ["save", "collectives"]), (4, [*CHECKS, "save", "load"])]
+LAUNCHES = [(2, ["save", "collectives", "lora"]), (4, [*CHECKS, "save", "load", "lora"])]
 
 
 @pytest.fixture(scope="module")
