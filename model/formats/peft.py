@@ -108,12 +108,10 @@ def open_adapter(settings: AdapterConfig, config: ModelConfig, tied: bool) -> Ad
     shapes = parameter_shapes(config)
     inputs = {}  # (rows, columns) of each module of transformers' class that may have an adapter
     for name, shape in shapes.items():
-        if len(shape) == 2 and name not in ("wte.weight", "wpe.weight"):
+        if len(shape) == 2 and name not in SAVED_WHOLE:
             parts = parts_of(name, config)
             for part, rows in zip(parts, rows_of_parts(shape[0], len(parts), config), strict=True):
                 inputs[part.removesuffix(".weight")] = rows, shape[1]
-    if tied:
-        inputs["lm_head"] = shapes["wte.weight"]  # for the message below
     names = {PREFIX + parts_of(name, config)[0]: name for name in SAVED_WHOLE if name in shapes | {HEAD: 0}}
     modules, saved = set(), {}
     for stored in file.keys():  # noqa: SIM118
@@ -131,16 +129,14 @@ def open_adapter(settings: AdapterConfig, config: ModelConfig, tied: bool) -> Ad
             saved[name] = stored.removeprefix(PREFIX)
         else:
             raise UserError(
-                f"{path}: {quote(stored)} is neither lora_A or lora_B of a matrix of the base model, nor its embedding"
-                " or output head; only these are read"
+                f"{path}: {quote(stored)} is neither lora_A or lora_B of a matrix in a block of the base model, nor"
+                " its embedding or output head in full; only these are read"
             )
         if tuple(about.get_shape()) != wanted:
             raise UserError(
                 f"{path}: {quote(stored)} has shape {tuple(about.get_shape())}, but {CONFIG} and the base model need"
                 f" {wanted}"
             )
-    if tied and "lm_head" in modules:
-        raise UserError(f"{path}: an adapter of lm_head, which is tied to the embedding; merge the adapter with PEFT")
     adapter = Adapter(settings, config, tied, file, frozenset(modules), saved)
     _check_complete(adapter, path, inputs.keys())
     return adapter

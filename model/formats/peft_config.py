@@ -121,6 +121,12 @@ def _read_settings(folder: Path, settings: dict[str, Any], where: str) -> Adapte
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules") or []
     if isinstance(targets, str) or isinstance(excluded, str) or targets is None:
         targets, excluded = None, []  # a regular expression, or all-linear
+    targets = None if targets is None else _names(targets)
+    if adapted := next((name for name in targets or () if name.rpartition(".")[2] in EMBEDDINGS), None):
+        raise UserError(
+            f"{where}: target_modules has {quote(adapted)}; only adapters of matrices in blocks are read; merge the"
+            " adapter with PEFT"
+        )
     layers = settings.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     saved = _names(settings.get("modules_to_save") or [])
@@ -136,7 +142,7 @@ def _read_settings(folder: Path, settings: dict[str, Any], where: str) -> Adapte
         _switch(settings.get("use_rslora", False)),
         {name: _rank(value) for name, value in _pattern("rank_pattern", settings, where).items()},
         {name: _number(value) for name, value in _pattern("alpha_pattern", settings, where).items()},
-        None if targets is None else _names(targets),
+        targets,
         _names(excluded),
         tuple(map(_integer, layers)) if layers else None,
         saved,
