@@ -7,7 +7,8 @@ B (out, rank). A and B are trained in fp32. All other parameters are frozen.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,9 @@ if TYPE_CHECKING:
     from cfg.flags import Config
     from model.gpt import GPT
 
-EMBEDDINGS = ("wte.weight", "wpe.weight", "lm_head.weight")  # trained with --lora_embeddings
+EMBEDDINGS = ("wte.weight", "lm_head.weight", "wpe.weight")  # trained with --lora_embeddings
+CONVERTED = EMBEDDINGS[:2]  # by --resize_embeddings
 A, B = ".lora_a", ".lora_b"  # ends of the adapters' names
-
-
-class LoraFlags(Protocol):
-    """The flags that decide which parameters are trained: a Config, or what a checkpoint's manifest holds of it."""
-
-    lora_rank: int
-    lora_targets: str
-    lora_embeddings: bool
 
 
 class FrozenLinear(nn.Linear):
@@ -87,11 +81,15 @@ def is_adapter(name: str) -> bool:
     return name.endswith((A, B))
 
 
-def trained_names(names: list[str], config: LoraFlags) -> set[str]:
-    """Returns which of the model's parameters are trained, adapters included."""
+def saved_names(names: Iterable[str], config: Config) -> set[str]:
+    """Returns which of the model's parameters a checkpoint holds: all, or with LoRA those that its base lacks.
+
+    These are the trained ones, and embeddings and a head that --resize_embeddings has converted.
+    """
     if not config.lora_rank:
         return set(names)
-    return {n for n in names if is_adapter(n) or (config.lora_embeddings and n in EMBEDDINGS)}
+    whole = (EMBEDDINGS if config.lora_embeddings else ()) + (CONVERTED if config.resize_embeddings else ())
+    return {name for name in names if is_adapter(name) or name in whole}
 
 
 def adapter_value(name: str, shape: torch.Size, seed: int) -> Tensor:

@@ -59,10 +59,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cfg.config import ModelConfig, model_config
+from cfg.flags import LoraConfig
 from data.tokenizers.export import tokenizer_files
 from data.tokenizers.tokenizer import Tokenizer
 from eval.model import load_model_tokenizer
-from model.formats.checkpoint import MANIFEST, load_tensors, read_manifest, read_state, tensor_shapes, with_sha256
+from model.formats.base import base_in_state
+from model.formats.checkpoint import (
+    MANIFEST,
+    STATE,
+    load_tensors,
+    read_manifest,
+    read_state,
+    tensor_shapes,
+    with_sha256,
+)
 from model.formats.hf import write_config
 from model.formats.hf_tensors import INDEX, SINGLE, is_nanochat, split_for_export
 from model.formats.llmc import write_file
@@ -70,12 +80,13 @@ from model.formats.peft import write_adapter
 from model.formats.pretrained import (
     PretrainedModel,
     checkpoint_reader,
+    initial_values,
     newest_checkpoint,
     open_pretrained,
     open_weights,
     split_name,
 )
-from model.gpt import VOCABULARY, parameter_shapes
+from model.gpt import GPT, VOCABULARY, parameter_shapes
 from scripts.model_card import model_card
 from util.files import file_sha256, flush_to_disk
 
@@ -101,14 +112,25 @@ def open_source(name: str) -> Source:
 
 
 def consolidate(source: Source, folder: Path) -> None:
-    """Writes a checkpoint without optimizer, its weights in one file, to the empty `folder`."""
+    """Writes a checkpoint without optimizer, its weights in one file, to the empty `folder`.
+
+    LoRA adapters are merged, so the checkpoint needs no base.
+    """
     checkpoint = source.path
     manifest = read_manifest(checkpoint)
     for name in manifest["files"]:
         if "/" not in name:  # not weights: the state and the tokenizer
             shutil.copy(checkpoint / name, folder / name)
-    tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint, "model").items()}
-    load_tensors(checkpoint, "model", tensors)
+    if manifest["config"].get("lora_rank"):
+        manifest["config"] = {k: v for k, v in manifest["config"].items() if k not in LoraConfig.model_fields}
+        write_json(folder / STATE, {k: v for k, v in read_state(checkpoint).items() if k != "base"})
+        value = initial_values(source.read, source.config)
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(source.config).named_parameters()}
+        tensors = {name: value(name, shape).float() for name, shape in shapes.items()}
+    else:
+        tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint, "model").items()}
+        load_tensors(checkpoint, "model", tensors)
     (folder / "model").mkdir()
     save_file(tensors, folder / "model" / SINGLE, metadata={"format": "pt"})
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -173,7 +195,7 @@ def base_of_adapter(source: Source, wanted: str) -> tuple[str, str]:
     It is --base, if given. It must be in Hugging Face's format, and compute what the run's base computes.
     """
     flags = source.pretrained.flags
-    kind, name = split_name(str(read_state(source.path).get("base", flags)["init_from"]))
+    kind, name = split_name(base_in_state(read_state(source.path), source.path).init_from)
     if kind != "hf" and not wanted:
         raise UserError(
             f"--to=peft: the base model {name} is not in Hugging Face's format; export it with --checkpoint={name}"

@@ -7,6 +7,7 @@ folder comes from elsewhere, so everything in it is checked first.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cfg.checks import parse_lora_targets
 from cfg.flags import ModelConfig
+from model.formats.base import fingerprint
 from model.formats.hf_tensors import FLOATS, open_safetensors, parts_of, rows_of_parts, swap_halves
 from model.formats.peft_config import CONFIG, TENSORS, AdapterConfig, read_adapter_config
 from model.formats.raw import Reader
 from model.gpt import VOCABULARY, InitialValue, parameter_shapes
+from model.lora import A as OUR_A
+from model.lora import B as OUR_B
+from model.lora import merged
 from util.errors import UserError, quote
 
 if TYPE_CHECKING:
@@ -29,7 +35,6 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # of all names in the file
 A, B = ".lora_A.weight", ".lora_B.weight"  # PEFT's, at the end of a module's name
-OUR_A, OUR_B = ".lora_a", ".lora_b"  # ours, at the end of a matrix's name without .weight
 HEAD = "lm_head.weight"
 SAVED_WHOLE = (*VOCABULARY, "wpe.weight")  # our parameters that an adapter may contain in full
 
@@ -162,34 +167,45 @@ def _check_complete(adapter: Adapter, path: Path, modules: Any) -> None:
 # --- merging --------------------------------------------------------------------------------------
 
 
-def merged_reader(adapter: Adapter, read_base: Reader) -> Reader:
-    """Returns `read(name)`, which loads one whole parameter of the base with the adapter merged into it.
+@dataclass(frozen=True)
+class MergedReader:
+    """`read(name)` for a base model with an adapter merged into it. A merged matrix is fp32."""
 
-    A merged matrix is fp32. Other parameters are as they are stored.
-    """
-    from model.lora import merged
+    adapter: Adapter
+    read_base: Reader
 
-    config = adapter.config
-
-    def read(name: str) -> Tensor:
+    def __call__(self, name: str) -> Tensor:
+        adapter = self.adapter
         if name in adapter.saved:
             return adapter.tensor(adapter.saved[name])
-        weight = read_base("wte.weight" if name == HEAD and adapter.tied else name)
+        weight = self.read_base("wte.weight" if name == HEAD and adapter.tied else name)
+        if not (parts := self.products(name, weight)):
+            return weight
+        weights = weight.split([len(b) for _, b, _ in parts])
+        return torch.cat([merged(w, *part) for w, part in zip(weights, parts, strict=True)])
+
+    def products(self, name: str, weight: Tensor) -> list[tuple[Tensor, Tensor, float]]:
+        """Returns A, B and scale of each part of a matrix, or nothing if it has no adapter.
+
+        A part without an adapter gets one of rank 0.
+        """
+        adapter, config = self.adapter, self.adapter.config
         modules = adapter.parts(name) if name.endswith(".weight") else []
         if not adapter.modules.intersection(modules):
-            return weight
-        heights = rows_of_parts(len(weight), len(modules), config)
-        # A part without an adapter gets one of rank 0.
+            return []
         a = [adapter.tensor(m + A) if m in adapter.modules else torch.empty(0, weight.shape[1]) for m in modules]
-        b = [
-            adapter.tensor(m + B) if m in adapter.modules else torch.empty(rows, 0)
-            for m, rows in zip(modules, heights, strict=True)
-        ]
-        scales = [adapter.settings.scale_of(m) for m in modules]
-        parts = zip(weight.split(heights), a, swap_halves(b, config), scales, strict=True)
-        return torch.cat([merged(*part) for part in parts])
+        heights = zip(modules, rows_of_parts(len(weight), len(modules), config), strict=True)
+        b = [adapter.tensor(m + B) if m in adapter.modules else torch.empty(rows, 0) for m, rows in heights]
+        return list(zip(a, swap_halves(b, config), map(adapter.settings.scale_of, modules), strict=True))
 
-    return read
+    def fingerprint(self, name: str, value: Tensor) -> str:
+        """Returns the fingerprint of a parameter, if the model is the base of a run: see model/formats/base.py."""
+        if name in self.adapter.saved or not (parts := self.products(name, value)):
+            return fingerprint(name, value)
+        found = [fingerprint(name, self.read_base(name), self.read_base)]
+        for a, b, scale in parts:
+            found += [fingerprint("A", a), fingerprint("B", b), f"{scale}"]
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 # --- initial values of our adapters ---------------------------------------------------------------
@@ -232,8 +248,6 @@ def read_adapter(folder: str | Path, config: Config) -> InitialValue:
 
 def our_adapters(config: Config) -> list[str]:
     """Returns the names of our A and B for the flags of a run, layer by layer."""
-    from cfg.checks import parse_lora_targets
-
     targets = parse_lora_targets(config.lora_targets)
     return [f"h.{i}.{module}{end}" for i in range(config.n_layer) for module in targets for end in (OUR_A, OUR_B)]
 

@@ -204,12 +204,12 @@ def open_weights(pretrained: PretrainedModel, report: Any = print) -> Reader:
             download(pretrained.hub, WEIGHTS, f"hf:{pretrained.hub}")
         return HFReader(pretrained.path, config)
     if pretrained.base:
-        from model.formats.peft import merged_reader, open_adapter
+        from model.formats.peft import MergedReader, open_adapter
         from model.formats.peft_config import read_adapter_config
 
         settings = read_adapter_config(pretrained.path, f"{pretrained.kind}:{pretrained.path}")
         adapter = open_adapter(settings, config, pretrained.base.flags["tie_embeddings"])
-        return merged_reader(adapter, open_weights(pretrained.base))
+        return MergedReader(adapter, open_weights(pretrained.base))
     if pretrained.kind:
         from model.formats import llama2c, llmc, nanogpt
 
@@ -229,10 +229,10 @@ def newest_checkpoint(path: Path, report: Any = print) -> Path:
 
 
 def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
-    """Returns `read(name)` for a rawgpt checkpoint."""
+    """Returns `read(name)` for a rawgpt checkpoint; LoRA adapters are merged into their base."""
     import torch
 
-    from model.formats.checkpoint import load_tensors, tensor_shapes
+    from model.formats.checkpoint import load_tensors, read_manifest, tensor_shapes
     from model.gpt import VOCABULARY
 
     shapes = tensor_shapes(path, "model")
@@ -244,6 +244,11 @@ def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
         load_tensors(path, "model", {name: tensor}, subset=True)
         return tensor[: config.vocab_size] if name in VOCABULARY else tensor
 
+    flags = read_manifest(path)["config"]
+    if flags.get("lora_rank"):
+        from model.formats.base import adapters_merged
+
+        return adapters_merged(path, read, shapes, flags)
     return read
 
 
@@ -297,21 +302,29 @@ def load_model(path: Path | str, device: torch.device, report: Any = print) -> t
         return _load_foreign(open_pretrained(str(path), "checkpoint"), device)
     found = newest_checkpoint(Path(path), report)
     flags = read_manifest(found)["config"]
-    model = GPT(model_config(flags, str(found)))
+    config = model_config(flags, str(found))
+    if flags.get("lora_rank"):
+        return _filled(config, checkpoint_reader(found, config), device), flags, found
+    model = GPT(config)
     load_tensors(found, "model", {name: p.detach() for name, p in model.named_parameters()})
     return model.to(device).eval(), flags, found
 
 
 def _load_foreign(pretrained: PretrainedModel, device: torch.device) -> tuple[GPT, dict[str, Any], Path]:
+    config = model_config(pretrained.flags, str(pretrained.path))
+    read = open_weights(pretrained)  # checks the files before memory is allocated for the model
+    flags = {**config.model_dump(), "tokenizer": pretrained.tokenizer, "doc_mask": False}
+    return _filled(config, read, device), flags, pretrained.path
+
+
+def _filled(config: ModelConfig, read: Reader, device: torch.device) -> GPT:
+    """Returns the model with the weights that `read` returns, in eval mode."""
     import torch
 
     from model.gpt import GPT, init_weights
 
-    config = model_config(pretrained.flags, str(pretrained.path))
-    read = open_weights(pretrained)  # checks the files before memory is allocated for the model
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
     init_weights(model, initial_values(read, config))
-    flags = {**config.model_dump(), "tokenizer": pretrained.tokenizer, "doc_mask": False}
-    return model.to(device).eval(), flags, pretrained.path
+    return model.to(device).eval()
