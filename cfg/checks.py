@@ -125,7 +125,7 @@ def parse_lora_targets(text: str) -> tuple[str, ...]:
             hint = "give attn.c_proj or mlp.c_proj, or both"
         else:
             hint = "give all, or a comma-separated list of attn, mlp, c_attn, attn.c_proj, c_fc and mlp.c_proj"
-        raise UserError(f"--lora_targets={quote(text)}: {quote(word) or 'a name'} is not a matrix of the model; {hint}")
+        raise UserError(f"--lora_targets={quote(text)}: {quote(word) or 'a name'} is not a matrix of a block; {hint}")
     chosen = {module for word in words for module in LORA_TARGETS[word]}
     return tuple(module for module in LORA_MODULES if module in chosen)
 
