@@ -194,24 +194,23 @@ def base_of_adapter(source: Source, wanted: str) -> tuple[str, str]:
 
     It is --base, if given. It must be in Hugging Face's format, and compute what the run's base computes.
     """
-    flags = source.pretrained.flags
-    kind, name = split_name(base_in_state(read_state(source.path), source.path).init_from)
+    recorded = base_in_state(read_state(source.path), source.path).init_from
+    kind, name = split_name(recorded)
     if kind != "hf" and not wanted:
         raise UserError(
-            f"--to=peft: the base model {name} is not in Hugging Face's format; export it with --checkpoint={name}"
-            " --to=hf, and name that folder with --base"
+            f"--to=peft: the base model {recorded} is not in Hugging Face's format; export it with"
+            f" --checkpoint={recorded} --to=hf, and name that folder with --base"
         )
     base = open_pretrained(f"hf:{wanted or name}", "base")
     ours, theirs = write_config(source.config.model_dump()), write_config({"dropout": 0.0} | base.flags)
-    for key in ours.keys() - {"vocab_size", "max_position_embeddings", *(k for k in ours if "drop" in k)}:
-        if ours[key] != theirs.get(key):
-            raise UserError(
-                f"--base={wanted or name}: has {key}={theirs.get(key)}, but the model of the run {ours[key]}; name its"
-                " base, or use --to=hf if the run has changed it"
-            )
+    for key in ours:
+        if key in ("vocab_size", "max_position_embeddings") or "drop" in key or ours[key] == theirs.get(key):
+            continue
+        raise UserError(
+            f"--base={wanted or name}: has {key}={theirs.get(key)}, but the model of the run {ours[key]}; name the base"
+            " of the run, or use --to=hf if the run has changed it"
+        )
     size = source.config.vocab_size
-    if flags["resize_embeddings"] and not flags["lora_embeddings"]:
-        raise UserError("--to=peft: the embeddings of the run were resized, but are not in its adapter; use --to=hf")
     if size != base.flags["vocab_size"]:
         print(f"the base model has {base.flags['vocab_size']} tokens, the adapter {size}: load both with PEFT's")
         print(f"AutoPeftModelForCausalLM, or call resize_token_embeddings({size}) of the base model first")

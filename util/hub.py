@@ -45,5 +45,5 @@ def download(name: str, patterns: tuple[str, ...], where: str) -> Path:
         reason = " ".join(str(e).split())[:160]
         raise UserError(
             f"{where}: no such folder, and the hub does not have it or cannot be reached"
-            f" ({type(e).__name__}: {reason}); download the model elsewhere and give hf:FOLDER"
+            f" ({type(e).__name__}: {reason}); download it elsewhere and give its folder"
         ) from e

@@ -265,11 +265,12 @@ def _check_against_flags(adapter: Adapter, config: Config, where: str) -> None:
         )
     for module in sorted(adapter.modules):
         rank = settings.rank_of(module)
+        has = f"the adapter of {where} has"
         if rank != config.lora_rank:
-            raise UserError(f"--lora_rank={config.lora_rank}: the adapter of {where} has rank {rank} ({module})")
+            raise UserError(f"--lora_rank={config.lora_rank}: {has} rank {rank} ({module}); give {rank}")
         alpha = settings.scale_of(module) * rank  # of our scale, alpha/rank
         if abs(alpha - config.lora_alpha) > 1e-6 * abs(alpha):
-            raise UserError(f"--lora_alpha={config.lora_alpha:g}: the adapter of {where} has {alpha:.9g} ({module})")
+            raise UserError(f"--lora_alpha={config.lora_alpha:g}: {has} {alpha:.9g} ({module}); give {alpha:.9g}")
     if adapter.saved and not config.lora_embeddings:
         raise UserError(f"--lora_embeddings=0: the adapter of {where} contains trained embeddings; give 1")
     if HEAD in adapter.saved and config.tie_embeddings:

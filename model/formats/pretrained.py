@@ -90,7 +90,9 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
     try:
         config = read_json(file)
     except OSError as e:
-        raise UserError(f"{where}: {file}: {e.strerror}; the folder of a Hugging Face model has one") from e
+        adapter = (path / "adapter_config.json").is_file()
+        hint = f"it holds a PEFT adapter; give peft:{name}" if adapter else "the folder of a Hugging Face model has one"
+        raise UserError(f"{where}: {file}: {e.strerror}; {hint}") from e
     except ValueError as e:
         raise UserError(f"{where}: {file} is damaged ({e})") from e
     if not isinstance(config, dict):
