@@ -41,6 +41,9 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=6),
     "nanochat": lambda: NanoChatConfig(**SIZES),
 }
+# The others are slow tests: their classes differ from Llama's in nothing that an adapter sees.
+FAST = ("gpt2", "llama", "llama_tied", "nanochat")
+FAMILIES = [pytest.param(family, marks=() if family in FAST else pytest.mark.slow) for family in CONFIGS]
 LLAMA_MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 MODULES = {
     "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
@@ -123,7 +126,7 @@ def with_adapters(model, tensors, scale):
     return model
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_of_peft_is_merged_with_the_same_logits(bases, tmp_path, family):
     theirs = make_adapter(bases / family, tmp_path / "adapter", target_modules=modules_of(family))
     ours, flags, path = load_model(f"peft:{tmp_path / 'adapter'}", CPU)
@@ -173,7 +176,7 @@ def test_the_settings_of_an_adapter(bases, tmp_path, family, options):
     assert_equal(logits(ours), logits(theirs))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_an_adapter_that_is_written(bases, tmp_path, family):
     ours, _, _ = load_model(f"hf:{bases / family}", CPU)
     tensors = our_tensors(ours.config)
@@ -187,7 +190,7 @@ def test_peft_loads_an_adapter_that_is_written(bases, tmp_path, family):
 
 
 @pytest.mark.parametrize("targets", [OURS[:1], OURS[1:2], OURS[2:3], OURS[3:], OURS[1:3], (OURS[1], OURS[3])], ids=str)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_target_modules_names_exactly_the_adapted_modules(bases, tmp_path, family, targets):
     ours, _, _ = load_model(f"hf:{bases / family}", CPU)
     tensors = our_tensors(ours.config, targets)
@@ -199,7 +202,7 @@ def test_target_modules_names_exactly_the_adapted_modules(bases, tmp_path, famil
     assert_equal(logits(theirs), logits(with_adapters(ours, tensors, 2.0)))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt2_untied", "llama", "llama_tied", "nanochat"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_trained_embeddings_are_written(bases, tmp_path, family):
     ours, _, _ = load_model(f"hf:{bases / family}", CPU)
     tensors = our_tensors(ours.config, embeddings=True)
@@ -394,7 +397,7 @@ def flags_for(bases, *flags, family="llama"):
     return load_config([*base, *flags], 1, open_pretrained)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_start_from_one_that_was_written(bases, tmp_path, family):
     config = flags_for(bases, "--lora_embeddings=1", family=family)
     tensors = our_tensors(config, embeddings=True)
@@ -461,7 +464,7 @@ def tie_parts(model):
                     modules[name.replace(first, other)].lora_A["default"].weight = module.lora_A["default"].weight
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("embeddings", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_ten_steps_of_training_are_those_of_peft(bases, tmp_path, family, embeddings):
     """The same base, A, B, batches and masks give the same losses."""
