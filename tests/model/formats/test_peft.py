@@ -135,44 +135,45 @@ def test_an_adapter_of_peft_is_merged_with_the_same_logits(bases, tmp_path, fami
     assert (logits(ours) - logits(load_model(f"hf:{bases / family}", CPU)[0])).abs().max() > 0.1
 
 
+KEY, EMBED, BOTH = ["k_proj"], ["embed_tokens"], ["embed_tokens", "lm_head"]
+PATTERNS = {
+    "target_modules": LLAMA_MODULES,
+    "use_rslora": True,
+    "rank_pattern": {"k_proj": 5, "layers.1.mlp.up_proj": 1},
+    "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 11, "k_proj": 2},
+}
+SETTINGS = [
+    ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    ("llama", PATTERNS),
+    ("llama", {"target_modules": ["o_proj", "down_proj"], "layers_to_transform": [1]}),
+    ("llama", {"target_modules": r".*\.[01]\.self_attn\.(q|o)_proj"}),
+    ("llama_tied", {"target_modules": KEY, "modules_to_save": EMBED}),
+    ("llama_tied", {"target_modules": KEY, "modules_to_save": EMBED, "ensure_weight_tying": True}),
+    ("gpt2", {"target_modules": ["c_proj"], "exclude_modules": ["mlp.c_proj"], "modules_to_save": ["wpe", "wte"]}),
+]
+MORE_SETTINGS = [
+    ("llama", {"target_modules": ["up_proj"], "use_rslora": True}),
+    ("llama", {"target_modules": "all-linear"}),
+    ("nanochat", {"target_modules": ["k_proj", "fc2"]}),
+    ("qwen2", {"target_modules": KEY, "modules_to_save": BOTH}),
+    ("llama", {"target_modules": KEY, "modules_to_save": EMBED}),
+    ("llama", {"target_modules": KEY, "modules_to_save": ["lm_head"]}),
+    ("llama_tied", {"target_modules": KEY, "modules_to_save": ["lm_head"]}),
+    ("llama_tied", {"target_modules": KEY, "modules_to_save": BOTH}),
+    ("gpt2", {"target_modules": ["mlp.c_proj"]}),
+    ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
+    ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte", "wpe"], "ensure_weight_tying": True}),
+]
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
-    [
-        ("llama", {"target_modules": ["q_proj", "v_proj"]}),
-        ("nanochat", {"target_modules": ["k_proj", "fc2"]}),
-        ("llama", {"target_modules": ["up_proj"], "use_rslora": True}),
-        ("gpt2", {"target_modules": ["mlp.c_proj"]}),
-        ("gpt2", {"target_modules": ["c_proj"], "exclude_modules": ["mlp.c_proj"]}),
-        ("llama", {"target_modules": "all-linear"}),
-        ("llama", {"target_modules": r".*\.[01]\.self_attn\.(q|o)_proj"}),
-        ("llama", {"target_modules": ["o_proj", "down_proj"], "layers_to_transform": [1]}),
-        (
-            "llama",
-            {
-                "target_modules": LLAMA_MODULES,
-                "rank_pattern": {"k_proj": 5, "layers.1.mlp.up_proj": 1},
-                "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 11, "k_proj": 2},
-            },
-        ),
-        ("qwen2", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
-        ("llama", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]}),
-        ("llama", {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}),
-        ("llama_tied", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]}),
-        ("llama_tied", {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}),
-        ("llama_tied", {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
-        (
-            "llama_tied",
-            {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-        ),
-        ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
-        ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wpe"]}),
-        ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte", "wpe"], "ensure_weight_tying": True}),
-    ],
+    SETTINGS + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_SETTINGS],
     ids=str,
 )
 def test_the_settings_of_an_adapter(bases, tmp_path, family, options):
     theirs = make_adapter(bases / family, tmp_path / "adapter", **options)
-    ours, flags, _ = load_model(f"peft:{tmp_path / 'adapter'}", CPU)
+    ours, _, _ = load_model(f"peft:{tmp_path / 'adapter'}", CPU)
     assert_equal(logits(ours), logits(theirs))
 
 
