@@ -70,7 +70,7 @@ def vocabulary_of(settings: AdapterConfig, config: ModelConfig) -> tuple[int, bo
     """Returns the vocabulary size, and whether the head is tied to the embedding, of the base model with an adapter.
 
     `config` is the base's. An adapter that contains the embedding has it for its own vocabulary: PEFT saves it too if
-    the base was resized. A tied head and embedding that are saved with different values are no longer tied.
+    the base was resized. A tied head and embedding that are saved with different values become untied.
     """
     with open_tensors(settings) as file:
         found = {}
@@ -134,8 +134,8 @@ def open_adapter(settings: AdapterConfig, config: ModelConfig, tied: bool) -> Ad
             saved[name] = stored.removeprefix(PREFIX)
         else:
             raise UserError(
-                f"{path}: {quote(stored)} is neither lora_A or lora_B of a matrix in a block of the base model, nor"
-                " its embedding or output head in full; only these are read"
+                f"{path}: {quote(stored)} is not read; only lora_A and lora_B of matrices in blocks of the base model, and"
+                " its embedding and output head in full"
             )
         if tuple(about.get_shape()) != wanted:
             raise UserError(

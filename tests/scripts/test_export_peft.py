@@ -1,7 +1,8 @@
-"""scripts/export.py --to=peft, and what is done with the adapter that it writes."""
+"""scripts/export.py --to=peft: PEFT and rawgpt load the adapter of a run, and continue it."""
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
@@ -12,7 +13,6 @@ from model.formats.pretrained import load_model
 from scripts import export as command
 from util.errors import UserError
 
-peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")
 VOCAB = 260
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
