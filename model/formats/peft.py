@@ -134,8 +134,8 @@ def open_adapter(settings: AdapterConfig, config: ModelConfig, tied: bool) -> Ad
             saved[name] = stored.removeprefix(PREFIX)
         else:
             raise UserError(
-                f"{path}: {quote(stored)} is not read; only lora_A and lora_B of matrices in blocks of the base model, and"
-                " its embedding and output head in full"
+                f"{path}: {quote(stored)} is not read; only lora_A and lora_B of matrices in blocks of the base model,"
+                " and its embedding and output head in full"
             )
         if tuple(about.get_shape()) != wanted:
             raise UserError(

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from cfg.config import load_config, model_config
+from model.formats.base import fingerprint
 from model.formats.peft import OUR_A, read_adapter, write_adapter
 from model.formats.pretrained import load_model, open_pretrained, open_weights
 from model.gpt import GPT, parameter_shapes
@@ -450,6 +451,25 @@ def test_an_adapter_that_cannot_be_continued_is_an_error_that_names_the_way_out(
     write_adapter(tmp_path, config, our_tensors(config, embeddings=True), 6.0, "x")
     with pytest.raises(UserError, match="--lora_embeddings=0: the adapter of .* contains trained embeddings"):
         read_adapter(tmp_path, config)
+
+
+def test_the_fingerprint_of_a_matrix_is_that_of_what_is_merged(bases, tmp_path):
+    """A run with LoRA on a merged adapter recognises its base by it."""
+
+    def fingerprints(folder):
+        read = open_weights(open_pretrained(f"peft:{folder}"))
+        return {name: fingerprint(name, read(name), read) for name in names}
+
+    names = list(parameter_shapes(model_config(open_pretrained(f"hf:{bases / 'llama'}").flags, "base")))
+    make_adapter(bases / "llama", tmp_path / "a", target_modules=["q_proj"])
+    before = fingerprints(tmp_path / "a")
+    assert fingerprints(tmp_path / "a") == before
+    base = open_weights(open_pretrained(f"hf:{bases / 'llama'}"))
+    assert {n for n in names if before[n] != fingerprint(n, base(n))} == {f"h.{i}.attn.c_attn.weight" for i in (0, 1)}
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"][0, 0] += 1e-3
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    assert {n for n, f in fingerprints(tmp_path / "a").items() if f != before[n]} == {"h.1.attn.c_attn.weight"}
 
 
 # --- the acceptance test: training ---------------------------------------------------------------
