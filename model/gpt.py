@@ -41,23 +41,28 @@ ATTENTION = {
 }
 
 
-def save_products_and_attention() -> Any:
-    """Returns contexts for `checkpoint` that save matrix products and attention (Korthikanti et al. 2022)."""
-    return create_selective_checkpoint_contexts(_policy(PRODUCTS | ATTENTION))
+def save_products_and_attention(rank: int = 0) -> Any:
+    """Returns contexts for `checkpoint` that save matrix products and attention (Korthikanti et al. 2022).
+
+    The outputs of LoRA adapters of this `rank` (0: none) are as large as those of the matrices, but cost little to
+    recompute.
+    """
+    return create_selective_checkpoint_contexts(_policy(PRODUCTS | ATTENTION, rank))
 
 
-def save_products() -> Any:
+def save_products(rank: int = 0) -> Any:
     """Returns contexts for `checkpoint` that save matrix products only, for training with dropout.
 
     Attention draws dropout inside its kernel. If its output were saved and not recomputed, the RNG would not advance,
     and later dropouts would differ between forward and recompute.
     """
-    return create_selective_checkpoint_contexts(_policy(PRODUCTS))
+    return create_selective_checkpoint_contexts(_policy(PRODUCTS, rank))
 
 
-def _policy(saved: set[Any]) -> Callable[..., CheckpointPolicy]:
+def _policy(saved: set[Any], rank: int) -> Callable[..., CheckpointPolicy]:
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+        adapter = rank and op is torch.ops.aten.mm.default and args[1].shape[0] == rank  # low (N, rank) times Bᵀ
+        return CheckpointPolicy.MUST_SAVE if op in saved and not adapter else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
 
@@ -76,6 +81,7 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
         self.activation_checkpointing = "none"
+        self.lora_rank = 0
 
     def forward(
         self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None, update_cache: UpdateCache | None = None
@@ -84,7 +90,9 @@ class Block(nn.Module):
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.residual(x, rotary, mask, update_cache)
         contexts = save_products if self.attn.dropout else save_products_and_attention
-        options = {"context_fn": contexts} if self.activation_checkpointing == "selective" else {}
+        options = (
+            {"context_fn": partial(contexts, self.lora_rank)} if self.activation_checkpointing == "selective" else {}
+        )
         return checkpoint(self.residual, x, rotary, mask, use_reentrant=False, **options)
 
     def residual(

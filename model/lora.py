@@ -64,11 +64,12 @@ def add_adapters(model: GPT, config: Config) -> None:
     """
     frozen_dtype = getattr(torch, config.base_dtype)
     for name, parameter in model.named_parameters():
-        if not (config.lora_embeddings and name in EMBEDDINGS):
+        if not is_trained(name, config):
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(frozen_dtype)
     targets = parse_lora_targets(config.lora_targets)
     for block in model.h:
+        block.lora_rank = config.lora_rank
         for module in module_sizes(config):
             parent, name = block.get_submodule(module.partition(".")[0]), module.partition(".")[2]
             linear = getattr(parent, name)
@@ -81,15 +82,18 @@ def is_adapter(name: str) -> bool:
     return name.endswith((A, B))
 
 
+def is_trained(name: str, config: Config) -> bool:
+    """Returns whether a parameter of this name is trained."""
+    return not config.lora_rank or is_adapter(name) or (config.lora_embeddings and name in EMBEDDINGS)
+
+
 def saved_names(names: Iterable[str], config: Config) -> set[str]:
     """Returns which of the model's parameters a checkpoint holds: all, or with LoRA those that its base lacks.
 
     These are the trained ones, and embeddings and a head that --resize_embeddings has converted.
     """
-    if not config.lora_rank:
-        return set(names)
-    whole = (EMBEDDINGS if config.lora_embeddings else ()) + (CONVERTED if config.resize_embeddings else ())
-    return {name for name in names if is_adapter(name) or name in whole}
+    converted = CONVERTED if config.resize_embeddings else ()
+    return {name for name in names if is_trained(name, config) or name in converted}
 
 
 def adapter_value(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -103,6 +107,17 @@ def adapter_value(name: str, shape: torch.Size, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = shape[1] ** -0.5
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def adapter_shapes(config: Config) -> dict[str, torch.Size]:
+    """Returns the shapes of all adapters by name."""
+    found = {}
+    for i in range(config.n_layer):
+        for module in parse_lora_targets(config.lora_targets) if config.lora_rank else ():
+            inputs, outputs = module_sizes(config)[module]
+            found[f"h.{i}.{module}{A}"] = torch.Size((config.lora_rank, inputs))
+            found[f"h.{i}.{module}{B}"] = torch.Size((outputs, config.lora_rank))
+    return found
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -18,8 +18,16 @@ from data.mixed_loader import MixedLoader
 from data.tokenizers.load import NAMES, load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS, Tokenizer
 from data.tokenizers.transfer import token_rows
-from model.formats.base import Base, absolute_name, find_base, recorded_base
-from model.formats.pretrained import initial_values, open_pretrained, open_weights
+from model.formats.base import Base, recorded_base
+from model.formats.checkpoint import MANIFEST, find_damage, step_of
+from model.formats.pretrained import (
+    PretrainedModel,
+    absolute_name,
+    initial_values,
+    newest_checkpoint,
+    open_pretrained,
+    open_weights,
+)
 from model.gpt import InitialValue, parameter_shapes
 from model.lora import EMBEDDINGS, adapter_value, is_adapter, saved_names
 from util.errors import UserError
@@ -57,16 +65,6 @@ def open_tokenizer(config: Config, ranks: Ranks) -> Tokenizer | None:
 def tokenizer_fingerprint(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Returns name, size and hash of the tokenizer, which shards and checkpoints are compared with."""
     return tokenizer.fingerprint if tokenizer else NAMED_FINGERPRINTS.get(config.tokenizer, {"name": "none"})
-
-
-def refuse_masks(data: Loader | MixedLoader) -> None:
-    """Raises UserError for conversations of data/sft.py: the loss does not use their masks yet."""
-    loaders = data.loaders if isinstance(data, MixedLoader) else [data]
-    if any(loader.masks is not None for loader in loaders):
-        raise UserError(
-            "--input_train_bin: these shards hold conversations, and training on their replies is not supported yet;"
-            " give shards of data/text.py"
-        )
 
 
 def count_iterations(config: Config, data: Loader | MixedLoader, ranks: Ranks) -> Config:
@@ -111,6 +109,24 @@ def load_pretrained(config: Config, ranks: Ranks) -> tuple[InitialValue | None, 
     read = base.recording(read, names - saved_names(names, config))
     # A run that is resumed gets its adapters from the checkpoint.
     return with_adapters(initial_values(read, config, rows), config, from_init=recorded is None), base
+
+
+def find_base(run: PretrainedModel, recorded: Base | None, report: Any = print) -> Path:
+    """Returns the checkpoint of the rawgpt run `run` that training starts from: the newest one.
+
+    A run that is resumed, whose base is `recorded`, keeps the checkpoint of this name, even if there are newer ones.
+    """
+    began = Path(recorded.init_from).name if recorded and ":" not in recorded.init_from else ""
+    if step_of(Path(began)) < 0 or step_of(run.path) >= 0 or (run.path / MANIFEST).exists():
+        return newest_checkpoint(run.path, report)
+    found = next((p for p in (run.path / "checkpoints" / began, run.path / began) if p.is_dir()), None)
+    problem = find_damage(found, skip="optimizer/") if found else "it does not exist"
+    if found is None or problem:
+        raise UserError(
+            f"--init_from={run.path}: the run to resume began from its checkpoint {began}, which cannot be used"
+            f" ({problem}); put it back, or use another --output_dir"
+        )
+    return found
 
 
 def with_adapters(value: InitialValue, config: Config, from_init: bool) -> InitialValue:

@@ -6,7 +6,7 @@ A checkpoint holds only what was trained. Reading it as a model opens the base a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ from util.errors import StorageError, UserError, quote
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model.formats.pretrained import PretrainedModel
     from model.formats.raw import Reader
 
 SAMPLE = 4096  # values of a parameter that its fingerprint covers
@@ -70,14 +69,6 @@ def fingerprint(name: str, value: Tensor, read: Reader | None = None) -> str:
     return hashlib.sha256(f"{name} {tuple(value.shape)}\n".encode() + sample.tobytes()).hexdigest()
 
 
-def absolute_name(pretrained: PretrainedModel) -> str:
-    """Returns the name of an opened model, which is the same in any working directory."""
-    if pretrained.hub:
-        return f"{pretrained.kind}:{pretrained.hub}"
-    path = pretrained.path.expanduser().resolve()
-    return f"{pretrained.kind}:{path}" if pretrained.kind else str(path)
-
-
 def base_in_state(state: dict[str, Any], path: Path) -> Base:
     """Returns the base that the state.json of the checkpoint `path` records."""
     base = state.get("base")
@@ -103,27 +94,6 @@ def recorded_base(output_dir: Path, resume: str) -> Base | None:
     return None
 
 
-def find_base(run: PretrainedModel, recorded: Base | None, report: Any = print) -> Path:
-    """Returns the checkpoint of the rawgpt run `run` that training starts from: the newest one.
-
-    A run that is resumed, whose base is `recorded`, keeps the checkpoint of this name, even if there are newer ones.
-    """
-    from model.formats.checkpoint import find_damage, step_of
-    from model.formats.pretrained import newest_checkpoint
-
-    began = Path(recorded.init_from).name if recorded and ":" not in recorded.init_from else ""
-    if step_of(Path(began)) < 0 or step_of(run.path) >= 0 or (run.path / "manifest.json").exists():
-        return newest_checkpoint(run.path, report)
-    found = next((p for p in (run.path / "checkpoints" / began, run.path / began) if p.is_dir()), None)
-    problem = find_damage(found, skip="optimizer/") if found else "it does not exist"
-    if found is None or problem:
-        raise UserError(
-            f"--init_from={run.path}: the run to resume began from its checkpoint {began}, which cannot be used"
-            f" ({problem}); put it back, or use another --output_dir"
-        )
-    return found
-
-
 def check_same_base(path: Path, saved: Base, now: Base) -> None:
     """Raises UserError if a run's base is not the one from which the checkpoint `path` was trained."""
     if name := saved.difference(now):
@@ -133,18 +103,19 @@ def check_same_base(path: Path, saved: Base, now: Base) -> None:
         )
 
 
-def adapters_merged(path: Path, read_own: Reader, own: Iterable[str], flags: dict[str, Any]) -> Reader:
+def adapters_merged(
+    path: Path, read_own: Reader, own: Iterable[str], flags: dict[str, Any], open_base: Callable[[str], Reader]
+) -> Reader:
     """Returns `read(name)` for a LoRA checkpoint: its own parameters, and those of its base with adapters merged.
 
-    `read_own` reads the parameters `own` that the checkpoint holds. `flags` are those of its run. Each parameter of the
-    base is compared with its fingerprint.
+    `read_own` reads the parameters `own` that the checkpoint holds. `flags` are those of its run. `open_base` opens a
+    model by its name. Each parameter of the base is compared with its fingerprint.
     """
     from model.formats.checkpoint import read_state
-    from model.formats.pretrained import open_pretrained, open_weights
 
     base = base_in_state(read_state(path), path)
     try:
-        read_base = open_weights(open_pretrained(base.init_from))
+        read_base = open_base(base.init_from)
     except UserError as e:
         raise type(e)(
             f"{path} holds LoRA adapters, and their base model cannot be read ({e}); put {quote(base.init_from)} back"

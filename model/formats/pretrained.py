@@ -190,6 +190,14 @@ def _tokenizer_beside(kind: str, path: Path, vocab_size: int) -> str:
     return str(beside) if beside.is_file() else "none"
 
 
+def absolute_name(pretrained: PretrainedModel) -> str:
+    """Returns the name of an opened model, which is the same in any working directory."""
+    if pretrained.hub:
+        return f"{pretrained.kind}:{pretrained.hub}"
+    path = pretrained.path.expanduser().resolve()
+    return f"{pretrained.kind}:{path}" if pretrained.kind else str(path)
+
+
 # --- the weights ---
 
 
@@ -250,7 +258,7 @@ def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
     if flags.get("lora_rank"):
         from model.formats.base import adapters_merged
 
-        return adapters_merged(path, read, shapes, flags)
+        return adapters_merged(path, read, shapes, flags, lambda name: open_weights(open_pretrained(name)))
     return read
 
 
