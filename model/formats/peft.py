@@ -72,24 +72,22 @@ def vocabulary_of(settings: AdapterConfig, config: ModelConfig) -> tuple[int, bo
     `config` is the base's. An adapter that contains the embedding has it for its own vocabulary: PEFT saves it too if
     the base was resized. A tied head and embedding that are saved with different values become untied.
     """
-    with open_tensors(settings) as file:
-        found = {}
-        for name in VOCABULARY:
-            stored = PREFIX + parts_of(name, config)[0]
-            if stored in file.keys():  # noqa: SIM118
-                found[name] = file.get_tensor(stored)
-    sizes = {len(tensor) if tensor.dim() else 0 for tensor in found.values()}
+    file = open_tensors(settings)
+    names = {name: PREFIX + parts_of(name, config)[0] for name in VOCABULARY}
+    found = {name: file.get_slice(stored).get_shape() for name, stored in names.items() if stored in file.keys()}  # noqa: SIM118
     if not found:
         return config.vocab_size, config.tie_embeddings
+    sizes = {(shape or [0])[0] for shape in found.values()}
     both = len(found) == len(VOCABULARY)
     if len(sizes) > 1 or not min(sizes) or not (both or sizes == {config.vocab_size}):
         raise UserError(
             f"{settings.folder / TENSORS}: {' and '.join(found)} has {' and '.join(map(str, sorted(sizes)))} rows, the"
             f" base model {config.vocab_size}; another vocabulary needs an embedding and a head of one size"
         )
-    embedding, head = (found.get(name, torch.empty(0)) for name in VOCABULARY)
-    equal = embedding.dtype == head.dtype and torch.equal(embedding, head)
-    return min(sizes), config.tie_embeddings and equal
+    if not (both and config.tie_embeddings):
+        return min(sizes), False
+    embedding, head = (file.get_tensor(stored) for stored in names.values())
+    return min(sizes), embedding.dtype == head.dtype and torch.equal(embedding, head)
 
 
 def open_tensors(settings: AdapterConfig) -> Any:
