@@ -88,7 +88,8 @@ def train_plainly(c, weights, shards):
             layers[name] = adapters[f"{full}.weight"] = PlainLoRA(layers[name], a, c.lora_alpha)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.1, betas=(0.9, 0.95))
-    data, n, records = reference.windows(shards, c.sequence_length), c.total_batch_size // c.sequence_length, []
+    (data, _), records = reference.windows(shards, c.sequence_length), []
+    n = c.total_batch_size // c.sequence_length
     for step in range(1, c.num_iterations + 1):
         places = range((step - 1) * n, step * n)
         rows = data[[reference.permuted(k % len(data), len(data), f"{c.seed}:{k // len(data)}") for k in places]]
