@@ -193,6 +193,37 @@ def test_each_reply_and_the_token_that_ends_it_are_counted(prepared, template, f
         assert counted_text(chat, messages) == [first, last]
 
 
+@pytest.mark.parametrize(
+    "template, text, token",
+    [
+        ("chatml", "", "<|im_end|>"),
+        ("llama3", "", "<|eot_id|>"),
+        ("phi3", "", "<|end|>"),
+        ("mistral", "", "<|endoftext|>"),
+        ("qwen3", "", "<|im_end|>"),
+        ("marked", "", "<|im_end|>"),
+        ("alpaca", "\n\n### Instruction:", None),  # without a token, the beginning of the next turn is the end
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}", "\n", "<|user|>"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "", None),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "", None),
+    ],
+)
+def test_where_a_reply_ends(prepared, bases, tmp_path, template, text, token):
+    if template in TEMPLATES:
+        chat = prepared("bytelevel", template)[0]
+    else:
+        tokenizer, _ = prepare_tokenizer(bases["bytelevel"], ChatTemplate("t", template), tmp_path)
+        chat = Chat(tokenizer, ChatTemplate("t", template))
+    assert chat.end_of_reply() == (text, chat.tokenizer.special[token] if token else None)
+    assert chat.unknown_names() == []
+
+
+def test_the_names_of_a_template_that_the_tokenizer_lacks_are_text(bases):
+    chat = Chat(bases["bytelevel"], ChatTemplate("chatml", BUILT_IN["chatml"]))
+    assert chat.unknown_names() == ["<|im_end|>", "<|im_start|>"]
+    assert chat.end_of_reply() == ("<|im_end|>", None)
+
+
 def test_the_end_of_text_token_is_none_that_the_template_writes(prepared, bases):
     """It separates conversations, so it must not occur within one."""
     expected = {"chatml": END_OF_TEXT, "phi3": "<|end_of_text|>", "mistral": "<|end_of_text|>"}
