@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cfg.config import Config, to_yaml
 from data.documents import document_positions
-from data.loader import Prefetcher
+from data.loader import Prefetcher, inputs_and_targets
 from data.open import open_train_data
 from train import checkpoint, evaluate, inputs, interrupt, optim, parallel, rank_log, run_dir, stability, watchdog
 from train.memory import choose_batch_size
@@ -54,7 +54,6 @@ def train(config: Config) -> int:
     # If --doc_mask is set, open_tokenizer returns a tokenizer or raises an error.
     end_of_text = tokenizer.end_of_text if config.doc_mask and tokenizer else None
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
-    inputs.refuse_masks(train_data)  # shards of conversations: the loss does not use their masks yet
     config = inputs.count_iterations(config, train_data, ranks)  # from --num_epochs
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
     pretrained = inputs.load_pretrained(config, ranks)  # None: random weights from --seed
@@ -94,7 +93,7 @@ def train(config: Config) -> int:
     first_step = step + 1
     stopping = False
     batches = Prefetcher(
-        lambda index: train_data.batch(1 if config.overfit_single_batch else index, ranks.rank, ranks.world_size),
+        lambda n: inputs_and_targets(train_data, 1 if config.overfit_single_batch else n, ranks.rank, ranks.world_size),
         pin=ranks.device.type == "cuda",
     )
     with checkpointer:  # if training fails, waits until a save in the background is complete
@@ -122,12 +121,13 @@ def train(config: Config) -> int:
             step += 1
             watchdog.progress(f"step {step}")
             started = time.perf_counter()
-            batch = batches.get(step + guard.data_offset)
             # Asynchronous on CUDA only: MPS may free the source before the copy ends (pytorch#189690).
-            batch = batch.to(ranks.device, non_blocking=ranks.device.type == "cuda").long()
+            asynchronous = ranks.device.type == "cuda"
+            batch = batches.get(step + guard.data_offset)
+            idx, targets = (tensor.to(ranks.device, non_blocking=asynchronous) for tensor in batch)
             # Ask all ranks two questions. The answers travel with the all-reduce of train_step.
             answers = ranks.ask(stop.requested, lambda: checkpointer.failed or metrics.problem is not None)
-            result = train_step(step, batch, model, optimizer, scaler, guard, config, ranks, end_of_text)
+            result = train_step(step, idx, targets, model, optimizer, scaler, guard, config, ranks, end_of_text)
             pending = metrics.record(step, result, time.perf_counter() - started)
             if step == first_step:  # compiled and warm: from now on a long wait is a hang
                 watchdog.set_default_minutes(config.step_timeout_minutes)
@@ -169,7 +169,8 @@ def train(config: Config) -> int:
 
 def train_step(
     step: int,
-    batch: Tensor,
+    idx: Tensor,
+    targets: Tensor,
     model: parallel.ParallelModel,
     optimizer: torch.optim.Optimizer,
     scaler: stability.LossScaler,
@@ -178,9 +179,10 @@ def train_step(
     ranks: Ranks,
     end_of_text: int | None,
 ) -> StepResult:
-    """Makes one optimizer step. `batch` (rows, sequence_length + 1) holds this rank's rows of the global batch.
+    """Makes one optimizer step.
 
-    `end_of_text` is the token before each document, for --doc_mask.
+    `idx` and `targets` (rows, sequence_length) are this rank's rows of the global batch. Targets that are IGNORE_INDEX
+    are not counted in the loss. `end_of_text` is the token before each document, for --doc_mask.
     """
     # During training nothing but dropout draws from the global generator. Seeding it from seed, step and rank leaves no
     # random state to save.
@@ -188,32 +190,37 @@ def train_step(
 
     # Forward and backward, one micro-batch at a time. Each loss is a sum over tokens. Dividing it by the number of
     # tokens in the global batch makes the gradient the same (without dropout) for any number of ranks and micro-steps.
-    loss_sum = torch.zeros((), device=batch.device)
-    micro_batches = batch.split(config.batch_size)
-    for i, micro_batch in enumerate(micro_batches):
+    loss_sum, counted = torch.zeros(2, device=idx.device)
+    micro_batches = list(zip(idx.long().split(config.batch_size), targets.long().split(config.batch_size), strict=True))
+    for i, (micro_idx, micro_targets) in enumerate(micro_batches):
         watchdog.progress(f"step {step}")
-        idx, targets = micro_batch[:, :-1], micro_batch[:, 1:]
-        positions = document_positions(idx, end_of_text) if end_of_text is not None else None
+        positions = document_positions(micro_idx, end_of_text) if end_of_text is not None else None
         model.set_gradient_sync(last=i == len(micro_batches) - 1)  # once per step, or --sync_every_microbatch
         with model.autocast():
-            loss, _ = model(idx, targets, positions)
+            loss, count = model(micro_idx, micro_targets, positions)
         # DDP and FSDP average gradients over ranks, but a sum is needed: hence the world size.
         (loss * (scaler.value * ranks.world_size / config.total_batch_size)).backward()
         loss_sum += loss.detach()
+        counted += count
 
-    # One all-reduce of each rank's share: every rank gets the same two numbers, and takes the same branch below.
-    total, squared_norm = ranks.sum(loss_sum, model.squared_grad_norm_share())
-    mean_loss, grad_norm = total / config.total_batch_size, math.sqrt(squared_norm) / scaler.value
+    # One all-reduce of each rank's share: every rank gets the same numbers, and takes the same branch below.
+    total, tokens, squared_norm = ranks.sum(loss_sum, counted, model.squared_grad_norm_share())
+    # Removes the loss scale from gradients, and divides them by the number of counted tokens instead of all tokens.
+    unscale = config.total_batch_size / max(tokens, 1) / scaler.value
+    mean_loss, grad_norm = total / tokens if tokens else math.nan, math.sqrt(squared_norm) * unscale
 
     # Clip and update, unless loss or gradient is not finite or the norm is a spike. With a loss scale (fp16) gradients
     # are expected to overflow now and then; this does not count towards a roll-back.
     optim.set_schedules(optimizer, step, config)
-    skip_reason = guard.reason_to_skip(mean_loss, grad_norm, overflow_expected=scaler.value > 1)
+    if tokens:
+        skip_reason = guard.reason_to_skip(mean_loss, grad_norm, overflow_expected=scaler.value > 1)
+        scaler.update(mean_loss, grad_norm)
+    else:
+        skip_reason = "no counted tokens in the batch"
     if not skip_reason:
         clip = min(1.0, config.grad_clip / (grad_norm + 1e-6)) if config.grad_clip else 1.0
-        model.scale_gradients(clip / scaler.value)  # clips, and removes the loss scale
+        model.scale_gradients(clip * unscale)
         optimizer.step()
-    scaler.update(mean_loss, grad_norm)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(mean_loss, grad_norm, optimizer.param_groups[0]["lr"], skip_reason)
 

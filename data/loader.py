@@ -12,10 +12,10 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,11 @@ from torch import Tensor
 
 from data import permutation
 from data.shards import Shard, open_file
+from model.loss import IGNORE_INDEX
 from util.errors import UserError
+
+if TYPE_CHECKING:
+    from data.mixed_loader import MixedLoader
 
 MAX_OPEN_FILES = 64
 FINGERPRINT_TOKENS = 4096
@@ -169,6 +173,10 @@ class Loader:
     def shards(self) -> list[Shard]:
         return self.stream.shards
 
+    @property
+    def has_masks(self) -> bool:
+        return self.masks is not None
+
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns epochs and windows, both (n,) int64, of the samples with these numbers."""
         epochs, places = np.divmod(samples, self.windows)
@@ -218,15 +226,25 @@ class Loader:
         return None if self.masks is None else torch.from_numpy(self._read_masks(np.array(windows, np.int64)))
 
 
+def inputs_and_targets(data: Loader | MixedLoader, step: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets of part `part` of `parts` of step's global batch, (rows, T) int32 each.
+
+    A target that is not counted is IGNORE_INDEX.
+    """
+    rows, mask = data.batch(step, part, parts), data.mask(step, part, parts)
+    targets = rows[:, 1:] if mask is None else rows[:, 1:].where(mask[:, 1:], IGNORE_INDEX)
+    return rows[:, :-1], targets
+
+
 class Prefetcher:
     """A thread that makes the next step's batch while the current one is in use."""
 
-    def __init__(self, make: Callable[[int], Tensor], pin: bool):
-        self._make = (lambda step: make(step).pin_memory()) if pin else make
+    def __init__(self, make: Callable[[int], Sequence[Tensor]], pin: bool):
+        self._make = (lambda step: [tensor.pin_memory() for tensor in make(step)]) if pin else make
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._ahead: tuple[int, Future[Sequence[Tensor]]] | None = None
 
-    def get(self, step: int) -> Tensor:
+    def get(self, step: int) -> Sequence[Tensor]:
         """Returns step's batch and starts to make the next one."""
         # A single thread does all reads, so the stream's open files need no lock.
         ahead = self._ahead

@@ -131,6 +131,10 @@ class MixedLoader:
         return [shard for loader in self.loaders for shard in loader.shards]
 
     @property
+    def has_masks(self) -> bool:
+        return any(loader.has_masks for loader in self.loaders)
+
+    @property
     def windows(self) -> int:
         """The number of windows of all sources together."""
         return sum(loader.windows for loader in self.loaders)
@@ -154,7 +158,7 @@ class MixedLoader:
 
         All tokens of a source without masks are counted.
         """
-        if all(loader.masks is None for loader in self.loaders):
+        if not self.has_masks:
             return None
         source, number = self.locate(sample_numbers(step, self.sequences_per_batch, part, parts))
         rows = np.empty((len(source), self.sequence_length + 1), bool)

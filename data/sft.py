@@ -4,7 +4,7 @@ Reads conversations from .jsonl, .json (also compressed) and .parquet files, in 
 data/prepare/conversations.py lists. Writes to DIR token shards, for each shard a mask of the tokens that count
 (data/masks.py), and in DIR/tokenizer the tokenizer with the special tokens of the chat template. Conversations are
 packed into blocks of --sequence_length tokens. An end-of-text token begins each conversation, and more of them fill the
-rest of a block. Training on these masks is not supported yet.
+rest of a block. docs/finetuning.md has the training command.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -211,15 +212,28 @@ def prepare(args: argparse.Namespace, name: str) -> None:
 
 
 def summary(output_dir: Path, manifest: dict[str, Any]) -> str:
-    """Describes a data set in two lines."""
+    """Describes a data set in two lines, and gives a command to train on it."""
     conversations, counted, blocks = (manifest[key] for key in ("conversations", "counted_tokens", "blocks"))
     cut = f", {manifest['cut']:,} cut" if manifest["cut"] else ""
     return (
         f"{output_dir}: {conversations['train']:,} conversations for training and {conversations['val']:,} for"
         f" validation{cut}{describe_skipped(manifest['skipped'])}\n"
         f"{blocks['train']:,} and {blocks['val']:,} blocks of {manifest['sequence_length']:,} tokens,"
-        f" {manifest['packed_share']:.1%} full; {counted['train']:,} and {counted['val']:,} tokens are counted"
+        f" {manifest['packed_share']:.1%} full; {counted['train']:,} and {counted['val']:,} tokens are counted\n"
+        f"to train: {training_command(output_dir, manifest)}"
     )
+
+
+def training_command(output_dir: Path, manifest: dict[str, Any]) -> str:
+    """Returns a command for training, without the model."""
+    name = manifest["recipe"]["name"]
+    flags = ["--cfg=sft", "--init_from=MODEL", f"--input_train_bin={output_dir}/{name}_train_*.bin"]
+    if manifest["blocks"]["val"]:
+        flags.append(f"--input_val_bin={output_dir}/{name}_val_*.bin")
+    flags += [f"--tokenizer={output_dir / TOKENIZER_FOLDER}", f"--sequence_length={manifest['sequence_length']}"]
+    if manifest["tokenizer"].get("sha256") != manifest["recipe"]["tokenizer"]:
+        flags.append("--resize_embeddings=1")  # for the new special tokens
+    return shlex.join(["python", "train_gpt.py", *flags])
 
 
 def check(output_dir: Path) -> None:

@@ -32,6 +32,7 @@ def windows_loss(
 ) -> Generator[None, None, list[float]]:
     """Returns [summed loss in nats, tokens, bytes] over `windows`, in exactly `rounds` forward passes of `batch_size`.
 
+    Of shards with masks only the counted tokens enter the three sums.
     Yields before each forward pass, after the data has been read. Missing rows are padded with rows that have no
     targets. So all passes have one shape, and all ranks make the same number of passes, which a sharded model needs.
     `token_bytes` (vocab_size,) gives the number of bytes of each token's text; without it the byte count is 0.
@@ -41,27 +42,33 @@ def windows_loss(
     loss_sum = tokens = count_bytes = 0.0
     for start in range(0, len(padded), batch_size):
         chosen = padded[start : start + batch_size]
-        rows = loader.gather([0 if w is None else w for w in chosen]).long()
+        indices = [0 if w is None else w for w in chosen]
+        rows, mask = loader.gather(indices).long(), loader.gather_mask(indices)
         empty = torch.tensor([w is None for w in chosen])
         targets = rows[:, 1:].masked_fill(empty[:, None], IGNORE_INDEX)
+        if mask is not None:
+            targets = targets.where(mask[:, 1:], IGNORE_INDEX)
         idx = rows[:, :-1].to(device)
         positions = document_positions(idx, end_of_text) if end_of_text is not None else None
+        counted = targets[targets != IGNORE_INDEX]
         targets = targets.to(device)
         yield
         loss, count = model(idx, targets, positions=positions)  # not model.loss: FSDP gathers weights in __call__
         loss_sum += loss.item()
         tokens += count.item()
         if token_bytes is not None:
-            count_bytes += float(token_bytes[rows[~empty, 1:].numpy()].sum())
+            count_bytes += float(token_bytes[counted.numpy()].sum())
     return [loss_sum, tokens, count_bytes]
 
 
 def summarize(loss_sum: float, tokens: float, count_bytes: float) -> dict[str, float | None]:
     """Returns `val_loss` in nats per token and `val_bpb` in bits per byte of the text (None without byte counts).
 
+    The loss is NaN if no token is counted.
+
     Bits per byte are comparable between tokenizers. End-of-text tokens cost bits but have no bytes.
     """
     return {
-        "val_loss": loss_sum / tokens,
+        "val_loss": loss_sum / tokens if tokens else math.nan,
         "val_bpb": loss_sum / math.log(2) / count_bytes if count_bytes else None,
     }

@@ -7,6 +7,7 @@ It computes in float64, so a difference is an error or float32 rounding. `c` hol
 import hashlib
 import math
 from glob import glob
+from os.path import exists
 
 import numpy as np
 import torch
@@ -73,8 +74,10 @@ class GPT(nn.Module):
         return (self.ln_f(x) @ (self.lm_head or self.wte).weight.T)[..., : self.c.vocab_size]
 
 
-def mean_loss(model, rows):
-    return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+def summed_loss(model, rows, counted):
+    """Returns the summed loss of the targets that are counted; `counted` has the shape of rows."""
+    losses = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    return (losses * counted[:, 1:].flatten()).sum()
 
 
 @torch.no_grad()
@@ -101,9 +104,12 @@ def permuted(place, n, key):
 
 
 def windows(pattern, T):
-    """Returns the tokens of all files, cut into windows that overlap by one token, (W, T + 1) int64."""
-    files = [np.fromfile(path, "<u2", offset=1024) for path in sorted(glob(pattern))]
-    return torch.from_numpy(np.concatenate(files).astype(np.int64)).unfold(0, T + 1, T)
+    """Returns all tokens, cut into windows that overlap by one token, and which are counted: (W, T + 1) int64 each."""
+    paths = sorted(glob(pattern))
+    files = [np.fromfile(path, "<u2", offset=1024) for path in paths]
+    masks = [path.replace(".bin", ".mask") for path in paths]
+    masks = [np.fromfile(m, "u1") if exists(m) else np.ones_like(f) for m, f in zip(masks, files, strict=True)]
+    return [torch.from_numpy(np.concatenate(a).astype(np.int64)).unfold(0, T + 1, T) for a in (files, masks)]
 
 
 def learning_rate(step, c):
@@ -120,19 +126,19 @@ def learning_rate(step, c):
 def train(c, train_bin, val_bin, ranks=1):
     """Trains and returns a record per step (step, loss, lr, grad_norm, val_loss) and the weights by name."""
     model = initialized(GPT(c).double(), c)
-    data, val_data = windows(train_bin, c.sequence_length), windows(val_bin, c.sequence_length)
+    (data, mask), (val_data, val_mask) = (windows(files, c.sequence_length) for files in (train_bin, val_bin))
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps)
     n, records = c.total_batch_size // c.sequence_length, []
     for step in range(1, c.num_iterations + 1):
         places = [divmod(k, len(data)) for k in range((step - 1) * n, step * n)]
-        rows = data[[permuted(place, len(data), f"{c.seed}:{epoch}") for epoch, place in places]]
-        loss = 0.0
-        for rank, part in enumerate(rows.chunk(ranks)):
+        chosen = torch.tensor([permuted(place, len(data), f"{c.seed}:{epoch}") for epoch, place in places])
+        loss, tokens = 0.0, mask[chosen, 1:].sum()
+        for rank, part in enumerate(chosen.chunk(ranks)):
             torch.manual_seed(int(np.random.SeedSequence([c.seed, step, rank]).generate_state(1)[0]))
             for micro_batch in part.split(c.batch_size):
-                share = mean_loss(model, micro_batch) * len(micro_batch) / n
+                share = summed_loss(model, data[micro_batch], mask[micro_batch]) / tokens
                 share.backward()
                 loss += share.item()
         norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
@@ -143,7 +149,7 @@ def train(c, train_bin, val_bin, ranks=1):
         records.append({"step": step, "loss": loss, "lr": learning_rate(step, c), "grad_norm": norm})
         if step % c.val_loss_every == 0 or step == c.num_iterations:
             wanted = min(len(val_data), c.val_max_steps * n)  # evenly spread
-            rows = val_data[[i * len(val_data) // wanted for i in range(wanted)]]
-            records[-1]["val_loss"] = mean_loss(model.eval(), rows).item()
+            rows, counted = (a[[i * len(val_data) // wanted for i in range(wanted)]] for a in (val_data, val_mask))
+            records[-1]["val_loss"] = (summed_loss(model.eval(), rows, counted) / counted[:, 1:].sum()).item()
             model.train()
     return records, {name: p.detach() for name, p in model.named_parameters()}

@@ -52,16 +52,6 @@ def tokenizer_fingerprint(config: Config, tokenizer: Tokenizer | None) -> dict[s
     return tokenizer.fingerprint if tokenizer else NAMED_FINGERPRINTS.get(config.tokenizer, {"name": "none"})
 
 
-def refuse_masks(data: Loader | MixedLoader) -> None:
-    """Raises UserError for conversations of data/sft.py: the loss does not use their masks yet."""
-    loaders = data.loaders if isinstance(data, MixedLoader) else [data]
-    if any(loader.masks is not None for loader in loaders):
-        raise UserError(
-            "--input_train_bin: these shards hold conversations, and training on their replies is not supported yet;"
-            " give shards of data/text.py"
-        )
-
-
 def count_iterations(config: Config, data: Loader | MixedLoader, ranks: Ranks) -> Config:
     """Replaces --num_epochs with the number of steps that reads the training data so often; prints it.
 

@@ -100,9 +100,9 @@ class ParallelModel:
         step with the other arrangement, and on more than two ranks round differently.
         """
         if isinstance(self.train_module, DistributedDataParallel):
-            # With the strides of a training batch, and positions if it has them, so that the compiler compiles once.
-            shape = self.config.batch_size, self.config.sequence_length + 1
-            idx = torch.zeros(shape, dtype=torch.long, device=self.ranks.device)[:, :-1]
+            # With the shape of a training batch, and positions if it has them, so that the compiler compiles once.
+            shape = self.config.batch_size, self.config.sequence_length
+            idx = torch.zeros(shape, dtype=torch.long, device=self.ranks.device)
             positions = torch.arange(idx.size(1), device=idx.device).expand_as(idx) if self.config.doc_mask else None
             with self.autocast():
                 loss, _ = self(idx, idx, positions)

@@ -47,6 +47,8 @@ def print_banner(
     if isinstance(train_data, MixedLoader):
         print(train_data.describe(config.num_iterations))
     found = warnings(config, ranks.device, train_data.shards, val_data.shards if val_data else [])
+    if train_data.has_masks and not config.doc_mask:
+        found.append("--doc_mask=0: the conversations in a window attend to each other; add --doc_mask=1")
     if ranks.device.type == "cpu":
         cores = torch.get_num_threads() * ranks.world_size
         found += cpu_warnings(config, model.gpt.flops_per_token(config.sequence_length), cores)

@@ -40,9 +40,9 @@ class Run:
         self.scaler, self.guard = LossScaler(config), SpikeGuard(config)
 
     def step(self, k: int, batch: Tensor) -> StepResult:
-        """Takes training step `k` on `batch`."""
+        """Takes training step `k` on `batch` (rows, sequence_length + 1)."""
         parts = self.model, self.optimizer, self.scaler, self.guard
-        return train_step(k, batch, *parts, self.config, self.ranks, end_of_text=None)
+        return train_step(k, batch[:, :-1], batch[:, 1:], *parts, self.config, self.ranks, end_of_text=None)
 
 
 def describe(device: str) -> dict[str, Any]:

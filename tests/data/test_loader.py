@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data import loader as loader_module
 from data import permutation
-from data.loader import Loader, Prefetcher, TokenStream, sample_numbers
+from data.loader import Loader, Prefetcher, TokenStream, inputs_and_targets, sample_numbers
 from data.shards import open_shard, write_shard
 from tests.reference import permuted
 from util.errors import UserError
@@ -257,7 +257,7 @@ def test_resident_memory_does_not_grow_with_steps(tmp_path):
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    prefetcher = Prefetcher(data.batch, pin=False)
+    prefetcher = Prefetcher(lambda step: inputs_and_targets(data, step, 0, 1), pin=False)
     for step in range(1, 101):
         prefetcher.get(step)
     before = resident()

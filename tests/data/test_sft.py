@@ -18,17 +18,20 @@ from hypothesis import strategies as st
 
 from cfg.config import load_config
 from data import sft
+from data.documents import document_positions
+from data.loader import inputs_and_targets
 from data.open import open_train_data, open_val_data
 from data.prepare.conversations import messages_of
 from data.prepare.job import MANIFEST
 from data.prepare.packing import pack
 from data.shards import open_shard
 from data.tokenizers.load import load_tokenizer
-from train.inputs import refuse_masks
+from model.gpt import GPT, init_weights
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 T = 128
+END_OF_TEXT = 256  # of the tokenizer bytes
 ROWS = [
     {"instruction": "Name the largest planet.", "input": "", "output": "The largest planet is Jupiter."},
     {"instruction": "Translate to French.", "input": "good night", "output": "bonne nuit"},
@@ -385,7 +388,7 @@ def config(make, source, tmp_path):
     """Returns a function that makes the configuration of a run on conversations."""
     folder = make(source, "--val_share=0.3", "--shard_size=128", length=64)
 
-    def load(data=f"{folder}/*_train_*.bin", length=64):
+    def load(*flags, data=f"{folder}/*_train_*.bin", length=64):
         return load_config(
             [
                 f"--input_train_bin={data}",
@@ -394,6 +397,7 @@ def config(make, source, tmp_path):
                 f"--tokenizer={folder / 'tokenizer'}",
                 f"--total_batch_size={2 * length}",
                 *"--vocab_size=259 --n_layer=1 --n_head=1 --n_embd=8 --batch_size=1".split(),
+                *flags,
             ]
         )
 
@@ -416,6 +420,24 @@ def test_the_loader_returns_the_mask_of_a_batch(config):
     val = open_val_data(config(), config.fingerprint)
     assert [row.tolist() for row in val.gather_mask([0]).int()] == [read(config.folder, "*_val_*.bin")[1][:65].tolist()]
     assert "mask_ends" in data.fingerprint["shards"][0]
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_the_loss_of_packed_conversations_is_that_of_each_alone(config, positions):
+    data = open_train_data(config(), config.fingerprint)
+    model = GPT(config(*f"--positions={positions} --n_embd=16 --n_layer=2".split()))
+    init_weights(model, 0)
+    packed = alone = 0.0
+    for step in range(1, data.windows // 2 + 1):
+        idx, targets = (t.long() for t in inputs_and_targets(data, step, 0, 1))
+        packed += model.loss(idx, targets, document_positions(idx, END_OF_TEXT))[0].item()
+        for ids, mask in zip(data.batch(step).long(), data.mask(step), strict=True):
+            cuts = [*(ids[:-1] == END_OF_TEXT).nonzero().flatten().tolist(), len(ids) - 1]
+            for start, end in zip(cuts, cuts[1:], strict=False):
+                log_p = model(ids[None, start:end])[0].log_softmax(-1)
+                counted = range(start + 1, end)
+                alone -= sum(log_p[i - start - 1, ids[i]].item() for i in counted if mask[i])
+    assert packed == pytest.approx(alone, rel=1e-5) and packed > 100
 
 
 def test_a_mixture_counts_all_tokens_of_sources_without_masks(config, tmp_path):
@@ -469,9 +491,3 @@ def test_check_finds_damage(make, source, damage):
 def test_check_of_another_folder_is_one_line(call, tmp_path):
     with pytest.raises(UserError, match="no data set that data/sft.py has made"):
         call(sft, "--check", "--output_dir", tmp_path)
-
-
-def test_training_on_replies_is_not_supported_yet(config):
-    data = open_train_data(config(), config.fingerprint)
-    with pytest.raises(UserError, match="--input_train_bin: .*not supported yet"):
-        refuse_masks(data)

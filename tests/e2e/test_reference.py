@@ -53,14 +53,29 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def masked_data(data, tmp_path_factory):
+    """Shards of whole windows in which less than half of the tokens are counted, in some windows none."""
+    folder, random = tmp_path_factory.mktemp("masked"), np.random.default_rng(1)
+    tokens = np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in sorted(data.glob("*.bin"))])
+    counted = np.repeat(random.random(len(tokens) // 20) < 0.4, 20).astype("u1")
+    counted[1600:1700] = 0
+    sizes, start = {"val_000000": 32 * 46 + 1, "train_000001": 32 * 80, "train_2": 32 * 70 + 1}, 0
+    for name, size in sizes.items():
+        write_shard(folder / f"x_{name}.bin", tokens[start : start + size], SIZE["vocab_size"])
+        (folder / f"x_{name}.mask").write_bytes(counted[start : start + size].tobytes())
+        start += size
+    return folder
+
+
+@pytest.fixture(scope="module")
 def expected(data):
     """A function that returns records and weights of the reference trainer for some flags."""
     found = {}
 
-    def of(ranks=1, **flags):
-        key = ranks, *sorted(flags.items())
+    def of(ranks=1, folder=data, **flags):
+        key = ranks, folder, *sorted(flags.items())
         if key not in found:
-            patterns = f"{data}/*_train_*.bin", f"{data}/*_val_*.bin"
+            patterns = f"{folder}/*_train_*.bin", f"{folder}/*_val_*.bin"
             found[key] = reference.train(SimpleNamespace(**flags), *patterns, ranks)
         return found[key]
 
@@ -71,9 +86,9 @@ def expected(data):
 def run(trainer, data, metrics, parameters_of):
     """A function that returns records and weights of the real command for some flags."""
 
-    def start(output_dir, ranks=1, **flags):
+    def start(output_dir, ranks=1, folder=data, **flags):
         words = [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in flags.items()]
-        patterns = [f"--input_train_bin={data}/*_train_*.bin", f"--input_val_bin={data}/*_val_*.bin"]
+        patterns = [f"--input_train_bin={folder}/*_train_*.bin", f"--input_val_bin={folder}/*_val_*.bin"]
         trainer.run(output_dir, *words, *patterns, "--tokenizer=none", ranks=ranks)
         return metrics(output_dir), parameters_of(output_dir)
 
@@ -117,6 +132,16 @@ CASES = [
 def test_training_gives_the_numbers_of_the_reference(run, expected, tmp_path, shape, ranks, stage, flags):
     flags = {**SIZE, **{"gpt2": GPT2, "llama": LLAMA}[shape], **TRAINING, **flags}
     assert_equal(run(tmp_path / "run", ranks, zero_stage=stage, **flags), expected(ranks, **flags))
+
+
+@pytest.mark.parametrize(
+    "shape, ranks, stage", [("gpt2", 2, 0), ("llama", 2, 3), slow("gpt2", 2, 1), slow("llama", 1, 2)]
+)
+def test_only_counted_tokens_enter_the_loss(run, expected, masked_data, tmp_path, shape, ranks, stage):
+    flags = {**SIZE, **{"gpt2": GPT2, "llama": LLAMA}[shape], **TRAINING}
+    assert_equal(
+        run(tmp_path / "run", ranks, masked_data, zero_stage=stage, **flags), expected(ranks, masked_data, **flags)
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
