@@ -150,7 +150,7 @@ def follow(line: str, conversation: Conversation) -> bool:
     if name not in HELP or (rest.strip() and name != "/save"):
         near = None if name in HELP else closest(name, HELP)
         hint = f"did you mean {near}? " if near else ""
-        what = f"{name} takes no argument" if name in HELP else f"there is no command {quote(name)}"
+        what = f"{name} takes no argument" if name in HELP else f"unknown command {quote(name)}"
         note(f"{what}; {hint}/help lists the commands, and a space before / makes the line a message")
     elif name == "/help":
         print("\n".join(f"{command:8}{text}" for command, text in HELP.items()))

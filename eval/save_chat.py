@@ -17,10 +17,10 @@ from util.values import user_path
 def save(messages: Sequence[Message], name: str) -> Path:
     """Writes a conversation as a row with `messages`. Returns the file.
 
-    The row is appended to the file `name`, or written to a new file with a name of its own. UserErrors follow "/save".
+    The row is appended to the file `name`, or written to a new file in the current folder. UserErrors follow "/save".
     """
     if all(message["role"] != "assistant" for message in messages):
-        raise UserError("/save: there is no reply to save yet")
+        raise UserError("/save: the conversation has no reply yet")
     row = (json.dumps({"messages": list(messages)}, ensure_ascii=False) + "\n").encode()
     path = user_path(name) if name else new_name()
     if path.suffix not in ROWS:

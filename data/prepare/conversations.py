@@ -111,7 +111,7 @@ def question_of(row: Any) -> list[dict[str, str]]:
         return [{"role": "system", "content": system}, *messages] if system else messages
     messages = _messages(row["messages"], "messages")
     if messages[-1]["role"] != "user":
-        raise ValueError(": the last message is not the user's, so there is nothing to reply to; remove it")
+        raise ValueError(": the last message is not the user's; end with the message to reply to")
     return messages
 
 

@@ -248,8 +248,8 @@ class Chat:
     def end_of_reply(self) -> tuple[str, int | None]:
         """Returns the text that the template writes after a reply, and the special token that ends the reply.
 
-        The text is what precedes the token, often "". Without a special token the text ends the reply itself: a name of
-        the form <|name|> that is no token of this tokenizer, or all text up to the next message.
+        The text precedes the token and is often "". Without a special token (None) the text itself ends the reply: it
+        is a name of the form <|name|> that the tokenizer lacks, or everything up to the next message.
         """
         messages = [PROBE[1], {"role": "assistant", "content": CHANGED}, {"role": "user", "content": CHANGED}]
         _, *parts = _marked(self._render(messages))[0].split(CHANGED)

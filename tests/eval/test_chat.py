@@ -176,7 +176,7 @@ def test_a_conversation_begins_as_in_training(runs):
     assert open_conversation(trained).ask("hi") == open_conversation(plain, bos=1).ask("hi") == [end, *ids]
     assert open_conversation(trained, bos=0).ask("hi") == ids
     own = runs("{{ '<|endoftext|>' }}{% for m in messages %}{{ m.content }}{% endfor %}", "--doc_mask=1")
-    assert open_conversation(own).ask("hi").count(end) == 1  # where the template writes it, there is no second one
+    assert open_conversation(own).ask("hi").count(end) == 1  # the template has written it already
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -329,14 +329,14 @@ def test_the_commands_of_a_conversation(runs, say, capsys, tmp_path):
         for question, reply in pairs
     ]
     assert out.startswith("One\nTwo\n/reset") and all(f"\n{name} " in out for name in ("/save", "/quit", "/help"))
-    assert "[/save: there is no reply to save yet]" in err and err.count(f"[saved as a row of {file}]") == 2
+    assert "[/save: the conversation has no reply yet]" in err and err.count(f"[saved as a row of {file}]") == 2
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("/rest", "there is no command /rest; did you mean /reset? /help lists the commands"),
-        ("/home/me is what?", "there is no command /home/me; /help lists"),
+        ("/rest", "unknown command /rest; did you mean /reset? /help lists the commands"),
+        ("/home/me is what?", "unknown command /home/me; /help lists"),
         ("/quit now", "/quit takes no argument; /help lists"),
         ("/save notes.txt", "/save notes.txt: give a name that ends in .jsonl"),
         ("/save nowhere/a.jsonl", "/save nowhere/a.jsonl: No such file or directory; give another name"),
@@ -485,7 +485,7 @@ def read_until(master, what, timeout=60):
 
 
 def test_ctrl_c_in_a_terminal_stops_the_reply_and_then_the_command(runs, warm_python):
-    """In a real terminal; the reply is endless."""
+    """Runs the command in a pseudo-terminal, with an endless reply."""
     run = runs("chatml", "--sequence_length=65536", *LLAMA, replies_end=False)
     flags = [f"--checkpoint={run}", "--device=cpu", "--temperature=0", "--max_new_tokens=1000000"]
     master, slave = pty.openpty()
@@ -589,3 +589,27 @@ def test_user_errors_of_generate(runs, run_generate, tmp_path, flags, message):
     with pytest.raises(UserError) as error:
         run_generate(runs(), *(flag.format(tmp_path=tmp_path) for flag in flags))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_fine_tuned_on_a_few_conversations_repeats_them(warm_python, tmp_path):
+    """The real commands: data/sft.py, train_gpt.py, eval/chat.py, and eval/generate.py for several turns."""
+    pairs = {"What colour is the sky?": "Blue.", "Name a fruit.": "An apple,\n\nor a pear.", "2 + 2?": "4"}
+    roles = ("system", "user", "assistant", "user", "assistant")
+    texts = ("Be loud.", "Hi", "HELLO", "Bye", "GOODBYE")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    rows = [{"prompt": question, "completion": reply} for question, reply in pairs.items()] + [{"messages": messages}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": messages[:-1]}) + "\n")
+    data = ["--output_dir", tmp_path / "data", "--sequence_length=160", "--val_share=0"]
+    warm_python.run("data/sft.py", tmp_path / "rows.jsonl", "--tokenizer=bytes", *data)
+    size = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--vocab_size=259", "--sequence_length=160", "--doc_mask=1"]
+    steps = ["--batch_size=2", "--total_batch_size=320", "--num_iterations=150", "--learning_rate=3e-3"]
+    files = [f"--input_train_bin={tmp_path}/data/*_train_*.bin", f"--tokenizer={tmp_path}/data/tokenizer"]
+    others = [f"--output_dir={tmp_path}/run", "--warmup_iters=10", "--val_loss_every=0", "--device=cpu"]
+    warm_python.run("train_gpt.py", *size, *steps, *files, *others)
+    flags = ["--checkpoint", tmp_path / "run", "--device=cpu", "--temperature=0"]
+    for question, reply in pairs.items():
+        assert warm_python.run("eval/chat.py", *flags, "--once", question).stdout == reply + "\n"
+    done = warm_python.run("eval/generate.py", *flags, "--chat", "--prompt_file", tmp_path / "asked.jsonl")
+    assert done.stdout == f"GOODBYE\n{'-' * 40}\n"
