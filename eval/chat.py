@@ -177,8 +177,8 @@ def converse(conversation: Conversation, stop: list[str], read: Callable[[], str
         elif question := line.strip():
             try:
                 answer(conversation, question, ask(conversation, question, "the message"), stop)
-            except UserError as e:
-                note(str(e))
+            except (UserError, FloatingPointError, torch.OutOfMemoryError) as e:  # the conversation is not lost
+                note(str(e).partition("\n")[0])
 
 
 def main(args: argparse.Namespace) -> None:

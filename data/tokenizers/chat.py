@@ -252,7 +252,14 @@ class Chat:
         is a name of the form <|name|> that the tokenizer lacks, or everything up to the next message.
         """
         messages = [PROBE[1], {"role": "assistant", "content": CHANGED}, {"role": "user", "content": CHANGED}]
-        _, *parts = _marked(self._render(messages))[0].split(CHANGED)
+        try:
+            text = self._render(messages)
+        except ValueError:
+            try:
+                text = self._render([PROBE[0], *messages])
+            except ValueError as e:
+                raise UserError(f"--chat_template={self.template.name}{e}") from e
+        _, *parts = _marked(text)[0].split(CHANGED)
         after = parts[0] if len(parts) > 1 else ""
         if match := self._control.search(after):
             assert match.lastindex, "one of the groups has matched"

@@ -354,6 +354,18 @@ def test_a_wrong_line_is_answered_with_one_line(runs, say, capsys, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_logits_that_are_not_finite_do_not_end_the_conversation(runs, say, capsys):
+    conversation = open_conversation(runs())
+    say(conversation, "One\0")
+    chat(conversation, "hi")
+    conversation.text.model.ln_f.weight.data.fill_(float("nan"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversations, "draw", generating.draw)
+        chat(conversation, "more", "/help")
+    out, err = capsys.readouterr()
+    assert "[the model's logits are not finite]" in err and "/reset" in out and len(conversation.turns) == 2
+
+
 def test_saving_never_overwrites(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     messages = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "b\nc"}]
@@ -589,6 +601,33 @@ def test_user_errors_of_generate(runs, run_generate, tmp_path, flags, message):
     with pytest.raises(UserError) as error:
         run_generate(runs(), *(flag.format(tmp_path=tmp_path) for flag in flags))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_hugging_face_model_replies_as_in_transformers(runs, run_chat, tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(runs().parent / "tokenizer")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            **sizes,
+        )
+    )
+    for part in (theirs, tokenizer):
+        part.save_pretrained(tmp_path / "hf")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    out = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=ends)
+    expected = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    flags = ["--system=Be brief.", "--once=Hello there", "--temperature=0", "--max_new_tokens=20"]
+    assert run_chat(f"hf:{tmp_path}/hf", *flags).out == expected + "\n"
 
 
 @pytest.mark.slow

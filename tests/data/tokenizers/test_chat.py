@@ -205,6 +205,7 @@ def test_each_reply_and_the_token_that_ends_it_are_counted(prepared, template, f
         ("alpaca", "\n\n### Instruction:", None),  # without a token, the beginning of the next turn is the end
         ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}", "\n", "<|user|>"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "", None),
+        ("{{ messages[3].role }}{% for m in messages %}{{ m.content }}<|a|>{% endfor %}", "", "<|a|>"),
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "", None),
     ],
 )
