@@ -122,8 +122,7 @@ def answer(conversation: Conversation, question: str, ids: list[int], stop: list
     if interrupted:
         note("stopped")
     elif not ended:
-        full = conversation.space(ids) < conversation.max_new_tokens
-        note(f"the context of {conversation.limit:,} tokens is full" if full else "the reply reached --max_new_tokens")
+        note(conversation.why_full(ids))
 
 
 # --- the terminal ---------------------------------------------------------------------------------
@@ -194,8 +193,11 @@ def main(args: argparse.Namespace) -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             if args.once is None:
                 return converse(conversation, args.stop)
-            show_reply(conversation, ask(conversation, args.once, args.place), args.stop, [])
-            print()
+            ids = ask(conversation, args.once, args.place)
+            ended = show_reply(conversation, ids, args.stop, [])
+            print(flush=True)
+            if not ended:
+                note(conversation.why_full(ids))
     except FloatingPointError as e:
         raise UserError(f"{found}: {e} in {args.dtype}; try --dtype=float32, or another checkpoint") from e
 

@@ -65,7 +65,7 @@ def chat_format(choice: str, bos: int | None, tokenizer: Tokenizer, flags: dict[
     chat = Chat(tokenizer, find_template(choice, tokenizer))
     if unknown := chat.unknown_names():
         print(
-            f"--chat_template={chat.template.name}: the tokenizer has no token {', '.join(unknown)}; they are text",
+            f"--chat_template={chat.template.name}: the tokenizer lacks {', '.join(unknown)}; the model sees text",
             file=sys.stderr,
         )
     text, end = chat.end_of_reply()

@@ -75,8 +75,8 @@ class Conversation:
     def ask(self, question: str) -> list[int]:
         """Returns the ids after which the model replies to a question.
 
-        Drops the oldest turns until they fit. Raises ValueError if the question alone does not fit, or if it cannot be
-        encoded. Its message follows "the message". Neither changes the conversation.
+        Drops the oldest turns until the rest fits. Raises ValueError if the question alone does not fit, or if it
+        cannot be encoded; this changes nothing. The error's message follows "the message".
         """
         try:
             question.encode()
@@ -109,6 +109,11 @@ class Conversation:
     def space(self, ids: list[int]) -> int:
         """Returns the maximum number of tokens of a reply."""
         return min(self.max_new_tokens, self.limit - len(ids))
+
+    def why_full(self, ids: list[int]) -> str:
+        """Returns the reason why a reply has no space for more tokens."""
+        full = self.space(ids) < self.max_new_tokens
+        return f"the context of {self.limit:,} tokens is full" if full else "the reply reached --max_new_tokens"
 
     def add(self, question: str, reply: str) -> None:
         """Adds a turn."""

@@ -94,7 +94,7 @@ def read_flags() -> argparse.Namespace:
 def check_chat(args: argparse.Namespace) -> None:
     """Checks the flags of --chat."""
     if args.infill:
-        raise UserError("--infill: not with --chat; leave out one of the two")
+        raise UserError("--infill: cannot be combined with --chat; leave out one of the two")
     if args.special_tokens:
         raise UserError("--special_tokens=1: messages are always text; leave it out with --chat")
     if not args.prompts:
