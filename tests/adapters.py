@@ -1,4 +1,4 @@
-"""Small models of transformers and their adapters: random ones of PEFT, and A and B of ours."""
+"""Small models of transformers, random adapters that PEFT makes of them, and random A and B of rawgpt."""
 
 import peft
 import pytest
