@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from data.shards import write_shard
+from data.tokenizers.load import load_tokenizer
 from tests import reference
 
 VOCAB = 251  # of the tiny shards
@@ -229,6 +231,42 @@ def test_lora_needs_a_pretrained_model(trainer, tmp_path):
     done = trainer.run(tmp_path / "run", *LORA, code=2)
     assert "--lora_rank=4: adapters need a pretrained model; give --init_from" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("embeddings", [0, 1])
+def test_converted_embeddings_are_saved_and_trained_only_with_the_flag(
+    command, trainer, trace, parameters_of, tmp_path, embeddings
+):
+    (tmp_path / "text.txt").write_text("".join(f"Speaker {i}: the cat's {i} hats.\n\n" for i in range(900)))
+    tokenizers = {size: load_tokenizer(str(make_tokenizer(command, tmp_path, size))) for size in (290, 310)}
+    for size, tokenizer in tokenizers.items():
+        (tmp_path / f"{size}").mkdir()
+        tokens = np.array(tokenizer.encode((tmp_path / "text.txt").read_text()))
+        write_shard(tmp_path / f"{size}" / "x_train.bin", tokens, size)
+
+    def run(name, size, *flags):
+        data = [f"--input_train_bin={tmp_path}/{size}/*.bin", "--input_val_bin=", f"--tokenizer={tmp_path}/tok{size}"]
+        return trainer.run(tmp_path / name, *data, f"--vocab_size={size}", *flags, "--num_iterations=4").stdout
+
+    run("base", 290, "--tie_embeddings=0")
+    run("converted", 310, f"--init_from={tmp_path}/base", "--resize_embeddings=1", "--learning_rate=1e-9")
+    flags = [f"--init_from={tmp_path}/base", "--resize_embeddings=1", *LORA, f"--lora_embeddings={embeddings}"]
+    flags += ["--base_dtype=bfloat16", "--save_every_niter=2"]
+    assert ("add --lora_embeddings=1" in run("lora", 310, *flags)) == (not embeddings)
+    expected, found = parameters_of(tmp_path / "converted"), parameters_of(tmp_path / "lora")
+    for name in ("wte.weight", "lm_head.weight"):
+        change = (found[name] - expected[name])[:310].abs().max()
+        assert change > 1e-3 if embeddings else change < 1e-3, name  # in bfloat16 they are rounded
+    cut_back(tmp_path / "lora", tmp_path / "again", step=2)
+    run("again", 310, *flags)
+    assert trace(tmp_path / "again") == trace(tmp_path / "lora")
+
+
+def make_tokenizer(command, folder, size):
+    text, output = folder / "text.txt", folder / f"tok{size}"
+    command("data/train_tokenizer.py", text, "--output", output, f"--vocab_size={size}", "--pattern=gpt2")
+    return output
 
 
 @pytest.mark.slow
