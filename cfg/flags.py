@@ -116,8 +116,8 @@ class InitConfig(Flags):
     init_from: str = Field(
         "scratch",
         min_length=1,
-        description="scratch; hf:FOLDER_OR_NAME, nanogpt:FILE, llmc:FILE, llama2c:FILE, or a run or checkpoint of"
-        " rawgpt: its weights and the flags of its model",
+        description="scratch; hf:FOLDER_OR_NAME, peft:FOLDER_OR_NAME (an adapter, merged), nanogpt:FILE, llmc:FILE,"
+        " llama2c:FILE, or a run or checkpoint of rawgpt: its weights and the flags of its model",
     )
     resize_embeddings: bool = Field(
         False,

@@ -1,7 +1,8 @@
 """Pretrained models, as --init_from and --checkpoint name them: their flags, their weights, and how to load them.
 
-A name is hf:FOLDER, or hf:OWNER/NAME[@REVISION] on the hub; nanogpt:FILE, llmc:FILE, llama2c:FILE; or a run or
-checkpoint of rawgpt. torch is imported in the functions that read weights, so that a wrong name is reported at once.
+A name is hf:FOLDER, or hf:OWNER/NAME[@REVISION] on the hub; peft:FOLDER, an adapter that is merged into its base model;
+nanogpt:FILE, llmc:FILE, llama2c:FILE; or a run or checkpoint of rawgpt. torch is imported in the functions that read
+weights, so that a wrong name is reported at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cfg.config import model_config
 from cfg.flags import ModelConfig
 from util.errors import UserError, quote
 from util.files import is_latest_file, read_json
-from util.hub import WEIGHTS, download, model_folder
+from util.hub import ADAPTER, WEIGHTS, download, model_folder
 from util.launcher import launched_rank
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from model.formats.raw import Reader
     from model.gpt import GPT, InitialValue
 
-KINDS = ("hf", "nanogpt", "llmc", "llama2c")
+KINDS = ("hf", "peft", "nanogpt", "llmc", "llama2c")
 # For each new token the old ones whose mean it becomes: all ids in one array, and where each token's ids begin.
 Rows = tuple["np.ndarray", "np.ndarray"]
 
@@ -45,6 +46,7 @@ class PretrainedModel:
     hub: str  # its name on the hub, or ""
     flags: dict[str, Any]  # of ModelConfig; for a run, all of its flags
     tokenizer: str  # name or path of the tokenizer, "none" if unknown
+    base: PretrainedModel | None = None  # the model that an adapter of PEFT belongs to
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -64,6 +66,8 @@ def open_pretrained(text: str, flag: str = "init_from") -> PretrainedModel:
         raise UserError(f"{where}: the name is empty")
     if kind == "hf":
         return _open_hf(name, where)
+    if kind == "peft":
+        return _open_peft(name, where)
     path = Path(os.path.expanduser(name))
     if not kind:
         return _open_run(path, where)
@@ -86,7 +90,9 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
     try:
         config = read_json(file)
     except OSError as e:
-        raise UserError(f"{where}: {file}: {e.strerror}; the folder of a Hugging Face model has one") from e
+        adapter = (path / "adapter_config.json").is_file()
+        hint = f"it holds a PEFT adapter; give peft:{name}" if adapter else "the folder of a Hugging Face model has one"
+        raise UserError(f"{where}: {file}: {e.strerror}; {hint}") from e
     except ValueError as e:
         raise UserError(f"{where}: {file} is damaged ({e})") from e
     if not isinstance(config, dict):
@@ -101,6 +107,22 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
     else:
         tokenizer = _tokenizer_of_size(flags["vocab_size"])
     return PretrainedModel("hf", path, hub, flags, tokenizer)
+
+
+def _open_peft(name: str, where: str) -> PretrainedModel:
+    from model.formats.peft_config import CONFIG, base_name, read_adapter_config
+
+    path, hub = model_folder(name, where, ADAPTER)
+    settings = read_adapter_config(path, where)
+    base = _open_hf(base_name(settings, where), f"{where}: the base model in {CONFIG}")
+    from model.formats.peft import vocabulary_of  # imports torch
+
+    vocab_size, tied = vocabulary_of(settings, model_config(base.flags, str(base.path)))
+    flags = base.flags | {"vocab_size": vocab_size, "tie_embeddings": tied}
+    tokenizer = base.tokenizer if vocab_size == base.flags["vocab_size"] else _tokenizer_of_size(vocab_size)
+    if (path / "tokenizer.json").is_file():
+        tokenizer = f"hf:{hub}" if hub else str(path)
+    return PretrainedModel("peft", path, hub, flags, tokenizer, base)
 
 
 @cache
@@ -191,6 +213,13 @@ def open_weights(pretrained: PretrainedModel, report: Any = print) -> Reader:
         if pretrained.hub:
             download(pretrained.hub, WEIGHTS, f"hf:{pretrained.hub}")
         return HFReader(pretrained.path, config)
+    if pretrained.base:
+        from model.formats.peft import MergedReader, open_adapter
+        from model.formats.peft_config import read_adapter_config
+
+        settings = read_adapter_config(pretrained.path, f"{pretrained.kind}:{pretrained.path}")
+        adapter = open_adapter(settings, config, pretrained.base.flags["tie_embeddings"])
+        return MergedReader(adapter, open_weights(pretrained.base))
     if pretrained.kind:
         from model.formats import llama2c, llmc, nanogpt
 
