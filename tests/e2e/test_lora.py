@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from data.shards import write_shard
 from data.tokenizers.load import load_tokenizer
@@ -231,6 +231,27 @@ def test_lora_needs_a_pretrained_model(trainer, tmp_path):
     done = trainer.run(tmp_path / "run", *LORA, code=2)
     assert "--lora_rank=4: adapters need a pretrained model; give --init_from" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_adapters_start_from_those_of_a_peft_folder(command, trainer, trace, tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
+    model = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path / "hf")
+    flags = [f"--init_from=hf:{tmp_path / 'hf'}", *LORA, "--val_loss_every=0"]
+    trainer.run(tmp_path / "run", *flags)
+    command("scripts/export.py", f"--checkpoint={tmp_path / 'run'}", "--to=peft", f"--output={tmp_path / 'peft'}")
+    once = ["--num_iterations=1", "--learning_rate=1e-3"]
+    trainer.run(tmp_path / "merged", f"--init_from={tmp_path / 'run'}", "--val_loss_every=0", *once)
+    trainer.run(tmp_path / "again", *flags, f"--lora_init={tmp_path / 'peft'}", *once)
+    first, merged, again = (trace(tmp_path / name)[0]["loss"] for name in ("run", "merged", "again"))
+    assert again == pytest.approx(merged, abs=1e-5) and again < first - 0.02
+    shutil.rmtree(tmp_path / "peft")  # a resumed run does not need it
+    more = [*flags, f"--lora_init={tmp_path / 'peft'}", "--num_iterations=2"]
+    assert "resuming from" in trainer.run(tmp_path / "again", *more).stdout
+    done = trainer.run(tmp_path / "new", *more, code=2)
+    assert f"--lora_init={tmp_path / 'peft'}" in done.stderr
 
 
 @pytest.mark.slow
