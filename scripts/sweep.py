@@ -50,6 +50,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the sweep and returns the exit code: 0, or 1 if a run failed, or 4 if a signal stopped the sweep."""
     args = parse(argv)
+    if args.slurm and (args.gpus is not None or args.jobs is not None):
+        raise UserError(f"--slurm={args.slurm}: SLURM chooses the GPUs; leave --gpus and --jobs out")
     slots = runner.make_slots(args.gpus, args.gpus_per_run, args.jobs)
     output_dir, runs = read_sweep(args.sweep, args.gpus_per_run)
     record = check_record(output_dir, runs)
@@ -122,7 +124,7 @@ def failure(run: Run, result: Result, code: int, stopping: bool) -> Result:
 
 
 def finish(output_dir: Path, results: dict[Run, Result], stopped: bool) -> int:
-    """Writes the report, prints what is left to do, and returns the exit code."""
+    """Writes the report, prints how many runs failed or have not finished, and returns the exit code."""
     failed = sum(result.status in ("failed", "diverged") for result in results.values())
     left = sum(result.status not in FINAL for result in results.values())
     drawn = [str(run.folder) for run in results if (run.folder / "metrics.jsonl").is_file()]

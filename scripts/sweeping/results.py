@@ -19,7 +19,7 @@ STOPPED = ("stopped", "interrupted")
 
 
 class Result(NamedTuple):
-    """What a run has reached."""
+    """The status, losses and training time of a run."""
 
     status: str  # of status.json (docs/launching.md); "" if the run has not begun
     reason: str
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
 
 def read_result(folder: Path) -> Result:
-    """Returns what the run in a folder has reached, from its status.json and metrics.jsonl."""
+    """Reads the result of the run in a folder from its status.json and metrics.jsonl."""
     status: Any = {}
     with suppress(OSError, ValueError):
         status = read_json(folder / "status.json")

@@ -1,4 +1,4 @@
-"""The processes of a sweep: each run is a train_gpt.py of its own, N at a time."""
+"""The processes of a sweep: each run is one command `train_gpt.py`, and N run at a time."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def make_slots(gpus: str | None, gpus_per_run: int, jobs: int | None) -> list[di
 
 
 def command(run: Run, slot: dict[str, str], gpus_per_run: int) -> list[str]:
-    """Returns the command line of a run. With GPUs of its own it must not fall back to the CPU."""
+    """Returns the command line of a run. If it was given GPUs, it must not fall back to the CPU."""
     launcher = []
     if gpus_per_run > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus_per_run}"]
@@ -119,7 +119,7 @@ def run_all(
 def start(run: Run, slot: dict[str, str], gpus_per_run: int) -> subprocess.Popen[bytes]:
     """Starts a run. Its output is appended to console.log in its folder.
 
-    It has a session of its own, so that Ctrl-C in a terminal reaches it only once, from this process.
+    It runs in a new session, so that Ctrl-C in a terminal reaches it only once, through this process.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):

@@ -5,6 +5,7 @@ Most tests replace train_gpt.py by a script that only writes the files of a run.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -286,6 +287,7 @@ def test_each_run_has_its_own_gpus(fake, monkeypatch, gpus, per_run, visible, de
         (["--gpus=-1"], "--gpus=-1: give a number"),
         (["--gpus=3", "--gpus_per_run=2"], "--gpus=3: 3 GPUs; must be a multiple of --gpus_per_run=2"),
         (["--gpus=2", "--jobs=2"], "--jobs=2: is for runs without --gpus"),
+        (["--gpus=2", "--slurm=x"], "--slurm=x: SLURM chooses the GPUs; leave --gpus and --jobs out"),
         (["--jobs=0"], "--jobs=0: must be at least 1"),
         (["--gpus_per_run=0"], "--gpus_per_run=0: must be at least 1"),
         (["--num_iterations=3"], "unrecognized arguments: --num_iterations=3"),
@@ -522,9 +524,19 @@ def test_the_example_is_valid_and_the_command_answers_without_torch(imports_of):
     assert done.stdout.count("train_gpt.py --cfg=shakespeare") == 6
 
 
+def test_the_files_in_the_docs_are_valid(write):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
+    path = write("")
+    counts = []
+    for block in blocks:
+        path.write_text(block)
+        counts.append(len(names(path)))
+    assert counts == [10, 4]
+
+
 @pytest.mark.slow
 def test_real_runs_are_interrupted_and_resumed(shards, tmp_path, metrics):
-    size = SIZE + ", total_batch_size: 256, num_iterations: 400, val_loss_every: 0, val_max_steps: 1"
+    size = SIZE + ", total_batch_size: 256, num_iterations: 150, val_loss_every: 0, val_max_steps: 1"
     data = f"input_train_bin: {shards}/*_train_*.bin, input_val_bin: {shards}/*_val_*.bin, tokenizer: none"
     path = tmp_path / "sweep.yaml"
     path.write_text(f"output_dir: {tmp_path}/out\nflags: {{{size}, {data}}}\ngrid: {{learning_rate: [1e-3, 1e-2]}}\n")
@@ -537,13 +549,13 @@ def test_real_runs_are_interrupted_and_resumed(shards, tmp_path, metrics):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 4, err
-    assert "learning_rate=0.001: stopped" in out and len(metrics(first)) < 400
+    assert "learning_rate=0.001: stopped" in out and len(metrics(first)) < 150
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for rate in ("0.001", "0.01"):
         folder = tmp_path / f"out/learning_rate={rate}"
         records = metrics(folder)
-        assert [r["step"] for r in records] == list(range(1, 401))
+        assert [r["step"] for r in records] == list(range(1, 151))
         assert f"{records[-1]['val_loss']:.4f}" in done.stdout
     assert "resumed" in (first / "console.log").read_text()
     assert "lowest validation loss: " in done.stdout
