@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print_commands(runs, results, slots, args.gpus_per_run)
         return 0
+    if not args.slurm:  # its nodes may have other disks
+        check_shards(args.sweep, todo)
     with user_errors(f"output_dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
     lock, holder = take_lock(output_dir / ".lock")
@@ -73,6 +75,22 @@ def main(argv: list[str] | None = None) -> int:
         stopped = train(todo, results, slots, args.gpus_per_run)
     print(table(results))
     return finish(output_dir, results, stopped)
+
+
+def check_shards(path: Path, todo: list[Run]) -> None:
+    """Raises UserError if a glob of shards matches no file, which otherwise every run would report after its start.
+
+    The shards of a mixture are left to the runs.
+    """
+    from data.shards import find_shards  # imports numpy, which --help does not need
+
+    patterns = {(flag, getattr(run.config, flag)) for run in todo for flag in ("input_train_bin", "input_val_bin")}
+    for flag, pattern in sorted(patterns):
+        if pattern and not ("=" in pattern and ":" in pattern):
+            try:
+                find_shards(pattern, flag)
+            except UserError as e:
+                raise UserError(f"{path}: {e}") from e
 
 
 def print_commands(runs: list[Run], results: dict[Run, Result], slots: list[dict[str, str]], gpus_per_run: int) -> None:

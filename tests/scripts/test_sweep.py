@@ -72,11 +72,11 @@ def fake(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes a sweep file, with small flags unless others are given."""
+    """A function that writes a sweep file, with small flags unless others are given. Any file serves as a shard."""
 
-    def write_file(text, flags=SIZE, data=True):
+    def write_file(text, flags=SIZE):
         path = tmp_path / "sweep.yaml"
-        path.write_text(f"output_dir: {tmp_path}/out\nflags: {{{flags}}}\n{text}\n")
+        path.write_text(f"output_dir: {tmp_path}/out\nflags: {{{flags}, input_train_bin: {path}}}\n{text}\n")
         return path
 
     return write_file
@@ -107,8 +107,9 @@ def test_each_run_has_the_common_flags_overridden_by_its_own(write):
     first, plain = settings.read_sweep(path, 1)[1]
     common = [f"--{flag.replace(': ', '=')}" for flag in SIZE.split(", ")]
     folder = f"--output_dir={path.parent}/out/n_layer=2_compile=1_seed=7"
+    common.append(f"--input_train_bin={path}")
     assert first.flags == ["--n_layer=2", *common[1:], "--compile=1", "--seed=7", folder]
-    assert plain.flags[:7] == common and plain.config.n_layer == 1 and plain.config.seed == 7
+    assert plain.flags[: len(common)] == common and plain.config.n_layer == 1 and plain.config.seed == 7
 
 
 def test_a_folder_does_not_depend_on_how_a_value_is_written(write):
@@ -155,6 +156,7 @@ def test_values_that_are_not_file_names_stay_distinct(write):
         ("", "no runs; add grid, runs or seeds"),
         ("grid: {n_layer: [1]}\ngrid: {n_head: [1]}", "lines 3 and 4 both set grid"),
         ("grid: {n_layer: [1", "is not readable as YAML"),
+        ("runs: [{input_val_bin: 'missing/*.bin'}]", "--input_val_bin=missing/*.bin matches no file"),
         ("grid: {input_train_bin: ['']}", "input_train_bin=: --input_train_bin: give the training shards"),
     ],
 )
