@@ -559,7 +559,7 @@ def test_real_runs_are_interrupted_and_resumed(shards, tmp_path, metrics):
         records = metrics(folder)
         assert [r["step"] for r in records] == list(range(1, 151))
         assert f"{records[-1]['val_loss']:.4f}" in done.stdout
-    assert "resumed" in (first / "console.log").read_text()
+    assert "resuming from " in (first / "console.log").read_text()
     assert "lowest validation loss: " in done.stdout
 
 
