@@ -28,7 +28,8 @@ LLMC_LINE = re.compile(rf"s:(\d+) (tel|trl|eval):{NUMBER}(?: lr:{NUMBER})?(?: no
 WANDB_NAMES = {
     "loss": "loss", "train/loss": "loss", "train_loss": "loss", "train-loss": "loss", "trl": "loss",
     "val/loss": "val_loss", "val_loss": "val_loss", "eval/loss": "val_loss", "eval_loss": "val_loss",
-    "valid/loss": "val_loss", "validation/loss": "val_loss", "tel": "val_loss", "val_bpb": "val_bpb", "val/bpb": "val_bpb",
+    "valid/loss": "val_loss", "validation/loss": "val_loss", "tel": "val_loss", "val_bpb": "val_bpb",
+    "val/bpb": "val_bpb",
     "lr": "lr", "learning_rate": "lr", "train/lr": "lr", "train/learning_rate": "lr",
     "grad_norm": "grad_norm", "train/grad_norm": "grad_norm", "norm": "grad_norm",
     "tok_per_s": "tok_per_s", "train/tok_per_sec": "tok_per_s", "tokens_per_sec": "tok_per_s", "mfu": "mfu",

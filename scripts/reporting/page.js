@@ -9,7 +9,7 @@ const AXES = {
   hours: { label: "GPU hours", values: run => run.x.hours },
 };
 const COLOURS = 7, DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
-const state = { axis: "step", raw: true, log: false, zoom: null, hidden: new Set(), sample: null };
+const state = { axis: "step", raw: true, log: false, start: false, zoom: null, hidden: new Set(), sample: null };
 let data = JSON.parse(document.getElementById("data").textContent);
 let plots = [];
 
@@ -89,10 +89,10 @@ function curvesOf(chart) {
 
 function seriesOf(curve) {
   const { run, nth, faint, x } = curve;
-  const few = x.length <= 80;
+  const few = x.length <= 80, dense = x.length > 1000 && curve.column !== "smoothed";
   return {
-    show: !state.hidden.has(run), spanGaps: false, stroke: () => paint(run), alpha: faint ? 0.35 : 1,
-    width: faint ? 1 : 1.75, dash: nth && !faint ? [4, 4] : dash(run),
+    show: !state.hidden.has(run), spanGaps: false, stroke: () => paint(run), alpha: faint ? 0.35 : dense ? 0.8 : 1,
+    width: faint || dense ? 1 : 1.75, dash: nth && !faint ? [4, 4] : dash(run),
     points: { show: few && !faint, size: 5, fill: () => paint(run) },
   };
 }
@@ -108,7 +108,7 @@ function makePlot(chart, parent) {
     width: parent.clientWidth, height: wide ? 340 : 230, legend: { show: false }, padding: [8, 12, 0, 0],
     scales: {
       x: { time: false, range: (u, low, high) => state.zoom ?? (low === high ? [low - 1, high + 1] : [low, high]) },
-      y: { distr: logarithmic ? 3 : 1, range: (u, low, high) => rangeOf(chart, low, high, logarithmic) },
+      y: { distr: logarithmic ? 3 : 1, range: (u, low, high) => rangeOf(chart, ...withoutStart(u, chart, curves, low, high), logarithmic) },
     },
     series: [{}, ...curves.map(seriesOf)],
     axes: [axis({ values: (u, at) => at.map(hoursOrCount), size: 30, space: 70 }),
@@ -134,11 +134,21 @@ function makePlot(chart, parent) {
   return plot;
 }
 
+/** The smallest and largest value without the first 5 % of the curves, which would squeeze the rest of a loss curve. */
+function withoutStart(u, chart, curves, low, high) {
+  const seen = curves.filter(c => !state.hidden.has(c.run) && c.x.length > 40);
+  if (!chart.falls || state.start || state.zoom || !seen.length) return [low, high];
+  const from = 0.05 * Math.max(...seen.map(c => c.x.at(-1)));
+  const values = seen.flatMap(c => c.y.filter((y, i) => c.x[i] >= from && y !== null));
+  return values.length ? [smallest(values), -smallest(values.map(y => -y))] : [low, high];
+}
+const smallest = values => values.reduce((a, b) => a < b ? a : b);
+
 /** The range of the y axis: around the values, and for HellaSwag up to the next published line. */
 function rangeOf(chart, low, high, logarithmic) {
   if (low === null) return logarithmic ? [0.1, 1] : [0, 1];
   const lines = chart.columns.flatMap(column => Object.values(data.references[column] ?? {}));
-  const above = lines.filter(y => y > high);
+  const above = lines.filter(y => y > high && y - high <= high - low);
   if (above.length) high = Math.min(...above);
   if (logarithmic) return low > 0 ? [low / 1.05, high * 1.05] : uPlot.rangeLog(low, high, 10, true);
   const margin = 0.06 * (high - low) || Math.abs(high) * 0.05 || 1;
@@ -311,7 +321,7 @@ function drawControls() {
   });
   byId("controls").replaceChildren(
     el("fieldset", {}, el("legend", {}, "x axis"), el("div", { class: "choices" }, ...axes)),
-    check("raw loss", "raw"), check("logarithmic y", "log"),
+    check("raw loss", "raw"), check("fit y to the start", "start"), check("logarithmic y", "log"),
     el("button", { id: "reset", class: "plain", type: "button", disabled: true, click: () => setZoom(null) }, "show all"),
     el("span", { class: "note", style: "margin: 0" }, "drag in a chart to zoom, double-click to show all"));
 }

@@ -41,6 +41,7 @@ CHARTS: list[tuple[str, str, tuple[str, ...]]] = [
 ]
 NO_CHART = {"tokens", "elapsed_s", "hellaswag_acc", "hellaswag_lm_eval_acc"}
 LOG_SCALE = ("loss", "val_loss", "grad_norm", "lr")  # charts whose y axis can be logarithmic
+FALLS = ("loss", "val_loss", "val_bpb", "grad_norm")  # charts whose first values are far above the others
 
 
 def numbers(values: np.ndarray) -> list[Any]:
@@ -103,8 +104,8 @@ def run_data(run: Run, summary: dict[str, Any], most: int, span: float) -> dict[
 def headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns the numbers at the top of a run's card."""
     shown = [
-        ("training loss", summary["loss_smoothed"], "loss"),
-        ("validation loss", summary["val_loss_last"], "loss"),
+        ("train loss", summary["loss_smoothed"], "loss"),
+        ("val loss", summary["val_loss_last"], "loss"),
         ("tokens", summary["tokens"], "count"),
         ("time", summary["elapsed_s"], "seconds"),
         ("tokens/s", summary["tok_per_s_median"], "count"),
@@ -140,14 +141,14 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
     there = {name: None for run in runs for name in run.table.columns}
     found = [*CHARTS, *((name, "number", (name,)) for name in there if name not in known)]
     return [
-        {"title": title, "kind": kind, "columns": names, "log": names[-1] in LOG_SCALE}
+        {"title": title, "kind": kind, "columns": names, "log": names[-1] in LOG_SCALE, "falls": names[-1] in FALLS}
         for title, kind, names in found
         if any(name in there for name in names)
     ]
 
 
 def samples(runs: list[Run]) -> list[dict[str, Any]]:
-    """Returns the samples by step, at most MOST_SAMPLES steps; if there are more, steps that all runs have come first."""
+    """Returns the samples by step, at most MOST_SAMPLES steps: if there are more, of those that all runs have."""
     steps = sorted({step for run in runs for step in run.samples})
     writers = [run for run in runs if run.samples]
     common = [step for step in steps if all(step in run.samples for run in writers)]

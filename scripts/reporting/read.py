@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -68,20 +69,16 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
         return None
-    loss = record.get("loss")
-    return record if loss is None or (isinstance(loss, int | float) and not isinstance(loss, bool)) else None
+    return record if type(record.get("loss")) in (float, int, NoneType) else None
 
 
 def number(value: Any) -> float | None:
     """Returns a value of a record as a float, NaN for null and infinity, None if it is not a number."""
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    with suppress(OverflowError):
-        value = float(value)
+    if type(value) is int:
+        value = float(value) if abs(value) < 2**1000 else math.inf
+    if type(value) is float:
         return value if math.isfinite(value) else math.nan
-    return math.nan
+    return math.nan if value is None else None
 
 
 @dataclass

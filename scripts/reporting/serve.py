@@ -1,4 +1,4 @@
-"""Serving a report on this machine while its runs go on. Nothing leaves the machine: the server listens on 127.0.0.1."""
+"""Serving a report on this machine while its runs go on: on 127.0.0.1 only, so nothing leaves the machine."""
 
 from __future__ import annotations
 
