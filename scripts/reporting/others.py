@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from util.errors import UserError, closest, user_errors
 from util.values import user_path
 
 Steps = dict[int, dict[str, Any]]
-NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?|-?nan|-?inf)"
-NANOGPT_ITER = re.compile(rf"iter (\d+): loss {NUMBER}, time ([\d.]+)ms(?:, mfu {NUMBER}%)?")
-NANOGPT_EVAL = re.compile(rf"step (\d+): train loss {NUMBER}, val loss {NUMBER}")
-NANOGPT_TOKENS = re.compile(r"tokens per iteration will be: ([\d,]+)")
-NANOGPT_SIZE = re.compile(r"number of parameters: ([\d.]+)M")
-LLMC_LINE = re.compile(rf"s:(\d+) (tel|trl|eval):{NUMBER}(?: lr:{NUMBER})?(?: norm:{NUMBER})?")
+STEP, DECIMAL = r"(\d{1,15})", r"(\d{1,30}(?:\.\d+)?)"
+NUMBER = r"(-?\d{1,30}(?:\.\d+)?(?:e[+-]?\d+)?|-?nan|-?inf)"
+NANOGPT_ITER = re.compile(rf"iter {STEP}: loss {NUMBER}, time {DECIMAL}ms(?:, mfu {NUMBER}%)?")
+NANOGPT_EVAL = re.compile(rf"step {STEP}: train loss {NUMBER}, val loss {NUMBER}")
+NANOGPT_TOKENS = re.compile(r"tokens per iteration will be: (\d[\d,]{0,20})")
+NANOGPT_SIZE = re.compile(rf"number of parameters: {DECIMAL}M")
+LLMC_LINE = re.compile(rf"s:{STEP} (tel|trl|eval):{NUMBER}(?: lr:{NUMBER})?(?: norm:{NUMBER})?")
 # The last part of a column's name, or all of it, → the name in metrics.jsonl.
 WANDB_NAMES = {
     "loss": "loss", "train/loss": "loss", "train_loss": "loss", "train-loss": "loss", "trl": "loss",
@@ -128,7 +129,7 @@ def add_tokens(steps: Steps, tokens_per_step: int | None) -> None:
 
 def read_wandb(file: Iterable[str], path: Path, tokens_per_step: int | None) -> list[Run]:
     """Reads a CSV export of a chart, whose columns are named `RUN - METRIC`, or of a run's history."""
-    rows = csv.reader(file)
+    rows = _csv_rows(file, path)
     head = [name.strip() for name in next(rows, [])]
     step_column = next((i for i, name in enumerate(head) if name.lower() in WANDB_STEPS), None)
     if step_column is None:
@@ -151,6 +152,13 @@ def read_wandb(file: Iterable[str], path: Path, tokens_per_step: int | None) -> 
         if not any("tokens" in record for record in steps.values()):
             add_tokens(steps, tokens_per_step)
     return [to_run(steps, run, path, "wandb") for run, steps in runs.items() if steps]
+
+
+def _csv_rows(file: Iterable[str], path: Path) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(file)
+    except csv.Error as e:
+        raise UserError(f"--import=wandb:{path}: is not a CSV file ({e})") from e
 
 
 def number(text: str) -> float | None:

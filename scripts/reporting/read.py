@@ -69,7 +69,7 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
         return None
-    return record if type(record.get("loss")) in (float, int, NoneType) else None
+    return record if type(record.get("loss", "")) in (float, int, NoneType) else None
 
 
 def number(value: Any) -> float | None:

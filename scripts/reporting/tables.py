@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from scripts.reporting.read import Run
@@ -37,7 +38,7 @@ def size(value: float) -> str:
     return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
 
 
-FORMATS = {
+FORMATS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"{value:.4f}",
     "share": lambda value: f"{100 * value:.2f} %",
     "count": count,
