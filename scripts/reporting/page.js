@@ -43,13 +43,17 @@ function short(x) {
     if (size >= least) return trim(x / (unit === "K" ? 1e3 : least), 4) + unit;
   return trim(x, 5);
 }
+/** A label of an axis: shorter than a value, 5K instead of 5000. */
+const tickText = x => x >= 1e3 && x < 1e4 ? `${trim(x / 1e3, 4)}K` : short(x);
 const trim = (x, digits) => String(Number(x.toPrecision(digits)));
 const KINDS = {
   loss: x => x.toFixed(4), number: short, count: short, seconds: x => `${trim(x, 3)} s`,
   share: x => `${trim(100 * x, 4)} %`,
   bytes: x => x >= 2 ** 30 ? `${trim(x / 2 ** 30, 4)} GiB` : `${trim(x / 2 ** 20, 4)} MiB`,
 };
-const tick = kind => kind === "loss" ? short : KINDS[kind];
+const tick = kind => ["loss", "number", "count"].includes(kind) ? tickText : KINDS[kind];
+const NOISY = ["grad_norm", "tok_per_s", "mfu"]; // drawn thin
+const BYTE_STEPS = Array.from({ length: 50 }, (_, k) => 2 ** k);
 
 /* --- curves --- */
 
@@ -89,7 +93,7 @@ function curvesOf(chart) {
 
 function seriesOf(curve) {
   const { run, nth, faint, x } = curve;
-  const few = x.length <= 80, dense = x.length > 1000 && curve.column !== "smoothed";
+  const few = x.length <= 80, dense = x.length > 1000 && NOISY.includes(curve.column);
   return {
     show: !state.hidden.has(run), spanGaps: false, stroke: () => paint(run), alpha: faint ? 0.35 : dense ? 0.8 : 1,
     width: faint || dense ? 1 : 1.75, dash: nth && !faint ? [4, 4] : dash(run),
@@ -101,7 +105,6 @@ function makePlot(chart, parent) {
   const curves = curvesOf(chart);
   const wide = parent.parentElement.matches(":first-child");
   const logarithmic = state.log && chart.log;
-  const hoursOrCount = v => v === null ? "" : short(v);
   const axis = more => ({ stroke: () => css("--soft"), grid: { stroke: () => css("--line"), width: 1 },
     ticks: { stroke: () => css("--line"), width: 1, size: 4 }, font: "11.5px system-ui, sans-serif", ...more });
   const options = {
@@ -111,8 +114,9 @@ function makePlot(chart, parent) {
       y: { distr: logarithmic ? 3 : 1, range: (u, low, high) => rangeOf(chart, ...withoutStart(u, chart, curves, low, high), logarithmic) },
     },
     series: [{}, ...curves.map(seriesOf)],
-    axes: [axis({ values: (u, at) => at.map(hoursOrCount), size: 30, space: 70 }),
-      axis({ values: (u, at) => at.map(v => v === null ? "" : tick(chart.kind)(v)), size: 64 })],
+    axes: [axis({ values: (u, at) => at.map(tickText), size: 30, space: 70 }),
+      axis({ values: (u, at) => at.map(v => v === null ? "" : tick(chart.kind)(v)), size: 64,
+        ...(chart.kind === "bytes" ? { incrs: BYTE_STEPS } : {}) })],
     cursor: { drag: { x: true, y: false, setScale: false }, points: { show: false },
       bind: { dblclick: () => () => { setZoom(null); return null; } } },
     hooks: {
@@ -167,8 +171,11 @@ function drawReferences(u, chart, curves) {
       if (y < bbox.top || y > bbox.top + bbox.height) continue;
       ctx.setLineDash([4 * devicePixelRatio, (nth ? 8 : 4) * devicePixelRatio]);
       ctx.beginPath(); ctx.moveTo(bbox.left, y); ctx.lineTo(bbox.left + bbox.width, y); ctx.stroke();
-      ctx.textAlign = "right"; ctx.textBaseline = "bottom";
-      ctx.fillText(nth ? `${name}, lm_eval` : name, bbox.left + bbox.width - 4, y - 2);
+      const text = nth ? `${name}, lm_eval` : name, place = [bbox.left + 6 * devicePixelRatio, y - 2];
+      ctx.setLineDash([]); ctx.lineWidth = 3 * devicePixelRatio; ctx.strokeStyle = css("--card");
+      ctx.textAlign = "left"; ctx.textBaseline = "bottom";
+      ctx.strokeText(text, ...place); ctx.fillText(text, ...place);
+      ctx.lineWidth = devicePixelRatio; ctx.strokeStyle = css("--soft");
     }
   });
   ctx.restore();
@@ -219,14 +226,15 @@ function showTip(u, chart, curves) {
   tip.hidden = left === undefined || left < 0;
   if (tip.hidden) return;
   const at = u.posToVal(left, "x");
-  const rows = curves.filter(c => !state.hidden.has(c.run)).map(c => {
+  const there = curves.filter(c => !state.hidden.has(c.run) && at >= c.x[0] && at <= c.x.at(-1));
+  const rows = there.sort((a, b) => a.nth - b.nth || a.run - b.run).map(c => {
     const row = nearest(c.x, at), y = c.y[row];
     const what = c.column === "smoothed" ? "smoothed" : chart.columns.length > 1 && c.column !== chart.columns[0] ? label(c.column) : "";
     return el("div", { style: `--colour: ${colour(c.run)}` },
       el("span", {}, el("i"), data.runs[c.run].name, what ? ` ${what}` : ""),
       el("b", {}, y === null || y === undefined ? "–" : KINDS[chart.kind](y)));
   });
-  tip.replaceChildren(el("div", {}, el("span", {}, `${short(at)} ${AXES[state.axis].label}`)), ...rows);
+  tip.replaceChildren(el("div", {}, el("span", {}, `${state.axis === "step" ? Math.round(at).toLocaleString("en") : short(at)} ${AXES[state.axis].label}`)), ...rows);
   const width = u.over.clientWidth, space = u.over.offsetLeft;
   tip.style.top = `${Math.max(0, Math.min(top + 12, u.over.clientHeight - tip.offsetHeight))}px`;
   if (left < width / 2) { tip.style.left = `${space + left + 14}px`; tip.style.right = "auto"; }
@@ -373,7 +381,7 @@ function drawAll() {
   document.title = `${data.runs.map(run => run.name).join(", ").slice(0, 80)} – rawgpt report`;
   byId("made").textContent = (LIVE ? "live, last change " : "made ") + data.made;
   drawCards(); drawControls(); drawCharts(); drawKey();
-  byId("tables").replaceChildren(...[data.facts, ...data.tables].flatMap(drawTable));
+  byId("tables").replaceChildren(...[...data.tables, data.facts].flatMap(drawTable));
   drawSamples(); drawWarnings();
 }
 

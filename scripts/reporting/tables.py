@@ -56,10 +56,12 @@ def text_of(value: Any, kind: str) -> str:
 def difference(value: float, first: float, kind: str) -> str:
     """Formats the difference of two numbers: losses as they are, shares in points, all others in percent."""
     if kind == "loss":
-        return f"{value - first:+.4f}"
-    if kind == "share":
-        return f"{100 * (value - first):+.2f} points"
-    return f"{100 * (value / first - 1):+.1f} %" if first else ""
+        text, unit = f"{value - first:+.4f}", ""
+    elif kind == "share":
+        text, unit = f"{100 * (value - first):+.2f}", " points"
+    else:
+        text, unit = (f"{100 * (value / first - 1):+.1f}" if first else "+0"), " %"
+    return "±0" if float(text) == 0 else text + unit
 
 
 def status_text(run: Run, now: float | None = None) -> str:

@@ -178,6 +178,7 @@ def test_differences_are_absolute_for_losses_and_relative_otherwise():
     assert tables.difference(3.2, 3.3, "loss") == "-0.1000"
     assert tables.difference(0.31, 0.30, "share") == "+1.00 points"
     assert tables.difference(150.0, 100.0, "count") == "+50.0 %"
+    assert tables.difference(3.0, 3.00001, "loss") == tables.difference(0.0, 0.0, "count") == "±0"
 
 
 def test_a_silent_run_is_not_believed_to_be_running(tmp_path):
