@@ -26,7 +26,7 @@ from util.errors import CommandParser, UserError, run_command, user_errors
 if __name__ == "__main__":
     exit_on_ctrl_c()
 
-from scripts.reporting.compare import SMOOTH_SPAN, compare
+from scripts.reporting.compare import compare, default_span
 from scripts.reporting.others import import_runs
 from scripts.reporting.page import MARK, page_data, to_html
 from scripts.reporting.read import Run, RunReader, distinct_labels, open_runs
@@ -47,7 +47,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
     p.add_argument("--tokens_per_step", type=int, help="of imported logs that do not tell")
     p.add_argument("--price", type=float, help="price of a GPU hour")
     p.add_argument("--losses", default="", help="compare when these losses are reached, e.g. 3.5,3.3")
-    p.add_argument("--smooth", type=float, default=SMOOTH_SPAN, help="average the training loss over N records")
+    p.add_argument(
+        "--smooth", type=float, metavar="N", help="average the training loss over N records (default: 1 %% of the run)"
+    )
     p.add_argument("--text", action="store_true", help="print the comparison as tables instead of writing the page")
     p.add_argument("--json", action="store_true", help="print the comparison as JSON instead of writing the page")
     p.add_argument(
@@ -110,7 +112,7 @@ def main(args: Namespace) -> int:
         return 0
     runs = read(readers) + others
     if args.text or args.json:
-        comparison = compare(runs, args.price, args.losses, args.smooth)
+        comparison = compare(runs, args.price, args.losses, args.smooth or default_span(runs))
         if args.json:
             print(json.dumps(comparison, indent=1, default=str))
         else:

@@ -11,7 +11,7 @@ import numpy as np
 from scripts.reporting.downsample import smooth
 from scripts.reporting.read import Run
 
-SMOOTH_SPAN = 50.0  # records over which the training loss is smoothed, unless --smooth says otherwise
+MOST_SMOOTHED = 100.0  # records over which the training loss is averaged, unless --smooth says otherwise
 # Flags that name places or services: runs that differ in nothing else are of one setting.
 PLACES = {"output_dir", "resume", "cfg", "wandb_project_id", "wandb_log_iters", "tensorboard", "log_every"}
 # Name in the summary → label and the kind of number (scripts/reporting/tables.py).
@@ -32,6 +32,12 @@ FINAL = {
 }
 
 
+def default_span(runs: list[Run]) -> float:
+    """Returns the records over which the loss is averaged: 1 % of the longest run, at most MOST_SMOOTHED."""
+    longest = max((len(run.table.points("loss")[0]) for run in runs), default=0)
+    return float(min(MOST_SMOOTHED, max(1, longest // 100)))
+
+
 def ranks_of(run: Run) -> np.ndarray:
     """Returns the number of ranks in each step, NaN if it is not known."""
     ranks = np.full(len(run.table.steps), math.nan)
@@ -46,7 +52,7 @@ def gpu_hours(run: Run) -> np.ndarray:
     return np.cumsum(np.diff(elapsed, prepend=0.0) * ranks_of(run)) / 3600
 
 
-def summarize(run: Run, price: float | None = None, span: float = SMOOTH_SPAN) -> dict[str, Any]:
+def summarize(run: Run, price: float | None = None, span: float = 1.0) -> dict[str, Any]:
     """Returns the numbers and facts of a run; None for what is not known. Seconds, bytes, nats per token."""
     table, config = run.table, run.config
     found: dict[str, Any] = {
@@ -204,7 +210,10 @@ def seed_groups(runs: list[Run], summaries: list[dict[str, Any]]) -> list[dict[s
 
 
 def compare(runs: list[Run], price: float | None, targets: list[float] | None, span: float) -> dict[str, Any]:
-    """Returns everything that --json prints: plain numbers, None for what is not known."""
+    """Returns everything that --json prints: plain numbers, None for what is not known.
+
+    `price` is that of a GPU hour. The training loss is averaged over `span` records.
+    """
     summaries = [summarize(run, price, span) for run in runs]
     return {
         "runs": summaries,

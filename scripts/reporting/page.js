@@ -110,7 +110,7 @@ function makePlot(chart, parent) {
   const options = {
     width: parent.clientWidth, height: wide ? 340 : 230, legend: { show: false }, padding: [8, 12, 0, 0],
     scales: {
-      x: { time: false, range: (u, low, high) => state.zoom ?? (low === high ? [low - 1, high + 1] : [low, high]) },
+      x: { time: false, range: () => state.zoom ?? extent() },
       y: { distr: logarithmic ? 3 : 1, range: (u, low, high) => rangeOf(chart, ...withoutStart(u, chart, curves, low, high), logarithmic) },
     },
     series: [{}, ...curves.map(seriesOf)],
@@ -248,18 +248,20 @@ function nearest(sorted, value) {
   return value - sorted[low] <= sorted[high] - value ? low : high;
 }
 
+/** Returns the ends of the x axis: of all visible runs, so that the charts can be compared. */
 function extent() {
-  const ends = plots.filter(u => u.data[0].length).flatMap(u => [u.data[0][0], u.data[0].at(-1)]);
-  return [Math.min(...ends), Math.max(...ends)];
+  const ends = data.runs.filter((run, i) => !state.hidden.has(i)).map(run => AXES[state.axis].values(run))
+    .filter(x => x && x.length).flatMap(x => [x[0], x.at(-1)]);
+  if (!ends.length) return [0, 1];
+  const low = Math.min(...ends), high = Math.max(...ends);
+  return low === high ? [low - 1, high + 1] : [low, high];
 }
 
 /** Zooms all charts to [low, high] of the x axis, or shows everything. */
 function setZoom(range) {
   state.zoom = range;
-  for (const u of plots) if (u.data[0].length) {
-    const [low, high] = range ?? [u.data[0][0], u.data[0].at(-1)];
-    u.setScale("x", { min: low, max: high });
-  }
+  const [low, high] = range ?? extent();
+  for (const u of plots) if (u.data[0].length) u.setScale("x", { min: low, max: high });
   byId("reset").disabled = !range;
 }
 
@@ -281,7 +283,7 @@ function drawCharts() {
   const boxes = data.charts.map(chart => {
     const missing = data.runs.filter(run => chart.columns.some(c => run.series[c]) && !AXES[state.axis].values(run));
     const note = missing.length ? `not recorded on this axis: ${missing.map(run => run.name).join(", ")}` : "";
-    const title = chart.columns[0] === "smoothed" ? `average of about ${data.span} records` + (state.raw ? " over the raw values" : "") : "";
+    const title = chart.columns[0] === "smoothed" ? `averaged over about ${short(data.span)} records` + (state.raw ? "; thin: raw" : "") : "";
     const plot = el("div", { class: "plot", tabindex: "0", keydown: onKey, role: "group", "aria-label": `${chart.title}: arrow keys pan, plus and minus zoom` });
     return [chart, plot, el("div", { class: "chart" }, el("h3", {}, chart.title, el("small", {}, [title, note].filter(Boolean).join("; "))), plot)];
   });
@@ -313,6 +315,7 @@ function toggle(i, card) {
   if (!state.hidden.delete(i)) state.hidden.add(i);
   card.setAttribute("aria-pressed", String(!state.hidden.has(i)));
   for (const u of plots) u.curves.forEach((c, k) => { if (c.run === i) u.setSeries(k + 1, { show: !state.hidden.has(i) }); });
+  setZoom(state.zoom);
   for (const u of plots) u.redraw(false);
 }
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from eval.reference import GPT2_ACC_NORM
 from scripts.reporting import tables
-from scripts.reporting.compare import compare, gpu_hours
+from scripts.reporting.compare import compare, default_span, gpu_hours
 from scripts.reporting.downsample import rows_to_show, smooth, spread
 from scripts.reporting.read import Run
 
@@ -159,8 +159,9 @@ def samples(runs: list[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def page_data(runs: list[Run], price: float | None, targets: list[float] | None, span: float) -> dict[str, Any]:
-    """Returns the data of the page."""
+def page_data(runs: list[Run], price: float | None, targets: list[float] | None, span: float | None) -> dict[str, Any]:
+    """Returns the data of the page. Arguments: see `compare`; without a span it is chosen."""
+    span = default_span(runs) if span is None else span
     comparison = compare(runs, price, targets, span)
     most = max(LEAST_ROWS, MOST_ROWS // max(5, len(runs)))
     return {

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.reporting import tables
-from scripts.reporting.compare import compare, differing_flags, gpu_hours, reach_losses, seed_groups, summarize
+from scripts.reporting.compare import (
+    compare,
+    default_span,
+    differing_flags,
+    gpu_hours,
+    reach_losses,
+    seed_groups,
+    summarize,
+)
 from scripts.reporting.page import page_data
 from scripts.reporting.read import open_runs
 from tests.scripts.reporting.make_runs import FLOPS_PER_TOKEN, record, write_facts, write_run
@@ -194,3 +202,9 @@ def test_flops_come_from_run_json(tmp_path):
     write_facts(folder, [0])
     assert page_data(runs_of(folder), None, None, 50.0)["runs"][0]["flops_per_token"] == FLOPS_PER_TOKEN
     assert np.isfinite(gpu_hours(runs_of(folder)[0])).all()
+
+
+def test_the_loss_is_averaged_over_a_hundredth_of_the_longest_run(tmp_path):
+    runs = runs_of(*(write_run(tmp_path / str(n), [record(k, 3.0) for k in range(1, n + 1)]) for n in (50, 700)))
+    assert default_span(runs) == 7 and default_span(runs[:1]) == 1 and default_span([]) == 1
+    assert page_data(runs, None, None, None)["span"] == 7
