@@ -92,7 +92,7 @@ def check_output(path: Path) -> Path:
     if path.is_dir():
         raise UserError(f"--output={path}: is a folder; give the name of a file, such as {path / 'report.html'}")
     if not path.parent.is_dir():
-        raise UserError(f"--output={path}: there is no folder {path.parent}; create it first")
+        raise UserError(f"--output={path}: the folder {path.parent} does not exist; create it first")
     if path.exists():
         with user_errors(path):
             if not path.is_file() or not path.read_bytes()[-len(MARK) - 1 :].startswith(MARK.encode()):

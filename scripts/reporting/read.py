@@ -142,7 +142,7 @@ class Records:
 
 @dataclass
 class Run:
-    """What is known of a run. An imported log has a table, and perhaps some facts."""
+    """A run: its table, facts, events, samples, checkpoints and warnings. An imported log has only some of them."""
 
     name: str
     path: Path

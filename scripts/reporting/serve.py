@@ -1,4 +1,4 @@
-"""Serving a report on this machine while its runs go on: on 127.0.0.1 only, so nothing leaves the machine."""
+"""A server of the report of running runs. It listens on 127.0.0.1 only, so nothing leaves the machine."""
 
 from __future__ import annotations
 
