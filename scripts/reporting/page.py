@@ -19,13 +19,14 @@ from eval.reference import GPT2_ACC_NORM
 from scripts.reporting import tables
 from scripts.reporting.compare import compare, default_span, gpu_hours
 from scripts.reporting.downsample import rows_to_show, smooth, spread
-from scripts.reporting.read import Run
+from scripts.reporting.read import Run, number
 
 FOLDER = Path(__file__).resolve().parent
 MARK = "<!-- rawgpt report -->"  # by which a report is recognised before it is overwritten
 MOST_ROWS, LEAST_ROWS = 20_000, 500  # of all runs together; of each run
 MOST_MARKS = 400  # of one kind and run
 MOST_SAMPLES = 40  # steps with samples
+MOST_WARNINGS = 50  # different ones of a run, the newest
 # Title, kind of number, and the columns of each chart. Other columns of metrics.jsonl get a chart each at the end.
 CHARTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("Training loss", "loss", ("smoothed", "loss")),
@@ -97,7 +98,7 @@ def run_data(run: Run, summary: dict[str, Any], most: int, span: float) -> dict[
             "skipped": [[step, table.skipped[step]] for step in skipped],
             "superseded": superseded(run),
         },
-        "warnings": list(run.warnings.items()),
+        "warnings": list(run.warnings.items())[-MOST_WARNINGS:],
     }
 
 
@@ -131,8 +132,8 @@ def superseded(run: Run) -> list[list[Any]]:
     """Returns step, tokens, time, loss and gradient norm of records that a resume or a roll-back dropped."""
     names = ("step", "tokens", "elapsed_s", "loss", "grad_norm")
     kept = [run.superseded[i] for i in spread(np.arange(len(run.superseded)), MOST_MARKS)]
-    rows = [[record.get(name) for name in names] for record in kept]
-    return [[v if type(v) in (int, float) and math.isfinite(v) else None for v in row] for row in rows]
+    rows = [[number(record.get(name)) for name in names] for record in kept]
+    return [[None if v is None or math.isnan(v) else v for v in row] for row in rows]
 
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:

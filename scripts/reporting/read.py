@@ -255,11 +255,11 @@ def valid_entries(entries: Any) -> list[dict[str, Any]]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a JSON or YAML file, {} if the file is missing or damaged."""
+    """Returns the mapping in a JSON or YAML file, with text as keys; {} if the file is missing or damaged."""
     found: Any = None
     with suppress(OSError, ValueError):
         found = read_json(path) if path.suffix == ".json" else read_yaml(path)
-    return found if isinstance(found, dict) else {}
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def read_samples(folder: Path) -> dict[int, str]:

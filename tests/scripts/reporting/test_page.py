@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from scripts.reporting import page
 from scripts.reporting.page import page_data, shown_rows, to_html
@@ -112,6 +114,35 @@ def test_samples_are_side_by_side_at_equal_steps(tmp_path):
             (folders[-1] / f"samples/step_{step:08d}.txt").write_text(f"{name} {step}")
     found = make(*folders)["samples"]
     assert found[0] == {"step": 30, "texts": ["a 30", "b 30"]} and found[-1]["step"] == 990 and len(found) == 33
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = ["step", "to", "ranks", "device", "strategy", "parameters", "flops_per_token", "commit", "time", "reason"]
+ENTRIES = st.lists(st.dictionaries(st.sampled_from(KEYS), st.integers(0, 9) | JUNK, max_size=6), max_size=3)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    facts=st.fixed_dictionaries({"starts": ENTRIES | JUNK, "rollbacks": ENTRIES | JUNK}),
+    status=st.dictionaries(st.sampled_from(["status", "reason", "step"]), JUNK),
+    config=st.dictionaries(st.sampled_from(["num_iterations", "dtype", "seed", "mixture", "tokenizer", 7]), JUNK),
+    records=st.lists(
+        st.dictionaries(st.sampled_from(["step", "tokens", "loss", "elapsed_s", "x"]), st.integers(0, 9) | JUNK)
+    ),
+)
+def test_whatever_the_files_of_a_run_hold_there_is_a_page(tmp_path_factory, facts, status, config, records):
+    folder = write_run(tmp_path_factory.mktemp("run"), [record(1, 5.0)])
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "status.json").write_text(json.dumps(status))
+    (folder / "config.yaml").write_text(json.dumps(config))
+    for name in ("metrics.jsonl", "logs/metrics_superseded.jsonl"):
+        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+    other = write_run(folder / "other", [record(1, 5.0)])
+    assert len(data_in(to_html(make(folder, other)))["runs"]) == 2
 
 
 def test_a_run_without_records_is_shown(tmp_path):

@@ -62,6 +62,11 @@ def test_the_columns_are_those_of_the_last_record_of_each_step(tmp_path_factory,
     assert set(table.skipped) == {step for step, r in expected.items() if "skipped" in r}
 
 
+def test_of_several_records_of_a_step_the_last_counts(tmp_path):
+    folder = write_run(tmp_path / "run", [record(1, 5.0), record(2, 4.0), record(1, 3.0)])
+    assert reader(folder).run.table.column("loss").tolist() == [3.0, 4.0]
+
+
 def test_only_new_lines_are_read_and_a_half_written_one_waits(tmp_path):
     folder = write_run(tmp_path / "run", [record(1, 5.0), record(2, 4.0)])
     run = reader(folder)
