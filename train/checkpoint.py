@@ -37,6 +37,7 @@ from train.parallel import ParallelModel
 from train.plot import Plots
 from train.rank_log import restore_log
 from train.run_dir import restore_output_dir
+from train.run_facts import add_roll_back
 from train.stability import LossScaler, SpikeGuard
 from util.errors import DivergedError, StorageError, UserError, closest, quote
 from util.ranks import Ranks
@@ -152,6 +153,8 @@ class Checkpointer:
             again = f"and rolling back to step {state['step']} ({config.max_rollbacks} times, --max_rollbacks)"
             raise DivergedError(f"diverged: {problem} in step {step}, {again} did not help; {advice}")
         self.metrics.roll_back(state["step"])
+        if self.ranks.is_main:
+            add_roll_back(self.output_dir, step, state["step"], problem)
         self.metrics.say(f"{problem} in step {step}: rolled back to step {state['step']}; the data since is skipped")
         return int(state["step"])
 

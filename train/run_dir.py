@@ -1,4 +1,4 @@
-"""The directory of a run: its lock, its status and config.yaml."""
+"""The directory of a run: its lock, its status and config.yaml. train/run_facts.py has run.json."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from train.run_facts import write_facts
 from util.errors import DISK_REFUSES, DivergedError, StorageError, UserError, refuse_broken_link, storage_error
 from util.files import fault_point, is_at, take_lock, write_atomically
 from util.ranks import Ranks
@@ -56,6 +57,7 @@ def restore_output_dir(output_dir: Path, config_yaml: str) -> bool:
     try:
         lock_output_dir(output_dir)
         write_config(output_dir, config_yaml)
+        write_facts(output_dir)
     except (UserError, OSError) as e:
         raise StorageError(f"{gone}, and cannot be restored: {e}") from e
     print(f"warning: {gone}; created again with config.yaml, metrics.jsonl and logs; a checkpoint follows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -119,6 +120,7 @@ def print_summary(config: Config, ranks: Ranks, first_step: int, step: int, skip
     if losses:
         also = f", {skipped} skipped" if skipped else ""
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps{also}")
+        print(f"report: python scripts/report.py {shlex.quote(config.output_dir)} (curves; takes several runs)")
     curve = Plots(config).draw()
     checkpoint = output_dir / "checkpoints" / f"step_{step:08d}"
     print(f"checkpoint: {checkpoint}" + (f", loss curve: {curve}" if curve else ""))

@@ -320,6 +320,7 @@ def test_a_deleted_output_dir_is_restored_at_the_next_save(trainer, metrics, inj
     out, err = process.communicate(timeout=60)
     warning = f"warning: --output_dir={output_dir} was deleted or moved while this run used it; created again"
     assert out.count(warning) == 1 and "Traceback" not in out
+    assert json.loads((output_dir / "run.json").read_text())["starts"][0]["ranks"] == 2
     steps = [r["step"] for r in metrics(output_dir)]
     assert steps == list(range(1, newest(output_dir) + 1)) and len(steps) > 80
     for rank in range(2):
