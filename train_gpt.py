@@ -193,17 +193,19 @@ def train_step(
     ranks: Ranks,
     end_of_text: int | None,
 ) -> StepResult:
-    """Makes one optimizer step.
+    """Makes one optimizer step. Returns its loss, gradient norm, learning rate, and why the update was skipped, or "".
 
     `idx` and `targets` (rows, sequence_length) are this rank's rows of the global batch. Targets that are IGNORE_INDEX
-    are not counted in the loss. `end_of_text` is the token before each document, for --doc_mask.
+    are not counted in the loss. `end_of_text` is the token before each document, or None without
+    --doc_mask.
     """
     # During training nothing but dropout draws from the global generator. Seeding it from seed, step and rank leaves no
     # random state to save.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
 
-    # Forward and backward, one micro-batch at a time. Each loss is a sum over tokens. Dividing it by the number of
-    # tokens in the global batch makes the gradient the same (without dropout) for any number of ranks and micro-steps.
+    # Forward and backward, one micro-batch at a time. Each loss is a sum over tokens, divided by the number of tokens in
+    # the global batch. After the all-reduce below, `unscale` replaces this by the number of counted tokens. So the
+    # gradient is the same (without dropout) for any number of ranks and micro-steps.
     loss_sum, counted = torch.zeros(2, device=idx.device)
     micro_batches = list(zip(idx.long().split(config.batch_size), targets.long().split(config.batch_size), strict=True))
     for i, (micro_idx, micro_targets) in enumerate(micro_batches):
@@ -219,7 +221,7 @@ def train_step(
 
     # One all-reduce of each rank's share: every rank gets the same numbers, and takes the same branch below.
     total, tokens, squared_norm = ranks.sum(loss_sum, counted, model.squared_grad_norm_share())
-    # Removes the loss scale from gradients, and divides them by the number of counted tokens instead of all tokens.
+    # Makes the gradient that of the mean over counted tokens, without the loss scale.
     unscale = config.total_batch_size / max(tokens, 1) / scaler.value
     mean_loss, grad_norm = total / tokens if tokens else math.nan, math.sqrt(squared_norm) * unscale
 
@@ -230,7 +232,7 @@ def train_step(
         skip_reason = guard.reason_to_skip(mean_loss, grad_norm, overflow_expected=scaler.value > 1)
         scaler.update(mean_loss, grad_norm)
     else:
-        skip_reason = "no counted tokens in the batch"
+        skip_reason, guard.skipped = "no counted tokens in the batch", guard.skipped + 1
     if not skip_reason:
         clip = min(1.0, config.grad_clip / (grad_norm + 1e-6)) if config.grad_clip else 1.0
         model.scale_gradients(clip * unscale)

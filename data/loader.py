@@ -233,7 +233,7 @@ def inputs_and_targets(data: Loader | MixedLoader, step: int, part: int, parts: 
     """
     rows, mask = data.batch(step, part, parts), data.mask(step, part, parts)
     targets = rows[:, 1:] if mask is None else rows[:, 1:].where(mask[:, 1:], IGNORE_INDEX)
-    return rows[:, :-1], targets
+    return rows[:, :-1].contiguous(), targets.contiguous()  # so that pinned memory is copied to the GPU asynchronously
 
 
 class Prefetcher:

@@ -74,5 +74,5 @@ def test_targets_that_are_not_counted_do_not_change_the_gradient(masked_step):
 def test_a_batch_without_counted_tokens_is_skipped_and_is_no_sign_of_divergence(masked_step, dtype):
     result, gradients, run = masked_step(TOKENS, torch.zeros_like(COUNTED), f"--dtype={dtype}")
     assert result.skip_reason == "no counted tokens in the batch" and result.loss != result.loss and not gradients
-    assert run.guard.skipped == run.guard.consecutive_skips == 0 and not run.guard.norms
+    assert run.guard.skipped == 1 and run.guard.consecutive_skips == 0 and not run.guard.norms
     assert run.scaler.good_steps == 0 and run.scaler.value in (1, 2**16)

@@ -72,7 +72,7 @@ def _has_wandb_key() -> bool:
 class StepResult(NamedTuple):
     """The outcome of one training step, the same on all ranks."""
 
-    loss: float  # mean over the tokens of the global batch, in nats
+    loss: float  # mean over the counted tokens of the global batch, in nats
     grad_norm: float  # before clipping
     lr: float
     skip_reason: str  # why the update was skipped, or ""
