@@ -196,15 +196,14 @@ def train_step(
     """Makes one optimizer step. Returns its loss, gradient norm, learning rate, and why the update was skipped, or "".
 
     `idx` and `targets` (rows, sequence_length) are this rank's rows of the global batch. Targets that are IGNORE_INDEX
-    are not counted in the loss. `end_of_text` is the token before each document, or None without
-    --doc_mask.
+    are not counted in the loss. `end_of_text` is the token before each document, or None without --doc_mask.
     """
     # During training nothing but dropout draws from the global generator. Seeding it from seed, step and rank leaves no
     # random state to save.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, ranks.rank]).generate_state(1)[0]))
 
-    # Forward and backward, one micro-batch at a time. Each loss is a sum over tokens, divided by the number of tokens in
-    # the global batch. After the all-reduce below, `unscale` replaces this by the number of counted tokens. So the
+    # Forward and backward, one micro-batch at a time. Each loss is a sum over tokens, divided by the number of tokens
+    # in the global batch. After the all-reduce below, `unscale` replaces this by the number of counted tokens. So the
     # gradient is the same (without dropout) for any number of ranks and micro-steps.
     loss_sum, counted = torch.zeros(2, device=idx.device)
     micro_batches = list(zip(idx.long().split(config.batch_size), targets.long().split(config.batch_size), strict=True))
