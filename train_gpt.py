@@ -68,7 +68,8 @@ def train(config: Config) -> int:
     train_data = open_train_data(config, inputs.tokenizer_fingerprint(config, tokenizer))
     config = inputs.count_iterations(config, train_data, ranks)  # from --num_epochs
     evaluator = evaluate.Evaluator(config, ranks, tokenizer)  # validation, HellaSwag, samples
-    pretrained = inputs.load_pretrained(config, ranks)  # None: random weights from --seed
+    # Without --init_from both are None, and the weights are random. Only LoRA has a base.
+    pretrained, base = inputs.load_pretrained(config, ranks)
 
     # --- output directory: one run at a time; each rank has a log; the watchdog finds ranks that hang ---------------
     ranks.on_main(lambda: run_dir.lock_output_dir(output_dir))
@@ -89,7 +90,7 @@ def train(config: Config) -> int:
 
     # --- resume ----------------------------------------------------------------------------------------------------
     checkpointer = checkpoint.Checkpointer(
-        config, ranks, model, optimizer, scaler, guard, metrics, train_data, tokenizer
+        config, ranks, model, optimizer, scaler, guard, metrics, train_data, tokenizer, base
     )
     step, last_record = checkpointer.resume()  # (0, {}) without a checkpoint
     ranks.on_main(lambda: run_dir.write_config(output_dir, to_yaml(config)))

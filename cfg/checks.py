@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from cfg.flags import LoraConfig
 from util.errors import UserError, quote
 
 if TYPE_CHECKING:
     from cfg.flags import Config, ModelConfig
 
 # Flags in which a leading ~ means the home directory.
-PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer", "hellaswag_data")
+PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer", "hellaswag_data", "lora_init")
 
 
 def check_model(c: ModelConfig) -> None:
@@ -61,6 +62,7 @@ def check_run(c: Config, world_size: int) -> None:
         raise UserError("--doc_mask=1 needs the end-of-text token; give the --tokenizer of the shards")
     if c.resize_embeddings and c.init_from == "scratch":
         raise UserError("--resize_embeddings=1 needs a pretrained model; give --init_from")
+    check_lora(c)
     if c.head_init == "zero" and c.tie_embeddings and c.init_from == "scratch":
         raise UserError("--head_init=zero: the head is the token embedding; add --tie_embeddings=0")
     if c.hellaswag_every and c.tokenizer == "none":
@@ -89,6 +91,73 @@ def check_run(c: Config, world_size: int) -> None:
             f" = {rows} × {c.sequence_length} × {world_size} = {micro};"
             f"{_smaller_batch(c, world_size)} nearest: {_multiples(c.total_batch_size, micro)}"
         )
+
+
+LORA_MODULES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the matrices of a block
+# Value of --lora_targets → modules.
+LORA_TARGETS = {
+    "all": LORA_MODULES,
+    "attn": LORA_MODULES[:2],
+    "mlp": LORA_MODULES[2:],
+    "c_attn": LORA_MODULES[:1],
+    "c_fc": LORA_MODULES[2:3],
+    **{name: (name,) for name in LORA_MODULES},
+}
+# Names of other libraries → the module that contains the matrix.
+PARTS_OF_MODULES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv_proj"), "c_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"), "c_fc"),
+    "o_proj": "attn.c_proj",
+    "down_proj": "mlp.c_proj",
+    "w2": "mlp.c_proj",
+}
+
+
+def parse_lora_targets(text: str) -> tuple[str, ...]:
+    """Returns the modules of a block that --lora_targets names, in the order of LORA_MODULES."""
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word in LORA_TARGETS:
+            continue
+        if module := PARTS_OF_MODULES.get(word):
+            hint = f"{word} is a part of {module}, which has one adapter; use {module}"
+        elif word == "c_proj":
+            hint = "give attn.c_proj or mlp.c_proj, or both"
+        else:
+            hint = "give all, or a comma-separated list of attn, mlp, c_attn, attn.c_proj, c_fc and mlp.c_proj"
+        raise UserError(f"--lora_targets={quote(text)}: {quote(word) or 'a name'} is not a matrix of a block; {hint}")
+    chosen = {module for word in words for module in LORA_TARGETS[word]}
+    return tuple(module for module in LORA_MODULES if module in chosen)
+
+
+def module_sizes(c: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns the number of inputs and outputs of each matrix of a block."""
+    heads, wide = c.n_head * c.head_size, (2 if c.mlp == "swiglu" else 1) * c.mlp_hidden
+    return {
+        "attn.c_attn": (c.n_embd, heads + 2 * c.n_kv_head * c.head_size),
+        "attn.c_proj": (heads, c.n_embd),
+        "mlp.c_fc": (c.n_embd, wide),
+        "mlp.c_proj": (c.mlp_hidden, c.n_embd),
+    }
+
+
+def check_lora(c: Config) -> None:
+    """Checks the flags of LoRA."""
+    if not c.lora_rank:
+        for name, field in LoraConfig.model_fields.items():
+            if (value := getattr(c, name)) != field.default:
+                shown = int(value) if isinstance(value, bool) else value
+                raise UserError(f"--{name}={quote(shown)}: has no effect without adapters; give --lora_rank")
+        return
+    if c.optimizer == "muon":
+        raise UserError("--optimizer=muon: does not train the adapters of --lora_rank; use --optimizer=adamw")
+    sizes = module_sizes(c)
+    for module in parse_lora_targets(c.lora_targets):
+        if c.lora_rank > (side := min(sizes[module])):
+            raise UserError(
+                f"--lora_rank={c.lora_rank}: {module} has a side of {side}, and a rank above it adds nothing;"
+                f" use at most {side}"
+            )
 
 
 def check_rates(optimizer: str, flags: Iterable[str]) -> None:

@@ -116,13 +116,31 @@ class InitConfig(Flags):
     init_from: str = Field(
         "scratch",
         min_length=1,
-        description="scratch; hf:FOLDER_OR_NAME, nanogpt:FILE, llmc:FILE, llama2c:FILE, or a run or checkpoint of"
-        " rawgpt: its weights and the flags of its model",
+        description="scratch; hf:FOLDER_OR_NAME, peft:FOLDER_OR_NAME (an adapter, merged), nanogpt:FILE, llmc:FILE,"
+        " llama2c:FILE, or a run or checkpoint of rawgpt: its weights and the flags of its model",
     )
     resize_embeddings: bool = Field(
         False,
         description="with --init_from: convert its embeddings to another --tokenizer",
     )
+
+
+class LoraConfig(Flags):
+    """LoRA: train small adapters and leave the pretrained weights as they are (docs/finetuning.md)"""
+
+    lora_rank: int = Field(0, ge=0, le=2**16, description="rank of the adapters; 0: no LoRA, all weights are trained")
+    lora_alpha: float = Field(32.0, gt=0, description="the adapters' output is multiplied by lora_alpha/lora_rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability on the input of the adapters")
+    lora_targets: str = Field(
+        "all",
+        description="matrices with an adapter: all, attn, mlp, or a comma-separated list of attn, mlp, c_attn,"
+        " attn.c_proj, c_fc, mlp.c_proj",
+    )
+    lora_embeddings: bool = Field(
+        False, description="also train token embedding, position table and untied head, for new special tokens"
+    )
+    lora_init: str = Field("", description="folder of a PEFT adapter from which the adapters start; empty: new ones")
+    base_dtype: Literal["float32", "bfloat16"] = Field("float32", description="LoRA: dtype of the frozen weights")
 
 
 class DataConfig(Flags):
@@ -327,6 +345,7 @@ class LogConfig(Flags):
 class Config(
     ModelConfig,
     InitConfig,
+    LoraConfig,
     DataConfig,
     BatchConfig,
     OptimizerConfig,

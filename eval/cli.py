@@ -9,7 +9,9 @@ from typing import Any
 
 from util.errors import CommandParser, UserError
 from util.files import write_atomically
-from util.launcher import launched_rank
+from util.launcher import launched_rank, launched_world_size
+
+TEMPERATURE, TOP_K = 0.8, 50  # the defaults of generation, and of the samples of a run
 
 
 def eval_parser(description: str | None, hf: bool = True) -> CommandParser:
@@ -50,6 +52,54 @@ def check(args: Any) -> None:
             raise UserError(f"--output={args.output} exists; choose another name or remove it") from None
         except OSError as e:
             raise UserError(f"--output={args.output} cannot be written: {e.strerror}") from e
+
+
+def add_sampling_flags(parser: CommandParser, max_new_tokens: int) -> None:
+    """Adds the flags for drawing tokens, the device and the dtype. `max_new_tokens` is a default."""
+    add = parser.add_argument
+    add("--max_new_tokens", type=int, default=max_new_tokens, help="default: %(default)s")
+    add(
+        "--temperature",
+        type=float,
+        default=TEMPERATURE,
+        help="0: always the most likely token (default: %(default)s, as for the samples of a run)",
+    )
+    add("--top_k", type=int, default=TOP_K, help="sample from the k most likely tokens; 0: all (default: %(default)s)")
+    add("--top_p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability; 1: all")
+    add("--stop", action="append", default=[], type=_stop_string, help="end before this string; may be repeated")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of matrix products")
+
+
+def _stop_string(text: str) -> str:
+    """Returns the --stop string if it is not empty."""
+    if not text:
+        raise UserError("--stop: an empty string would stop immediately; leave out the flag")
+    return text
+
+
+def add_template_flag(parser: CommandParser, where: str = "") -> None:
+    """Adds --chat_template. `where` begins its help."""
+    parser.add_argument(
+        "--chat_template",
+        default="",
+        metavar="TEMPLATE",
+        help=f"{where}chatml, llama3, tokenizer or a file (default: tokenizer, which is the model's own)",
+    )
+
+
+def check_sampling(args: Any, command: str) -> None:
+    """Checks the flags for drawing tokens, and that `command` runs in one process."""
+    if launched_world_size() > 1:
+        raise UserError(f"{command} runs in one process; start it with python instead of torchrun")
+    for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0), ("seed", 0)):
+        if (value := getattr(args, name, least)) < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(f"--temperature={args.temperature} must be a number of at least 0")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p={args.top_p} must be above 0 and at most 1, which keeps all tokens")
 
 
 def write_results(path: Path | None, results: dict[str, Any], summary: str) -> None:

@@ -11,46 +11,16 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval import cli
+from eval.prompts import questions, read_prompt_file, utf8
 from util.command import parse_first
-from util.errors import CommandParser, UserError, run_command, user_errors
-from util.launcher import launched_world_size
-from util.values import user_path
+from util.errors import CommandParser, UserError, run_command
 
 HOLE = "<FILL_ME>"
-TEMPERATURE, TOP_K = 0.8, 50  # the defaults here and for the samples of a run
 TOP_P_CANDIDATES = 1024  # the number of most likely tokens that top_p looks at first
 
 
 # --- flags ----------------------------------------------------------------------------------------
-
-
-def read_prompt_file(name: str) -> str:
-    """Reads a UTF-8 file; "-" is stdin."""
-    with user_errors(f"--prompt_file={name}"):
-        content = sys.stdin.buffer.read() if name == "-" else user_path(name).read_bytes()
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as e:
-        raise UserError(f"--prompt_file={name}: not UTF-8 at byte {e.start}; convert it first") from e
-    if not text:
-        raise UserError(f"--prompt_file={name}: empty file; leave out the flag to start a new document")
-    return text
-
-
-def check_prompt(text: str) -> str:
-    """Returns the --prompt if it is valid UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:  # Python represents invalid bytes of the command line as surrogates
-        raise UserError("--prompt: not UTF-8; convert it first") from e
-    return text
-
-
-def check_stop(text: str) -> str:
-    """Returns the --stop string if it is not empty."""
-    if not text:
-        raise UserError("--stop: an empty string would stop immediately; leave out the flag")
-    return text
 
 
 def parser() -> CommandParser:
@@ -63,7 +33,7 @@ def parser() -> CommandParser:
         "--prompt",
         dest="prompts",
         action="append",
-        type=check_prompt,
+        type=utf8("--prompt"),
         metavar="TEXT",
         help="text to continue; empty: start a new document",
     )
@@ -75,51 +45,42 @@ def parser() -> CommandParser:
         metavar="FILE",
         help="a file that contains one prompt; - is stdin. Repeat both flags for a batch of prompts",
     )
+    add(
+        "--chat",
+        action="store_true",
+        help="each prompt is a question; generate the reply. Each line of a .jsonl prompt file is a conversation",
+    )
+    cli.add_template_flag(parser, "with --chat: ")
+    add("--system", default="", type=utf8("--system"), metavar="TEXT", help="with --chat: a system message")
     add("--infill", action="store_true", help=f"fill in the {HOLE} in each prompt (models trained with --fim_rate)")
     add(
         "--bos",
         type=int,
         choices=[0, 1],
         help="1: put the token that documents start with before each prompt; 0: no token (default: the tokens that the"
-        " tokenizer adds; GPT-2's adds none)",
+        " tokenizer adds; GPT-2's adds none; with --chat: those of training)",
     )
     add(
         "--special_tokens",
         type=int,
         choices=[0, 1],
-        default=1,
         help="1: <|endoftext|> and other special tokens in a prompt are tokens; 0: they are text (default: 1)",
     )
     add("--num_samples", type=int, default=1, help="continuations of each prompt")
-    add("--max_new_tokens", type=int, default=100)
-    add(
-        "--temperature",
-        type=float,
-        default=TEMPERATURE,
-        help="0: always the most likely token (default: %(default)s, as for the samples of a run)",
-    )
-    add("--top_k", type=int, default=TOP_K, help="sample from the k most likely tokens; 0: all (default: %(default)s)")
-    add("--top_p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability; 1: all")
-    add("--stop", action="append", default=[], type=check_stop, help="end before this string; may be repeated")
+    cli.add_sampling_flags(parser, max_new_tokens=100)
     add("--ignore_eot", action="store_true", help="continue after the end-of-text token")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of matrix products")
     return parser
 
 
 def read_flags() -> argparse.Namespace:
     """Parses and checks the command line, and reads the prompt files."""
     args = parser().parse_args()
-    if launched_world_size() > 1:
-        raise UserError("eval/generate.py runs in one process; start it with python instead of torchrun")
+    cli.check_sampling(args, "eval/generate.py")
+    if args.chat:
+        check_chat(args)
+    elif args.chat_template or args.system:
+        raise UserError("--chat_template and --system are for conversations; add --chat")
     args.prompts = args.prompts or [""]
-    if args.max_new_tokens < 1 or args.num_samples < 1 or args.top_k < 0 or not 0 <= args.temperature < float("inf"):
-        raise UserError("--max_new_tokens and --num_samples must be at least 1, --temperature and --top_k at least 0")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top_p={args.top_p} must be above 0 and at most 1, which keeps all tokens")
-    if args.seed < 0:
-        raise UserError(f"--seed={args.seed} must be at least 0")
     if args.infill and args.bos is not None:
         raise UserError(f"--bos={args.bos}: with --infill a prompt always starts a document; leave out --bos")
     if args.infill and args.ignore_eot:
@@ -128,6 +89,16 @@ def read_flags() -> argparse.Namespace:
         if prompt.count(HOLE) != 1:
             raise UserError(f"--infill needs one {HOLE} in each prompt; {prompt[:40]!r} has {prompt.count(HOLE)}")
     return args
+
+
+def check_chat(args: argparse.Namespace) -> None:
+    """Checks the flags of --chat."""
+    if args.infill:
+        raise UserError("--infill: cannot be combined with --chat; leave out one of the two")
+    if args.special_tokens:
+        raise UserError("--special_tokens=1: messages are always text; leave it out with --chat")
+    if not args.prompts:
+        raise UserError("--chat needs a question; give one with --prompt or --prompt_file")
 
 
 # Before torch is imported, so that --help and typos are answered at once.
@@ -139,6 +110,7 @@ from torch import Tensor
 
 from data.tokenizers.fim import infill_prompt
 from data.tokenizers.tokenizer import Tokenizer
+from eval.chat_format import ChatFormat, chat_format
 from eval.encoding import encode_prompt
 from eval.model import load_model_tokenizer
 from eval.text_stream import TextStream
@@ -312,7 +284,7 @@ def make_rows(args: argparse.Namespace, tokenizer: Tokenizer, n_positions: int) 
             begin, ids = tokenizer.bos_tokens, infill_prompt(before, after, tokenizer)
         else:
             bos = None if args.bos is None else bool(args.bos)
-            begin, ids = encode_prompt(tokenizer, text, bos, bool(args.special_tokens))
+            begin, ids = encode_prompt(tokenizer, text, bos, args.special_tokens != 0)
         prompts.append([*begin, *ids])
         if args.infill and len(prompts[-1]) + args.max_new_tokens > n_positions:
             raise UserError(
@@ -320,9 +292,27 @@ def make_rows(args: argparse.Namespace, tokenizer: Tokenizer, n_positions: int) 
                 f" the model's context of {n_positions}; shorten one of the two"
             )
         for _ in range(args.num_samples):
-            end = None if args.ignore_eot else tokenizer.end_of_text
-            stream = TextStream(tokenizer, args.stop, end, at_start=args.infill or not ids)
+            ends = [] if args.ignore_eot else [tokenizer.end_of_text]
+            stream = TextStream(tokenizer, args.stop, ends, at_start=args.infill or not ids)
             rows.append(Row(before if args.infill else tokenizer.decode(ids), after, stream))
+    return prompts, rows
+
+
+def make_chat_rows(args: argparse.Namespace, chat: ChatFormat, n_positions: int) -> tuple[list[list[int]], list[Row]]:
+    """Returns the ids of each conversation up to the reply, and the rows of all replies."""
+    prompts, rows = [], []
+    for place, messages in questions(args.prompts, args.system):
+        try:
+            ids = chat.encode(messages)
+        except ValueError as e:
+            raise UserError(f"{place}{e}") from e
+        if len(ids) >= n_positions:
+            raise UserError(
+                f"{place}: the conversation has {len(ids):,} tokens, but the model's context has {n_positions:,};"
+                " shorten it"
+            )
+        prompts.append(ids)
+        rows += [Row("", "", chat.stream(ids, args.stop, args.ignore_eot)) for _ in range(args.num_samples)]
     return prompts, rows
 
 
@@ -352,7 +342,11 @@ def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     model, flags, found = load_model(args.checkpoint, device)
     tokenizer = load_model_tokenizer(args.tokenizer, found, flags)
-    prompts, rows = make_rows(args, tokenizer, model.config.n_positions)
+    if args.chat:
+        chat = chat_format(args.chat_template, args.bos, tokenizer, flags, found)
+        prompts, rows = make_chat_rows(args, chat, model.config.n_positions)
+    else:
+        prompts, rows = make_rows(args, tokenizer, model.config.n_positions)
     sampling, dtype = Sampling(args.temperature, args.top_k, args.top_p), getattr(torch, args.dtype)
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

@@ -220,7 +220,7 @@ def answer(model: EvalModel, prompts: list[list[int]], settings: GenerationSetti
     end = tokenizer.end_of_text
     names = {i: name for name, i in tokenizer.special.items()}
     stop = [*settings.stop, names[end]] if end in names else settings.stop
-    streams = [TextStream(tokenizer, stop, end, at_start=True) for _ in prompts]
+    streams = [TextStream(tokenizer, stop, [end], at_start=True) for _ in prompts]
     texts = [""] * len(prompts)
     for tokens in generate(gpt, prompts, settings.max_new_tokens, settings.sampling, seed):
         for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):

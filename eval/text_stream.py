@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from data.tokenizers.tokenizer import Tokenizer
 
@@ -12,18 +12,18 @@ class TextStream:
     """A decoder that returns text as soon as it is final.
 
     It holds back the bytes of an incomplete character, and text that may be the start of a stop string. The text ends
-    before the token `end` (None: no such token), or before the stop string that is completed first. If several are
-    completed by one token, it ends before the longest. All pieces joined equal `Tokenizer.decode` of all tokens, cut at
-    that point. `at_start` removes the space that SentencePiece inserts before a text.
+    before the first of the tokens `ends`, or before the stop string that is completed first. If several are completed
+    by one token, it ends before the longest. All pieces joined equal `Tokenizer.decode` of all tokens, cut at that
+    point. `at_start` removes the space that SentencePiece inserts before a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], end: int | None, at_start: bool):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], ends: Collection[int], at_start: bool):
         if "" in stop:
             raise ValueError("an empty stop string matches everywhere")
         self.ended = False
         self._ordinary = tokenizer.token_bytes
         self._special = {i: name.encode() for name, i in tokenizer.special.items()}
-        self._stop, self._end = stop, end
+        self._stop, self._ends = stop, ends
         self._starts = [text[:n] for text in stop for n in range(1, len(text))]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -33,7 +33,7 @@ class TextStream:
         """Adds a token. Returns the text that is final now, "" after the end."""
         if self.ended:
             return ""
-        if token == self._end:
+        if token in self._ends:
             return self.finish()
         content = self._special.get(token, self._ordinary.get(token))
         if content is None:  # not an id of the tokenizer

@@ -18,7 +18,14 @@ from cfg.flags import ModelConfig
 from model.attention import CausalSelfAttention, Mask, Rotary, UpdateCache, document_mask
 from model.kv_cache import KVCache
 from model.layers import MLP, make_norm, rotary_table
-from model.loss import IGNORE_INDEX, ChunkLoss, chunk_loss_and_grad, linear_cross_entropy, token_losses
+from model.lora import adapter_value, is_adapter
+from model.loss import (
+    IGNORE_INDEX,
+    ChunkLoss,
+    chunk_loss_and_grad,
+    linear_cross_entropy,
+    token_losses,
+)
 
 VOCABULARY = ("wte.weight", "lm_head.weight")  # the parameters that have a row for each token
 INIT_STD = 0.02  # GPT-2's
@@ -34,23 +41,28 @@ ATTENTION = {
 }
 
 
-def save_products_and_attention() -> Any:
-    """Returns contexts for `checkpoint` that save matrix products and attention (Korthikanti et al. 2022)."""
-    return create_selective_checkpoint_contexts(_policy(PRODUCTS | ATTENTION))
+def save_products_and_attention(rank: int = 0) -> Any:
+    """Returns contexts for `checkpoint` that save matrix products and attention (Korthikanti et al. 2022).
+
+    The outputs of LoRA adapters of this `rank` (0: none) are as large as those of the matrices, but cost little to
+    recompute.
+    """
+    return create_selective_checkpoint_contexts(_policy(PRODUCTS | ATTENTION, rank))
 
 
-def save_products() -> Any:
+def save_products(rank: int = 0) -> Any:
     """Returns contexts for `checkpoint` that save matrix products only, for training with dropout.
 
     Attention draws dropout inside its kernel. If its output were saved and not recomputed, the RNG would not advance,
     and later dropouts would differ between forward and recompute.
     """
-    return create_selective_checkpoint_contexts(_policy(PRODUCTS))
+    return create_selective_checkpoint_contexts(_policy(PRODUCTS, rank))
 
 
-def _policy(saved: set[Any]) -> Callable[..., CheckpointPolicy]:
+def _policy(saved: set[Any], rank: int) -> Callable[..., CheckpointPolicy]:
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+        adapter = rank and op is torch.ops.aten.mm.default and args[1].shape[0] == rank  # low (N, rank) times Bᵀ
+        return CheckpointPolicy.MUST_SAVE if op in saved and not adapter else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
 
@@ -69,6 +81,7 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
         self.activation_checkpointing = "none"
+        self.lora_rank = 0
 
     def forward(
         self, x: Tensor, rotary: Rotary | None, mask: Mask | None = None, update_cache: UpdateCache | None = None
@@ -77,7 +90,9 @@ class Block(nn.Module):
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.residual(x, rotary, mask, update_cache)
         contexts = save_products if self.attn.dropout else save_products_and_attention
-        options = {"context_fn": contexts} if self.activation_checkpointing == "selective" else {}
+        options = (
+            {"context_fn": partial(contexts, self.lora_rank)} if self.activation_checkpointing == "selective" else {}
+        )
         return checkpoint(self.residual, x, rotary, mask, use_reentrant=False, **options)
 
     def residual(
@@ -219,29 +234,45 @@ class GPT(nn.Module):
         x = self.hidden(idx, positions, mask, cache)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last]
+        head = self.head_weight
+        if not torch.is_autocast_enabled(x.device.type):
+            head = head.to(x.dtype)  # a head that is frozen may be in bfloat16
         # The padding is sliced off after the product, so that the matrix keeps its aligned shape.
-        logits = nn.functional.linear(x, self.head_weight)[..., : self.config.vocab_size]
+        logits = nn.functional.linear(x, head)[..., : self.config.vocab_size]
         if c := self.config.logit_softcap:
             logits = c * torch.tanh(logits / c)
         return logits
 
-    def num_params(self) -> int:
-        """Returns the number of parameters: tied weights once, without vocabulary padding (GPT-2 124M: 124,439,808)."""
-        padding = (self.wte.num_embeddings - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding * (1 if self.lm_head is None else 2)
+    def sizes(self) -> dict[str, int]:
+        """Returns the number of elements of each parameter, without vocabulary padding."""
+        padded = self.wte.num_embeddings
+        return {
+            name: p.numel() // padded * self.config.vocab_size if name in VOCABULARY else p.numel()
+            for name, p in self.named_parameters()
+        }
+
+    def num_params(self, trained: bool = False) -> int:
+        """Returns the number of parameters: tied weights once, without vocabulary padding (GPT-2 124M: 124,439,808).
+
+        With `trained`, of those that are not frozen.
+        """
+        sizes = self.sizes()
+        return sum(sizes[name] for name, p in self.named_parameters() if p.requires_grad or not trained)
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Returns the training FLOPs (forward and backward) per token: 6·N + 12·L·H·Q·T.
+        """Returns the training FLOPs (forward and backward) per token: 6·N + 4·F + 12·L·H·Q·T.
 
-        PaLM (Chowdhery et al. 2022), appendix B. N counts the parameters that are multiplied: not the embedding and
-        position look-ups, but the output head even when tied. L layers, H heads of size Q, T attended positions (at
-        most a sliding window), without halving for the causal mask. Recomputation does not count.
+        PaLM (Chowdhery et al. 2022), appendix B. N counts the trained parameters that are multiplied: not the embedding
+        and position look-ups, but the output head even when tied. F counts the frozen ones, for which no gradient is
+        computed. L layers, H heads of size Q, T attended positions (at most a sliding window), without halving for the
+        causal mask. Recomputation does not count.
         """
-        c = self.config
-        lookups = c.n_embd * (c.n_positions if self.wpe is not None else 0)
-        lookups += c.n_embd * c.vocab_size * (0 if self.lm_head is None else 1)
+        c, sizes = self.config, self.sizes()
+        lookups = ("wpe.weight",) if self.lm_head is None else ("wpe.weight", "wte.weight")
+        flops = {name: (6 if p.requires_grad else 4) * sizes[name] for name, p in self.named_parameters()}
         seen = min(sequence_length, c.sliding_window or sequence_length)
-        return 6 * (self.num_params() - lookups) + 12 * c.n_layer * c.n_head * c.head_size * seen
+        products = sum(n for name, n in flops.items() if name not in lookups)
+        return products + 12 * c.n_layer * c.n_head * c.head_size * seen
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -255,8 +286,11 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
     It depends on seed, name and shape only: each parameter has its own generator, so ranks, sharding and the order of
     construction do not change it. The distribution is GPT-2's: N(0, 0.02²) for weights, scaled by 1/√(2·n_layer) at
-    the end of a residual branch; biases 0; norms 1. --embedding_std, --head_init and --zero_init change it.
+    the end of a residual branch; biases 0; norms 1. --embedding_std, --head_init and --zero_init change it. LoRA
+    adapters: see `adapter_value`.
     """
+    if is_adapter(name):
+        return adapter_value(name, shape, seed)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

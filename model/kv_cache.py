@@ -51,6 +51,21 @@ class KVCache:
         keys, values = self._layers[layer]
         return keys[:, :, : self.used], values[:, :, : self.used]
 
+    def truncate(self, used: int) -> None:
+        """Forgets the tokens from position `used` on. All rows must be at least that long."""
+        self.used = used
+
+    def reserve(self, length: int) -> None:
+        """Makes space for at least `length` tokens per row, and keeps what is stored."""
+        if length <= self.length:
+            return
+        for layer, stored in self._layers.items():
+            k, v = (t.new_zeros(*t.shape[:2], length, t.size(3)) for t in stored)
+            for new, old in zip((k, v), stored, strict=True):
+                new[:, :, : old.size(2)] = old
+            self._layers[layer] = k, v
+        self.length = length
+
     def repeat(self, times: int) -> None:
         """Repeats every row `times` times, so that a prompt is processed once for all its continuations."""
         for layer, (k, v) in self._layers.items():

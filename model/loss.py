@@ -218,7 +218,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # a sum over chunks, so not in 16 bits
+        # The sum over chunks is not in 16 bits. A frozen head has no gradient.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         chunks = zip(*(t.split(chunk_rows) for t in (hidden, targets, grad_hidden)), strict=True)
         for x, t, grad_x in chunks:
             chunk_loss, grad_logits = chunk_loss_fn(x @ w.t(), t, vocab_size, softcap)
@@ -226,7 +227,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = (t != IGNORE_INDEX)[:, None]
             torch.mm(grad_logits, w, out=grad_x)
             grad_x *= valid
-            add_product(grad_weight, grad_logits.t(), x * valid)
+            if grad_weight is not None:
+                add_product(grad_weight, grad_logits.t(), x * valid)
             del grad_logits  # frees it before the next chunk's logits are made
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -238,5 +240,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("backward was already called for this loss; compute the loss again")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
         return grad_hidden.mul_(grad_output), grad_weight, None, None, None, None, None

@@ -1,11 +1,12 @@
 """Export of a checkpoint to another format: `python scripts/export.py --checkpoint RUN --to hf --output FOLDER`.
 
 hf            a Hugging Face folder: config.json, model.safetensors, the tokenizer, a model card
+peft          of a LoRA run: the adapter in PEFT's format, with the tokenizer and a model card
 llmc          llm.c's model file
 consolidated  a rawgpt checkpoint without the optimizer, its weights in one file; evaluation can load it
 
---checkpoint may also name a model in another format (hf:, nanogpt:, llmc:, llama2c:FILE), which is converted. The
-export needs memory for one file of the output at a time.
+--checkpoint may also name a model in another format (hf:, peft:FOLDER, nanogpt:, llmc:, llama2c:FILE), which is
+converted. The export needs memory for one file of the output at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if __name__ == "__main__":
 from util.command import parse_first
 from util.errors import CommandParser, UserError, refuse_broken_link, run_command
 
-NAMES = {"hf": "a folder", "llmc": "a file", "consolidated": "a folder"}
+NAMES = {"hf": "a folder", "peft": "a folder", "llmc": "a file", "consolidated": "a folder"}
 
 
 def parser() -> CommandParser:
@@ -32,9 +33,10 @@ def parser() -> CommandParser:
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         default="float32",
-        help="for hf and llmc (default: float32)",
+        help="for hf, peft and llmc (default: float32)",
     )
-    add("--tokenizer", default="", help="name, or path of a tokenizer.json, for hf (default: the model's own)")
+    add("--tokenizer", default="", help="name, or path of a tokenizer.json, for hf and peft (default: the model's own)")
+    add("--base", default="", help="for peft: folder or hub name of the base model (default: hf:NAME of --init_from)")
     add("--max_file_gb", type=float, default=5.0, help="for hf: the largest size of a file in 10^9 bytes")
     return parser
 
@@ -57,21 +59,34 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cfg.config import ModelConfig, model_config
+from cfg.flags import LoraConfig
 from data.tokenizers.export import tokenizer_files
 from data.tokenizers.tokenizer import Tokenizer
 from eval.model import load_model_tokenizer
-from model.formats.checkpoint import MANIFEST, load_tensors, read_manifest, tensor_shapes, with_sha256
+from model.formats.base import base_in_state
+from model.formats.checkpoint import (
+    MANIFEST,
+    STATE,
+    load_tensors,
+    read_manifest,
+    read_state,
+    tensor_shapes,
+    with_sha256,
+)
 from model.formats.hf import write_config
 from model.formats.hf_tensors import INDEX, SINGLE, is_nanochat, split_for_export
 from model.formats.llmc import write_file
+from model.formats.peft import write_adapter
 from model.formats.pretrained import (
     PretrainedModel,
     checkpoint_reader,
+    initial_values,
     newest_checkpoint,
     open_pretrained,
     open_weights,
+    split_name,
 )
-from model.gpt import parameter_shapes
+from model.gpt import GPT, VOCABULARY, parameter_shapes
 from scripts.model_card import model_card
 from util.files import file_sha256, flush_to_disk
 
@@ -97,14 +112,25 @@ def open_source(name: str) -> Source:
 
 
 def consolidate(source: Source, folder: Path) -> None:
-    """Writes a checkpoint without optimizer, its weights in one file, to the empty `folder`."""
+    """Writes a checkpoint without optimizer, its weights in one file, to the empty `folder`.
+
+    LoRA adapters are merged, so the checkpoint needs no base.
+    """
     checkpoint = source.path
     manifest = read_manifest(checkpoint)
     for name in manifest["files"]:
         if "/" not in name:  # not weights: the state and the tokenizer
             shutil.copy(checkpoint / name, folder / name)
-    tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint, "model").items()}
-    load_tensors(checkpoint, "model", tensors)
+    if manifest["config"].get("lora_rank"):
+        manifest["config"] = {k: v for k, v in manifest["config"].items() if k not in LoraConfig.model_fields}
+        write_json(folder / STATE, {k: v for k, v in read_state(checkpoint).items() if k != "base"})
+        value = initial_values(source.read, source.config)
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(source.config).named_parameters()}
+        tensors = {name: value(name, shape).float() for name, shape in shapes.items()}
+    else:
+        tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint, "model").items()}
+        load_tensors(checkpoint, "model", tensors)
     (folder / "model").mkdir()
     save_file(tensors, folder / "model" / SINGLE, metadata={"format": "pt"})
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -125,11 +151,9 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     A model for which transformers has no class is a user error.
     """
     model = write_config(source.config.model_dump())
-    tokenizer = open_tokenizer(source, tokenizer_name)
+    tokenizer = write_tokenizer(source, folder, tokenizer_name)
     ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer:
-        for name, content in tokenizer_files(tokenizer, source.config.n_positions).items():
-            (folder / name).write_bytes(content)
         ids = {"bos_token_id": tokenizer.bos_tokens[0], "eos_token_id": tokenizer.end_of_text}
     kind = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**model, **ids, "torch_dtype": kind})
@@ -137,6 +161,74 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     write_weights(source, folder, dtype, limit)
     count = sum(map(prod, parameter_shapes(source.config).values()))
     card = model_card(source.path, source.pretrained, source.config, kind, count)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_tokenizer(source: Source, folder: Path, name: str) -> Tokenizer | None:
+    """Writes the files of the tokenizer `name`, or of the model's own, if it is known. Returns it."""
+    tokenizer = open_tokenizer(source, name)
+    if tokenizer:
+        for file, content in tokenizer_files(tokenizer, source.config.n_positions).items():
+            (folder / file).write_bytes(content)
+    return tokenizer
+
+
+def open_adapter(name: str) -> Source:
+    """Opens the LoRA run that --checkpoint names. `read` returns trained parameters only."""
+    pretrained = open_pretrained(name, "checkpoint")
+    if pretrained.kind or not pretrained.flags.get("lora_rank"):
+        raise UserError(f"--to=peft: --checkpoint={name} is no LoRA run, so it has no adapter; use --to=hf")
+    found, config = newest_checkpoint(pretrained.path), model_config(pretrained.flags, name)
+    shapes = tensor_shapes(found, "model")
+
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(shapes[name])
+        load_tensors(found, "model", {name: tensor}, subset=True)
+        return tensor[: config.vocab_size] if name in VOCABULARY else tensor
+
+    return Source(pretrained, found, config, read)
+
+
+def base_of_adapter(source: Source, wanted: str) -> tuple[str, str]:
+    """Returns the folder or hub name of the base model of a LoRA run, and its revision.
+
+    It is --base, if given. It must be in Hugging Face's format, and compute what the run's base computes.
+    """
+    recorded = base_in_state(read_state(source.path), source.path).init_from
+    kind, name = split_name(recorded)
+    if kind != "hf" and not wanted:
+        raise UserError(
+            f"--to=peft: the base model {recorded} is not in Hugging Face's format; export it with"
+            f" --checkpoint={recorded} --to=hf, and name that folder with --base"
+        )
+    base = open_pretrained(f"hf:{wanted or name}", "base")
+    ours, theirs = write_config(source.config.model_dump()), write_config({"dropout": 0.0} | base.flags)
+    for key in ours:
+        if key in ("vocab_size", "max_position_embeddings") or "drop" in key or ours[key] == theirs.get(key):
+            continue
+        raise UserError(
+            f"--base={wanted or name}: has {key}={theirs.get(key)}, but the model of the run {ours[key]}; name the base"
+            " of the run, or use --to=hf if the run has changed it"
+        )
+    size = source.config.vocab_size
+    if size != base.flags["vocab_size"]:
+        print(f"the base model has {base.flags['vocab_size']} tokens, the adapter {size}: load both with PEFT's")
+        print(f"AutoPeftModelForCausalLM, or call resize_token_embeddings({size}) of the base model first")
+    name, _, revision = base.hub.partition("@")
+    return name or str(base.path.absolute()), revision
+
+
+def export_peft(source: Source, folder: Path, dtype: torch.dtype, wanted_base: str, tokenizer_name: str) -> None:
+    """Writes the adapter of a LoRA run in PEFT's format to the empty `folder`."""
+    base, revision = base_of_adapter(source, wanted_base)
+    write_tokenizer(source, folder, tokenizer_name)
+    flags = source.pretrained.flags
+    tensors = {name: source.read(name) for name in tensor_shapes(source.path, "model")}
+    alpha, dropout = flags["lora_alpha"], flags["lora_dropout"]
+    write_adapter(folder, source.config, tensors, alpha, base, revision, dropout, dtype)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    kind = str(dtype).removeprefix("torch.")
+    card = model_card(source.path, source.pretrained, source.config, kind, count, base)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -215,7 +307,9 @@ def main(args: Namespace) -> None:
         raise UserError(f"--output={output} exists; choose another name")
     if not args.max_file_gb > 0:
         raise UserError(f"--max_file_gb={args.max_file_gb} must be above 0")
-    source = open_source(args.checkpoint)
+    if args.base and args.to != "peft":
+        raise UserError(f"--base={args.base}: has no effect with --to={args.to}; it is for --to=peft")
+    source = open_adapter(args.checkpoint) if args.to == "peft" else open_source(args.checkpoint)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -231,6 +325,8 @@ def main(args: Namespace) -> None:
     elif args.to == "hf":
         limit = args.max_file_gb * 1e9
         write_folder(output, lambda folder: export_hf(source, folder, dtype, limit, args.tokenizer))
+    elif args.to == "peft":
+        write_folder(output, lambda folder: export_peft(source, folder, dtype, args.base, args.tokenizer))
     else:
         write_file(output, source.config, source.read, dtype)
     files = [p for p in output.rglob("*") if p.is_file()] if output.is_dir() else [output]

@@ -15,6 +15,7 @@ from train.metrics import read_records
 TRAINING = """init_from input_train_bin tokenizer sequence_length total_batch_size num_iterations optimizer
     learning_rate schedule warmup_iters learning_rate_decay_frac weight_decay beta1 beta2 grad_clip dropout dtype
     zero_stage doc_mask seed""".split()
+LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_embeddings", "base_dtype"]
 MEASURED = {
     "loss": "training loss (nats per token)",
     "val_loss": "validation loss (nats per token)",
@@ -24,12 +25,18 @@ MEASURED = {
 }
 
 
-def model_card(path: Path, pretrained: PretrainedModel, config: ModelConfig, dtype: str, parameters: int) -> str:
+def model_card(
+    path: Path, pretrained: PretrainedModel, config: ModelConfig, dtype: str, parameters: int, base: str = ""
+) -> str:
     """Returns the model card in Markdown.
 
-    A rawgpt checkpoint describes its training. Of a model in another format only the architecture is known.
+    A rawgpt checkpoint describes its training. Of a model in another format only the architecture is known. `base` is
+    the base model if the export is an adapter in PEFT's format.
     """
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- rawgpt", "---", ""]
+    library = ["library_name: " + ("peft" if base else "transformers")]
+    library += [f"base_model: {base}"] if base and not base.startswith("/") else []  # a path is private
+    tags = ["tags:", "- rawgpt", *(["- lora"] if base else [])]
+    lines = ["---", *library, "pipeline_tag: text-generation", *tags, "---", ""]
     lines += [f"# {path.resolve().name if pretrained.kind else run_name(path)}", ""]
     if pretrained.kind:
         lines += [
@@ -37,11 +44,15 @@ def model_card(path: Path, pretrained: PretrainedModel, config: ModelConfig, dty
             "",
         ]
     else:
-        lines += training_section(path, parameters, dtype)
-    lines += ["## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
-    lines += ['model = AutoModelForCausalLM.from_pretrained("FOLDER")', "```", ""]
-    lines += ["This folder can be trained on with `train_gpt.py --init_from=hf:FOLDER`.", ""]
+        what = "An adapter (LoRA)" if base else "A language model"
+        lines += training_section(path, f"{what} of {parameters:,} parameters in {dtype}")
+    model_class, package = ("AutoPeftModelForCausalLM", "peft") if base else ("AutoModelForCausalLM", "transformers")
+    imports = [f"from {package} import {model_class}", "from transformers import AutoTokenizer"] if base else []
+    imports = imports or ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    lines += ["## Use", "", "```python", *imports, "", 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
+    lines += [f'model = {model_class}.from_pretrained("FOLDER")', "```", ""]
+    kind = "peft" if base else "hf"
+    lines += [f"This folder can be trained on with `train_gpt.py --init_from={kind}:FOLDER`.", ""]
     lines += ["## Architecture", "", *table({k: v for k, v in architecture(config).items() if v not in ("", 0, False)})]
     return "\n".join(lines)
 
@@ -52,9 +63,10 @@ def run_name(checkpoint: Path) -> str:
     return folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
 
 
-def training_section(path: Path, parameters: int, dtype: str) -> list[str]:
-    """Returns the lines about training and results, from the checkpoint and the log of its run."""
+def training_section(path: Path, what: str) -> list[str]:
+    """Returns the lines about training and results of `what`, from the checkpoint and the log of its run."""
     flags = read_manifest(path)["config"]
+    shown = TRAINING + (LORA if flags.get("lora_rank") else [])
     record = read_state(path)["record"]
     metrics = path.resolve().parent.parent / "metrics.jsonl"
     if step_of(path) >= 0:
@@ -65,10 +77,10 @@ def training_section(path: Path, parameters: int, dtype: str) -> list[str]:
         found = {f"{k}, {limit} examples" if k.startswith("HellaSwag") else k: v for k, v in found.items()}
     if record.get("val_loss") is not None:
         found["validation perplexity"] = f"{exp(record['val_loss']):.2f}"
+    shown = TRAINING + (LORA if flags.get("lora_rank") else [])
     step, tokens = record.get("step", 0), record.get("tokens", 0)
     return [
-        f"A language model of {parameters:,} parameters in {dtype}, trained with rawgpt for {step:,} steps on"
-        f" {tokens:,} tokens.",
+        f"{what}, trained with rawgpt for {step:,} steps on {tokens:,} tokens.",
         "",
         "## Measured",
         "",
@@ -76,7 +88,7 @@ def training_section(path: Path, parameters: int, dtype: str) -> list[str]:
         "",
         "## Training",
         "",
-        *table({name: without_directory(flags[name]) for name in TRAINING if name in flags}),
+        *table({name: without_directory(flags[name]) for name in shown if name in flags}),
         "",
     ]
 

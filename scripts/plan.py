@@ -251,6 +251,8 @@ def recommendation(best: Setting, base: Config, flags: list[str], args: argparse
         notes.append("the optimizer runs on the CPU, which is slow")
     if args.gpus > args.gpus_per_node:
         notes.append("run it on every node; HOST is the first node; scripts/launch/ has scripts for SLURM and restarts")
+    if c.lora_rank and c.init_from == "scratch":
+        notes.append("add --init_from: adapters need a pretrained model")
     if c.dtype != base.dtype:
         notes.append(f"{args.gpu} has no bfloat16")
     if (args.gpu.split()[0] in OLD_GPUS or c.dtype == "float32") and c.n_kv_head != c.n_head:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from cfg.config import Config, load_config
 from data import fineweb_edu
@@ -30,8 +31,11 @@ from data.prepare.sources import documents, plan
 from data.shards import HEADER_BYTES, write_shard
 from eval.lambada import read_lambada
 from model.formats.checkpoint import find_checkpoint, find_damage, read_state, with_sha256
-from model.formats.pretrained import open_pretrained
-from model.gpt import GPT, init_weights
+from model.formats.hf import write_config
+from model.formats.hf_tensors import split_for_export
+from model.formats.peft import write_adapter
+from model.formats.pretrained import open_pretrained, open_weights
+from model.gpt import GPT, init_weights, parameter_shapes
 from train import checkpoint
 from train.checkpoint_writer import CheckpointWriter
 from train.metrics import Metrics, read_records
@@ -359,6 +363,55 @@ def test_resume_from_a_path_that_is_not_a_run_is_refused(tmp_path, saved, monkey
     with suppress(UserError):  # with checkpoints of its own a run need not look there
         flag = load_config([f"--resume={resume}"], world_size=1).resume
         assert checkpoint.find_checkpoint_to_resume(saved, flag, lambda line: None).parent.parent == saved
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A base model in Hugging Face's format, and an adapter of PEFT beside it."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for name in ("base", "adapter"):
+        (folder / name).mkdir()
+    config = load_config([*SHAPE, "--vocab_pad=1"], world_size=1)
+    tensors = [split_for_export(n, torch.zeros(shape), config) for n, shape in parameter_shapes(config).items()]
+    save_file({name: t for parts in tensors for name, t in parts.items()}, folder / "base" / "model.safetensors")
+    (folder / "base" / "config.json").write_text(json.dumps(write_config(config.model_dump())))
+    values = {f"h.0.mlp.c_fc.lora_{n}": torch.ones(shape) for n, shape in {"a": (2, 4), "b": (16, 2)}.items()}
+    write_adapter(folder / "adapter", config, values | {"wte.weight": torch.ones(VOCAB, 4)}, 4.0, "../base")
+    return folder
+
+
+@broken("adapters in PEFT's format", PROMISE)
+def test_adapters(place, adapter, monkeypatch, injected):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    whole = {path.name: path.read_bytes() for path in (adapter / "adapter").iterdir()}
+    settings_file, tensors_file = "adapter_config.json", "adapter_model.safetensors"
+    size = int.from_bytes(whole[tensors_file][:8], "little")
+    header = json.loads(whole[tensors_file][8 : 8 + size])
+    shutil.copytree(adapter / "base", place / "base")
+    (place / "adapter").mkdir()
+
+    def packed(text):
+        return len(text).to_bytes(8, "little") + text + whole[tensors_file][8 + size :]
+
+    @cases
+    @given(
+        settings=st.just(whole[settings_file]) | raw | changed_json(json.loads(whole[settings_file])),
+        tensors=st.just(whole[tensors_file]) | changed(whole[tensors_file]) | changed_json(header).map(packed),
+    )
+    def holds(settings, tensors):
+        (place / "adapter" / settings_file).write_bytes(settings)
+        (place / "adapter" / tensors_file).write_bytes(tensors)
+        with refused_in_one_line(place):
+            pretrained = open_pretrained(f"peft:{place / 'adapter'}")
+            read = open_weights(pretrained)
+            assert read("h.0.mlp.c_fc.weight").shape == (16, 4)
+
+    holds()
+    assert {p.name for p in place.iterdir()} == {"base", "adapter"}
+    injected(CASES)
 
 
 # ------------------------------------------------------------------------------------------------ YAML

@@ -11,12 +11,14 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from cfg.checks import parse_lora_targets
 from cfg.config import Config, ModelConfig, to_yaml
 from cfg.flags import training_only_flags
 from data.fingerprint import check_same_data, check_same_tokenizer
 from data.loader import Loader
 from data.mixed_loader import MixedLoader
 from data.tokenizers.tokenizer import Tokenizer
+from model.formats.base import Base, base_in_state, check_same_base
 from model.formats.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -42,6 +44,8 @@ from util.ranks import Ranks
 
 # Model flags that may differ between a checkpoint and the run that resumes it.
 FREE_MODEL_FLAGS = training_only_flags()  # not vocab_pad, which changes the shapes of saved tensors
+# Flags of LoRA that may not differ. They decide which parameters exist and are saved, and what adapters compute.
+LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_targets", "lora_embeddings", "resize_embeddings")
 
 
 class Checkpointer:
@@ -62,11 +66,12 @@ class Checkpointer:
         metrics: Metrics,
         train_data: Loader | MixedLoader,
         tokenizer: Tokenizer | None,
+        base: Base | None = None,
     ):
         self.config, self.ranks, self.output_dir = config, ranks, Path(config.output_dir)
         self.model, self.optimizer = model, optimizer
         self.scaler, self.guard, self.metrics = scaler, guard, metrics
-        self.train_data, self.tokenizer = train_data, tokenizer
+        self.train_data, self.tokenizer, self.base = train_data, tokenizer, base
         self.fingerprint = tokenizer_fingerprint(config, tokenizer)
         self.writer = CheckpointWriter(config, ranks)
         self.plots = Plots(config)
@@ -118,6 +123,7 @@ class Checkpointer:
             "guard": self.guard.state_dict(),
             "wandb_id": self.metrics.wandb_id,
             "tokenizer": self.fingerprint,
+            **({"base": self.base.to_json()} if self.base else {}),
         }
         files = self.tokenizer.files if self.tokenizer else {}
         record["save_s"] = self.writer.save(step, self.model.gpt, self.optimizer, state, files)
@@ -163,6 +169,8 @@ class Checkpointer:
             check_same_data(state["data"], self.train_data.fingerprint, path)
             check_same_tokenizer(state.get("tokenizer", {"name": "none"}), self.fingerprint)
             changes = check_same_model(path, self.config)
+            if self.base:
+                check_same_base(path, base_in_state(state, path), self.base)
             load_checkpoint(path, self.model.gpt, self.optimizer)
             return state, changes
 
@@ -228,7 +236,15 @@ def check_same_model(path: Path, config: Config) -> list[str]:
     saved = read_manifest(path)["config"]
     now = config.model_dump()
     changes = {k: f"{k}: {quote(saved[k])} → {v}" for k, v in now.items() if k in saved and saved[k] != v}
+    if bool(saved.get("lora_rank")) != bool(config.lora_rank):
+        what = f"LoRA adapters of rank {quote(saved['lora_rank'])}" if saved.get("lora_rank") else "a full model"
+        raise UserError(
+            f"--lora_rank={config.lora_rank}: {path} holds {what}; set it back, or start another run from its weights"
+            f" with --init_from={path}"
+        )
     fixed = [k for k in ModelConfig.model_fields if k in changes and k not in FREE_MODEL_FLAGS]
+    if config.lora_rank:
+        fixed += [k for k in LORA_FLAGS if k in changes and not _equal_targets(k, saved[k], now[k])]
     if fixed:
         flags = ", ".join(f"--{k}={now[k]} (checkpoint: {quote(saved[k])})" for k in fixed)
         raise UserError(f"{path} is of another model: {flags}; set them back, or use another --output_dir")
@@ -240,11 +256,19 @@ def check_same_model(path: Path, config: Config) -> list[str]:
     return [line for k, line in changes.items() if k not in ("output_dir", "resume", "cfg")]
 
 
+def _equal_targets(flag: str, one: str, other: str) -> bool:
+    """Returns whether two values of --lora_targets, such as all and attn,mlp, name the same matrices."""
+    return flag == "lora_targets" and parse_lora_targets(one) == parse_lora_targets(other)
+
+
 def load_checkpoint(path: Path, model: GPT, optimizer: Optimizer) -> None:
     """Loads model and optimizer from a checkpoint; each rank reads its own part."""
     if not (path / "optimizer").is_dir():
         raise UserError(f"{path} contains a model without its optimizer; resume from the checkpoint it was made from")
-    load_tensors(path, "model", {name: p.detach() for name, p in model.named_parameters()})
+    shapes = tensor_shapes(path, "model")
+    # With LoRA the other frozen parameters are those of the base.
+    own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or n in shapes}
+    load_tensors(path, "model", own)
     forget_states(optimizer)  # first, because there may not be room for both
     if tensor_shapes(path, "optimizer"):  # none before the first step
         load_tensors(path, "optimizer", make_states(optimizer, model), subset=True)

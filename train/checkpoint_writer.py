@@ -45,6 +45,7 @@ from model.formats.checkpoint import (
     with_sha256,
 )
 from model.gpt import GPT
+from model.lora import saved_names
 from train.disk_space import advise_when_full, checkpoint_bytes
 from train.optim import named_states
 from util.errors import StorageError, UserError
@@ -105,9 +106,11 @@ class CheckpointWriter:
         """
         before = time.perf_counter()
         self.wait()
-        self._bytes = checkpoint_bytes(model)
+        self._bytes = checkpoint_bytes(model, self.config)
+        parameters = dict(model.named_parameters())
+        saved = saved_names(parameters, self.config)
         parts = {
-            "model": {name: p.detach() for name, p in model.named_parameters()},
+            "model": {name: p.detach() for name, p in parameters.items() if name in saved},
             "optimizer": {name: t.detach() for name, t in named_states(optimizer, model).items()},
         }
         if self.config.zero_stage <= 1:

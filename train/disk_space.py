@@ -8,12 +8,15 @@ from pathlib import Path
 from cfg.config import Config
 from model.formats.checkpoint import list_checkpoints
 from model.gpt import GPT
+from model.lora import saved_names
 from util.errors import UserError
 
 
-def checkpoint_bytes(model: GPT) -> int:
-    """Returns the approximate size of a checkpoint: the weights and AdamW's two moments, in fp32."""
-    return 12 * sum(p.numel() for p in model.parameters())
+def checkpoint_bytes(model: GPT, config: Config) -> int:
+    """Returns the approximate size of a checkpoint: the weights that it holds and AdamW's two moments, in fp32."""
+    parameters = dict(model.named_parameters())
+    saved = sum(parameters[name].numel() for name in saved_names(parameters, config))
+    return 4 * saved + 8 * sum(p.numel() for p in parameters.values() if p.requires_grad)
 
 
 def warn_of_little_room(config: Config, model: GPT) -> str:
@@ -23,7 +26,7 @@ def warn_of_little_room(config: Config, model: GPT) -> str:
     kept = config.num_iterations // config.keep_every if config.keep_every and every else 0
     try:
         count = min(config.keep_last + 1 + kept, saves) - len(list_checkpoints(folder))
-        size, free = checkpoint_bytes(model), shutil.disk_usage(folder).free
+        size, free = checkpoint_bytes(model, config), shutil.disk_usage(folder).free
     except (OSError, UserError):
         return ""
     if count * size <= free:

@@ -17,8 +17,9 @@ from data.loader import Loader
 from data.open import open_val_data
 from data.tokenizers.tokenizer import Tokenizer
 from eval import hellaswag
+from eval.cli import TEMPERATURE, TOP_K
 from eval.encoding import encode_prompt, text_encoder
-from eval.generate import TEMPERATURE, TOP_K, Sampling, generate
+from eval.generate import Sampling, generate
 from eval.scoring import ScoringModel, gpt_forward, score_in_steps
 from eval.validation import fixed_windows, summarize, windows_loss
 from train import watchdog

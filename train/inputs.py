@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from cfg.config import Config
 from data.loader import Loader
@@ -13,8 +18,18 @@ from data.mixed_loader import MixedLoader
 from data.tokenizers.load import NAMES, load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS, Tokenizer
 from data.tokenizers.transfer import token_rows
-from model.formats.pretrained import initial_values, newest_checkpoint, open_pretrained, open_weights
-from model.gpt import InitialValue
+from model.formats.base import Base, recorded_base
+from model.formats.checkpoint import MANIFEST, find_damage, step_of
+from model.formats.pretrained import (
+    PretrainedModel,
+    absolute_name,
+    initial_values,
+    newest_checkpoint,
+    open_pretrained,
+    open_weights,
+)
+from model.gpt import InitialValue, parameter_shapes
+from model.lora import EMBEDDINGS, adapter_value, is_adapter, saved_names
 from util.errors import UserError
 from util.ranks import Ranks
 
@@ -67,19 +82,65 @@ def count_iterations(config: Config, data: Loader | MixedLoader, ranks: Ranks) -
     return config.model_copy(update={"num_iterations": steps, "num_epochs": 0.0})
 
 
-def load_pretrained(config: Config, ranks: Ranks) -> InitialValue | None:
-    """Returns the weights of the --init_from model, or None for random initialisation.
+def load_pretrained(config: Config, ranks: Ranks) -> tuple[InitialValue | None, Base | None]:
+    """Returns the weights of the --init_from model, and with LoRA the base that checkpoints record.
 
-    With --resize_embeddings its embeddings are converted to the vocabulary of --tokenizer.
+    The weights are None for random initialisation. With --resize_embeddings embeddings and head are converted to the
+    vocabulary of --tokenizer. The fingerprints of the base are complete when all weights have been read.
     """
     if config.init_from == "scratch":
-        return None
+        return None, None
     pretrained, rows = open_pretrained(config.init_from), None
-    if not pretrained.kind:  # a rawgpt run, which may be training now: rank 0 chooses the checkpoint for all ranks
-        run_dir = pretrained.path
-        pretrained = replace(pretrained, path=ranks.on_main(lambda: newest_checkpoint(run_dir)))
+    # The run may be training now, so rank 0 chooses the checkpoint for all ranks.
+    recorded = (
+        ranks.on_main(lambda: recorded_base(Path(config.output_dir), config.resume)) if config.lora_rank else None
+    )
+    if not pretrained.kind:
+        run = pretrained
+        pretrained = replace(pretrained, path=ranks.on_main(lambda: find_base(run, recorded)))
     if config.resize_embeddings:
         sizes = pretrained.flags["vocab_size"], config.vocab_size
         old, new = load_tokenizer(pretrained.tokenizer, sizes[0]), load_tokenizer(config.tokenizer, sizes[1])
         rows = token_rows(old, new, *sizes)
-    return initial_values(open_weights(pretrained), config, rows)
+    read = open_weights(pretrained)
+    if not config.lora_rank:
+        return initial_values(read, config, rows), None
+    base, names = Base(absolute_name(pretrained)), parameter_shapes(config).keys()
+    read = base.recording(read, names - saved_names(names, config))
+    # A run that is resumed gets its adapters from the checkpoint.
+    return with_adapters(initial_values(read, config, rows), config, from_init=recorded is None), base
+
+
+def find_base(run: PretrainedModel, recorded: Base | None, report: Any = print) -> Path:
+    """Returns the checkpoint of the rawgpt run `run` that training starts from: the newest one.
+
+    A run that is resumed, whose base is `recorded`, keeps the checkpoint of this name, even if there are newer ones.
+    """
+    began = Path(recorded.init_from).name if recorded and ":" not in recorded.init_from else ""
+    if step_of(Path(began)) < 0 or step_of(run.path) >= 0 or (run.path / MANIFEST).exists():
+        return newest_checkpoint(run.path, report)
+    found = next((p for p in (run.path / "checkpoints" / began, run.path / began) if p.is_dir()), None)
+    problem = find_damage(found, skip="optimizer/") if found else "it does not exist"
+    if found is None or problem:
+        raise UserError(
+            f"--init_from={run.path}: the run to resume began from its checkpoint {began}, which cannot be used"
+            f" ({problem}); put it back, or use another --output_dir"
+        )
+    return found
+
+
+def with_adapters(value: InitialValue, config: Config, from_init: bool) -> InitialValue:
+    """Returns `value` with initial values of the adapters, and `from_init` with those of --lora_init."""
+    adapter: InitialValue | None = None
+    if config.lora_init and from_init:
+        from model.formats.peft import read_adapter
+
+        adapter = read_adapter(config.lora_init, config)
+
+    def value_or_adapter(name: str, shape: torch.Size) -> Tensor:
+        if adapter and (is_adapter(name) or name in EMBEDDINGS):
+            with suppress(KeyError):  # of an embedding that the adapter does not contain
+                return adapter(name, shape)
+        return adapter_value(name, shape, config.seed) if is_adapter(name) else value(name, shape)
+
+    return value_or_adapter

@@ -7,16 +7,15 @@ AdamW. Tests compare them with a simulation of the real code (scripts/bench/simu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import inf, prod
-from typing import Any
 
 import torch
 
-from cfg.config import Config, ModelConfig
-from model.gpt import GPT
+from cfg.checks import module_sizes, parse_lora_targets
+from cfg.config import Config
+from model.lora import is_trained
 from model.loss import chunk_rows_for
-from train.optim import HIDDEN, MUON_GROUPS, muon_group
+from train.parameter_counts import count, largest_partition, shapes
 from util.ranks import Ranks
 
 # Memory that tensors cannot use: the CUDA context with its libraries and NCCL's buffers, and fragmentation.
@@ -37,84 +36,15 @@ class Memory:
     host: int  # in CPU memory, with --cpu_offload
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters. `own` and `own_blocks` are this rank's shards of all parameters and of the blocks."""
-
-    total: int
-    block: int  # of one block
-    products: int  # of one block, the weights that autocast casts: all except norms
-    widest: int  # the largest matrix of a block
-    root: int  # embeddings, last norm and head: one FSDP group
-    head: int  # of the head, including vocabulary padding
-    own: int
-    own_blocks: int
-    states: int  # bytes of optimizer state of the own shards
-
-
-@lru_cache(maxsize=8)
-def shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Returns the name and shape of every parameter, from a model on the meta device."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(model).named_parameters()}
-
-
-def model_config(config: Config) -> ModelConfig:
-    """Returns the model's part of the config."""
-    return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
-
-
-def count(config: Config, shards: int) -> Counts:
-    """Counts parameters. FSDP splits each one along its rows; the first rank has the most, ⌈rows / shards⌉."""
-    everything = shapes(model_config(config))
-    blocks = {n: s for n, s in everything.items() if n.startswith("h.")}
-    first = {n: prod(s) for n, s in blocks.items() if n.startswith("h.0.")}
-    own = {n: -(-s[0] // shards) * prod(s[1:]) for n, s in everything.items()}
-    total, block = sum(map(prod, everything.values())), sum(first.values())
-    return Counts(
-        total=total,
-        block=block,
-        products=sum(size for n, size in first.items() if "c_" in n),  # c_attn, c_proj, c_fc
-        widest=max(first.values()),
-        root=total - config.n_layer * block,
-        head=prod(everything["wte.weight"]),
-        own=sum(own.values()),
-        own_blocks=sum(own[n] for n in blocks),
-        states=sum(state_bytes(config, n, s, own[n]) for n, s in everything.items()),
-    )
-
-
-def state_bytes(config: Config, name: str, shape: torch.Size, own: int) -> int:
-    """Returns the bytes of optimizer state of a parameter of which this rank has `own` elements.
-
-    AdamW keeps two moments. Muon keeps the momentum of a hidden matrix, and on every rank a number for each row.
-    """
-    if config.optimizer == "muon" and muon_group(name) in HIDDEN:
-        return 4 * own + 4 * shape[0]
-    return 8 * own
-
-
-def largest_partition(config: Config, world_size: int) -> int:
-    """Returns the bytes of optimizer state on the rank that has most of them in stage 1.
-
-    ZeroRedundancyOptimizer goes through the parameter groups, and assigns whole parameters, the largest first, to the
-    rank with the fewest elements so far.
-    """
-    elements, states = [0] * world_size, [0] * world_size
-    groups: dict[Any, list[tuple[str, torch.Size]]] = {key: [] for key in (MUON_GROUPS + (False, True))}
-    for name, shape in shapes(model_config(config)).items():
-        groups[muon_group(name) if config.optimizer == "muon" else len(shape) < 2].append((name, shape))
-    for group in groups.values():
-        for name, shape in sorted(group, key=lambda item: prod(item[1]), reverse=True):
-            rank = elements.index(min(elements))
-            elements[rank] += prod(shape)
-            states[rank] += state_bytes(config, name, shape, prod(shape))
-    return max(states)
-
-
 def element_size(config: Config) -> int:
     """Returns the bytes of an element in the compute dtype."""
     return 4 if config.dtype == "float32" else 2
+
+
+def cast_size(config: Config, trained: bool = True) -> int:
+    """Returns the bytes of an element of a weight that is cast for matrix products, 0 if it is not."""
+    needed = config.dtype != ("float32" if trained or not config.lora_rank else config.base_dtype)
+    return element_size(config) if needed else 0
 
 
 def stream_size(config: Config) -> int:
@@ -137,9 +67,10 @@ def block_activations(config: Config, checkpointing: str) -> int:
     fc = 2 * wide if c.mlp == "swiglu" else wide
     if checkpointing == "block":
         return stream * C
+    inputs, adapters = lora_activations(config, checkpointing)
     if checkpointing == "selective":  # saves the outputs of attention and of all matrix products
         last = 0 if c.compile else e * C
-        return stream * C + e * (qkv + q + C + fc) + 4 * c.n_head + last
+        return stream * C + e * (qkv + q + C + fc) + 4 * c.n_head + last + adapters
     attention = e * (C + q + qkv) + 4 * c.n_head
     if c.positions == "rotary" or c.qk_norm:
         attention += e * (q + kv)  # copies of q and k; v is a view of qkv
@@ -151,18 +82,35 @@ def block_activations(config: Config, checkpointing: str) -> int:
     mlp = e * (C + fc + wide)
     if c.mlp == "swiglu" and not c.compile:
         mlp += e * wide
-    return stream * C + attention + middle + mlp + (2 * C if c.dropout else 0)  # dropout keeps a byte per element
+    dropout = 2 * C if c.dropout else 0  # a byte per element
+    return stream * C + attention + middle + mlp + dropout + adapters - inputs
+
+
+def lora_activations(config: Config, checkpointing: str) -> tuple[int, int]:
+    """Returns bytes per token of a block: inputs of frozen matrices, which are not saved, and what adapters save.
+
+    A frozen matrix saves its input only for an adapter's A. (The output of attention is saved by attention.) An adapter
+    saves its product with A, and the mask of its dropout unless that is recomputed.
+    """
+    if not config.lora_rank:
+        return 0, 0
+    e, sizes, targets = element_size(config), module_sizes(config), parse_lora_targets(config.lora_targets)
+    frozen = sum(e * i for name, (i, _) in sizes.items() if name not in targets and name != "attn.c_proj")
+    dropout = config.lora_dropout and checkpointing == "none"
+    masks = sum(sizes[name][0] for name in targets) if dropout else 0
+    return frozen, e * config.lora_rank * len(targets) + masks
 
 
 def loss_bytes(config: Config, capacity: float) -> int:
     """Returns the bytes of the chunked loss: two gradients and the logits of a chunk (model/loss.py)."""
-    e, head = element_size(config), prod(shapes(model_config(config))["wte.weight"])
+    e, head = element_size(config), prod(shapes(config)["wte.weight"])
     vocabulary, tokens = head // config.n_embd, config.batch_size * config.sequence_length
     rows = min(tokens, chunk_rows_for(vocabulary, "cuda", capacity))
     # Logits, their fp32 copy, log-softmax, and its gradient in the compute dtype. With a softcap, five fp32 tensors.
     eager = e + 20 if config.logit_softcap else 8 if e == 4 else 2 * e + 8
     per_logit = 2 * e if config.compile else eager  # compiled: logits and their gradient
-    return e * tokens * config.n_embd + 4 * head + rows * vocabulary * per_logit
+    gradient = 4 * head if is_trained("lm_head.weight", config) else 0
+    return e * tokens * config.n_embd + gradient + rows * vocabulary * per_logit
 
 
 def micro_steps(config: Config, world_size: int) -> int:
@@ -207,13 +155,16 @@ def sharded_peaks(config: Config, world_size: int, capacity: float) -> dict[str,
     Embeddings, last norm and head are one group. It is gathered during the whole step and reduced at its end. The
     gradients of earlier micro-steps are fp32 and unsharded, or with --sync_every_microbatch reduced and sharded.
     """
-    c, e, n = config, element_size(config), count(config, world_size // config.replicas)
+    c, e, counts = config, element_size(config), count(config, world_size // config.replicas)
+    n, t = counts.all, counts.trained
     L, several, on_device = c.n_layer, micro_steps(c, world_size) > 1, 0 if c.cpu_offload else 4
     wait = several and not c.sync_every_microbatch and not c.cpu_offload
-    states = {"parameters": on_device * n.own, "optimizer": 0 if c.cpu_offload else n.states}
-    before = 4 * n.total if wait else on_device * n.own if several else 0
-    at_work = e * (n.head + n.widest)  # of the head, which is reduced with the embeddings, and of the current block
-    at_end = max(on_device * n.own_blocks, 0 if wait else before)
+    states = dict.fromkeys(("parameters", "optimizer"), 0)
+    if not c.cpu_offload:
+        states = {"parameters": counts.held, "optimizer": counts.states}
+    before = 4 * t.total if wait else on_device * t.own if several else 0
+    at_work = e * (t.head + t.widest)  # of the head, which is reduced with the embeddings, and of the current block
+    at_end = max(on_device * t.own_blocks, 0 if wait else before)
     keeps = c.zero_stage == 2  # all blocks stay gathered
     gathered = e * (n.total if keeps else n.root + n.block)
     peaks = {
@@ -232,18 +183,18 @@ def sharded_peaks(config: Config, world_size: int, capacity: float) -> dict[str,
             "gradients": before + at_work,
             "activations": backward_activations(c, max(1, L - 1)),
             # With unsharded gradients, the buffer replaces the gradients of the last block.
-            "buffers": gathered + (-e if keeps else e) * n.block + (0 if wait else 4 * n.block),
+            "buffers": gathered + (-e if keeps else e) * n.block + (0 if wait else 4 * t.block),
         },
         "backward of the first block": {
-            "gradients": at_end + at_work + (4 * (n.root + n.block) if wait else 0),
+            "gradients": at_end + at_work + (4 * (t.root + t.block) if wait else 0),
             "activations": backward_activations(c, 1),
-            "buffers": e * (n.root + n.block) + 4 * n.block,
+            "buffers": e * (n.root + n.block) + 4 * t.block,
         },
         "reduction of the embeddings": {
-            "gradients": at_end + (4 if wait else e) * n.root,
-            "buffers": 4 * n.root,
+            "gradients": at_end + (4 if wait else e) * t.root,
+            "buffers": 4 * t.root,
         },
-        "optimizer": {"gradients": on_device * n.own},
+        "optimizer": {"gradients": on_device * t.own},
     }
     return {name: states | parts for name, parts in peaks.items()}
 
@@ -254,34 +205,37 @@ def replicated_peaks(config: Config, world_size: int, capacity: float) -> dict[s
     The gradients of DDP are its buckets, which live as long as the run. Autocast keeps the cast weights of each block
     until the end of the forward pass, and matrix products keep theirs until their backward pass.
     """
-    c, e, n = config, element_size(config), count(config, 1)
+    c, counts = config, count(config, 1)
+    n, t = counts.all, counts.trained
     L, ddp = c.n_layer, world_size > 1
-    own = largest_partition(c, world_size) if c.zero_stage == 1 and ddp else n.states
-    states = {"parameters": 4 * n.total, "optimizer": own}
-    before = 4 * n.total if ddp or micro_steps(c, world_size) > 1 else 0
-    cast = e if e < 4 else 0
+    own = largest_partition(c, world_size) if c.zero_stage == 1 and ddp else counts.states
+    states = {"parameters": counts.held, "optimizer": own}
+    before = 4 * t.total if ddp or micro_steps(c, world_size) > 1 else 0
+    cast = cast_size(c)  # of trained weights
+    products = cast * t.products + cast_size(c, trained=False) * (n.products - t.products)
+    head = cast_size(c, is_trained("lm_head.weight", c)) * n.head
     recomputes = c.activation_checkpointing != "none"
-    tied = 4 * n.head if c.tie_embeddings else 0  # of the head, added to the embeddings' at the end
-    at_work = tied + (cast + 4) * n.widest
+    tied = 4 * t.head if c.tie_embeddings else 0  # of the head, added to the embeddings' at the end
+    at_work = tied + (cast + 4) * t.widest
     peaks = {
         "loss": {
             "gradients": before,
             "activations": loss_activations(c),
             "logits": loss_bytes(c, capacity),
-            "buffers": cast * (n.head + (0 if c.compile and recomputes else L * n.products)),
+            "buffers": head + (0 if c.compile and recomputes else L * products),
         },
         "backward of the last block": {
             "gradients": before + at_work,
             "activations": backward_activations(c, L),
-            "buffers": cast * n.products * (1 if recomputes else L),
+            "buffers": products * (1 if recomputes else L),
         },
         "backward of the first block": {
-            "gradients": 4 * (n.total if before else n.total - n.root) + at_work,
+            "gradients": 4 * (t.total if before else t.total - t.root) + at_work,
             "activations": backward_activations(c, 1),
-            "buffers": cast * n.products,
+            "buffers": products,
         },
-        "gradients of the embeddings": {"gradients": 4 * (n.total if before else n.total - n.root + n.head) + tied},
-        "optimizer": {"gradients": 4 * n.total},
+        "gradients of the embeddings": {"gradients": 4 * (t.total if before else t.total - t.root + t.head) + tied},
+        "optimizer": {"gradients": 4 * t.total},
     }
     return {name: states | parts for name, parts in peaks.items()}
 
@@ -290,7 +244,7 @@ def possible_peaks(config: Config, world_size: int, capacity: float = inf) -> di
     """Returns the bytes by part at each possible peak of a step, on the rank that needs most."""
     peaks = (sharded_peaks if config.zero_stage >= 2 else replicated_peaks)(config, world_size, capacity)
     if config.optimizer == "muon":  # of its largest matrix: momentum and update in fp32, three copies in bfloat16
-        peaks["optimizer"]["buffers"] = 14 * count(config, 1).widest
+        peaks["optimizer"]["buffers"] = 14 * count(config, 1).all.widest
     return peaks
 
 
@@ -304,7 +258,7 @@ def planned_bytes(config: Config, world_size: int, capacity: float = inf) -> Mem
     highest = max(peaks, key=lambda name: sum(peaks[name].values()))
     parts = {part: max(alive.get(part, 0) for alive in peaks.values()) for part in PARTS}
     n = count(config, world_size // config.replicas)
-    host = 8 * n.own + n.states if config.cpu_offload else 0  # parameters, gradients, optimizer states
+    host = n.held + 4 * n.trained.own + n.states if config.cpu_offload else 0  # parameters, gradients, optimizer states
     return Memory(parts, sum(peaks[highest].values()), highest, host)
 
 

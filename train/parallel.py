@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cfg.config import Config
 from model.gpt import GPT, InitialValue, init_weights
+from model.lora import add_adapters
 from model.loss import compiled_chunk_loss
 from util.errors import UserError
 from util.ranks import Ranks, set_timeout
@@ -123,7 +124,8 @@ class ParallelModel:
         Compares the sums of the parameters' bits read as integers.
         """
         parameters = dict(self.gpt.named_parameters())
-        bits = [local(p.detach()).contiguous().view(torch.int32) for p in parameters.values()]
+        kinds = {4: torch.int32, 2: torch.int16}  # frozen weights may be in 16 bits
+        bits = [local(p.detach()).contiguous().view(kinds[p.element_size()]) for p in parameters.values()]
         sums = [int(b.sum(dtype=torch.int64)) for b in bits]
         coordinate = self.mesh["shard"].get_local_rank() if self.mesh is not None else 0
         all_sums = self.ranks.gather((coordinate, sums))
@@ -155,7 +157,7 @@ def set_math_mode(config: Config, device: torch.device) -> None:
 
 
 def parallelize(config: Config, ranks: Ranks, initial_value: InitialValue | None = None) -> ParallelModel:
-    """Returns the model with its initial weights: activation checkpointing → compile → shard or replicate.
+    """Returns the model with its initial weights: adapters → activation checkpointing → compile → shard or replicate.
 
     The model is built on the meta device, so that no rank ever holds all of a sharded model. Then each parameter is
     drawn (or read with `initial_value`) whole, one after the other, and every rank keeps its part. The weights are
@@ -163,6 +165,8 @@ def parallelize(config: Config, ranks: Ranks, initial_value: InitialValue | None
     """
     with torch.device("meta"):
         model = GPT(config)
+    if config.lora_rank:
+        add_adapters(model, config)
     for block in model.h:
         block.activation_checkpointing = config.activation_checkpointing
     model.residual_dtype = getattr(torch, config.residual_dtype)
@@ -212,11 +216,13 @@ def make_mesh(config: Config, world_size: int, device_type: str) -> DeviceMesh:
 def shard(model: GPT, config: Config, ranks: Ranks) -> DeviceMesh:
     """Applies FSDP2 to each block, and to the rest (embeddings, last norm, head) as the root. Returns the mesh.
 
-    Master weights, gradients and their reduction are fp32; weights gathered for computing are in --dtype. Stage 3
+    Master weights (but for frozen ones in --base_dtype), gradients and their reduction are fp32. Weights gathered for
+    computing are in --dtype. Stage 3
     frees a block's gathered weights after its forward pass, except the last block's, which backward needs at once.
     """
     mesh = make_mesh(config, ranks.world_size, ranks.device.type)
-    compute = None if config.dtype == "float32" else getattr(torch, config.dtype)
+    # In fp32 nothing is cast, unless frozen weights are in 16 bits: autograd would keep their casts between the passes.
+    compute = None if config.dtype == config.base_dtype == "float32" else getattr(torch, config.dtype)
     offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     common: dict[str, Any] = {
         "mesh": mesh,

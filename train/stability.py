@@ -136,8 +136,9 @@ class SpikeGuard:
 
 
 def all_finite(model: ParallelModel, optimizer: Optimizer, ranks: Ranks) -> bool:
-    """Returns whether all weights and optimizer states are finite on all ranks."""
-    tensors = [*model.gpt.parameters(), *named_states(optimizer, model.gpt).values()]
+    """Returns whether all trained weights and optimizer states are finite on all ranks."""
+    trained = [p for p in model.gpt.parameters() if p.requires_grad]
+    tensors = [*trained, *named_states(optimizer, model.gpt).values()]
     return not ranks.any(not finite_here(tensors))[0]
 
 

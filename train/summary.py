@@ -38,6 +38,11 @@ def print_banner(
         return
     micro_steps = config.total_batch_size // (config.batch_size * config.sequence_length * ranks.world_size)
     source = "" if config.init_from == "scratch" else f" of {config.init_from}"
+    if config.lora_rank:
+        trained = model.gpt.num_params(trained=True)
+        source += (
+            f", {trained:,} of them trained ({trained / model.gpt.num_params():.2%}, LoRA of rank {config.lora_rank})"
+        )
     print(
         f"{model.gpt.num_params():,} parameters{source}, {config.dtype},"
         f" {ranks.world_size} × {device_name(ranks.device)}{model.strategy()}\n"
@@ -66,6 +71,11 @@ def warnings(config: Config, device: torch.device, train: list[Shard], val: list
         )
     if config.dtype == "float16" and device.type == "cpu":
         found.append("float16 on a CPU is slow and meant for trying out what a GPU does; float32 is faster")
+    if config.lora_rank and config.resize_embeddings and not config.lora_embeddings:
+        found.append(
+            "--resize_embeddings=1: the embeddings of new tokens are not trained, and stay the mean of others; add"
+            " --lora_embeddings=1"
+        )
     if both := {s.path.resolve() for s in train} & {s.path.resolve() for s in val}:
         found.append(f"{min(both)} is used for both training and validation")
     for folder in dict.fromkeys(s.path.parent for s in train):

@@ -11,19 +11,20 @@ DESCRIPTION = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     "chat_template.jinja",
 )
+ADAPTER = (*DESCRIPTION[2:], "adapter_config.json", "adapter_model.safetensors")  # of PEFT, with its tokenizer
 # Not consolidated.safetensors, which some models have as a second copy.
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
-def model_folder(name: str, where: str) -> tuple[Path, str]:
+def model_folder(name: str, where: str, patterns: tuple[str, ...] = DESCRIPTION) -> tuple[Path, str]:
     """Returns the folder of a model, and its name on the hub ("" for a folder that exists here).
 
-    `name` is FOLDER, or OWNER/NAME[@REVISION] on the hub, of which only the description is downloaded. Errors begin
-    with `where`.
+    `name` is FOLDER, or OWNER/NAME[@REVISION] on the hub, of which only the files of these `patterns` are downloaded,
+    by default the description. Errors begin with `where`.
     """
     if os.path.isdir(path := os.path.expanduser(name)):
         return Path(path), ""
-    return download(name, DESCRIPTION, where), name
+    return download(name, patterns, where), name
 
 
 def download(name: str, patterns: tuple[str, ...], where: str) -> Path:
@@ -44,5 +45,5 @@ def download(name: str, patterns: tuple[str, ...], where: str) -> Path:
         reason = " ".join(str(e).split())[:160]
         raise UserError(
             f"{where}: no such folder, and the hub does not have it or cannot be reached"
-            f" ({type(e).__name__}: {reason}); download the model elsewhere and give hf:FOLDER"
+            f" ({type(e).__name__}: {reason}); download it elsewhere and give its folder"
         ) from e

@@ -96,6 +96,25 @@ def messages_of(row: Any, kind: str = "") -> list[dict[str, str]]:
     return messages if any(m["content"].strip() for m in messages if m["role"] == "assistant") else []
 
 
+def question_of(row: Any) -> list[dict[str, str]]:
+    """Returns the messages of a row that waits for a reply: `messages` that end with the user's, or a `prompt`.
+
+    A `prompt` may have a `system` message. Raises ValueError with a message that follows "line N".
+    """
+    if not isinstance(row, dict):
+        raise ValueError(" is not a JSON object")
+    if row.get("messages") is None and row.get("prompt") is None:
+        raise ValueError(" needs the field messages or prompt")
+    if row.get("messages") is None:
+        messages = [{"role": "user", "content": _text(row["prompt"], "prompt")}]
+        system = _text(row.get("system"), "system")
+        return [{"role": "system", "content": system}, *messages] if system else messages
+    messages = _messages(row["messages"], "messages")
+    if messages[-1]["role"] != "user":
+        raise ValueError(": the last message is not the user's; end with the message to reply to")
+    return messages
+
+
 def _messages(rows: Any, name: str) -> list[dict[str, str]]:
     if not isinstance(rows, list):
         raise ValueError(f": {name} is not a list")

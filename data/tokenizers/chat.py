@@ -129,9 +129,15 @@ class ChatTemplate:
             raise ValueError(f": the chat template fails ({e or type(e).__name__})") from e
 
 
+def own_template(tokenizer: Tokenizer) -> str | None:
+    """Returns the source of a tokenizer's own template, or None if it has none."""
+    own: str | None = json.loads(tokenizer.files.get(TOKENIZER_CONFIG, b"{}")).get("chat_template")
+    return own or None
+
+
 def find_template(choice: str, tokenizer: Tokenizer) -> ChatTemplate:
     """Returns the template of --chat_template. "" means the tokenizer's own, or ChatML if it has none."""
-    own = json.loads(tokenizer.files.get(TOKENIZER_CONFIG, b"{}")).get("chat_template")
+    own = own_template(tokenizer)
     if own and choice in ("", "tokenizer"):
         return ChatTemplate("tokenizer", own)
     if choice == "tokenizer":
@@ -207,7 +213,7 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, now: datetime | None = None):
         self.tokenizer, self.template, self.now = tokenizer, template, now
         self.names = special_names(tokenizer)
-        self._after_special = _without_first_space(tokenizer)
+        self.after_special = _without_first_space(tokenizer)
         added = json.loads(tokenizer.files.get(TOKENIZER, b"{}")).get("added_tokens") or []
         flags = {token["content"]: token for token in added}
         self._special = _pattern({name: flags.get(name, {}) for name in tokenizer.special})
@@ -238,6 +244,33 @@ class Chat:
         quoted = [{**message, "content": self._quote(message["content"])} for message in messages]
         text = self._render(quoted, prompt=True)
         return self._tokens(_marked(text)[0], [])[0]
+
+    def end_of_reply(self) -> tuple[str, int | None]:
+        """Returns the text that the template writes after a reply, and the special token that ends the reply.
+
+        The text precedes the token and is often "". Without a special token (None) the text itself ends the reply: it
+        is a name of the form <|name|> that the tokenizer lacks, or everything up to the next message.
+        """
+        messages = [PROBE[1], {"role": "assistant", "content": CHANGED}, {"role": "user", "content": CHANGED}]
+        try:
+            text = self._render(messages)
+        except ValueError:
+            try:
+                text = self._render([PROBE[0], *messages])
+            except ValueError as e:
+                raise UserError(f"--chat_template={self.template.name}{e}") from e
+        _, *parts = _marked(text)[0].split(CHANGED)
+        after = parts[0] if len(parts) > 1 else ""
+        if match := self._control.search(after):
+            assert match.lastindex, "one of the groups has matched"
+            return after[: match.start()], self.tokenizer.special[match[match.lastindex]]
+        name = SPECIAL_NAME.search(after)
+        return after[: name.end()] if name else after.rstrip(), None
+
+    def unknown_names(self) -> list[str]:
+        """Returns the names of the form <|name|> that the template writes and the tokenizer does not have."""
+        text = render_probe(self.template, self.names) + render_probe(self.template, self.names, prompt=True)
+        return sorted(set(SPECIAL_NAME.findall(text)) - self.tokenizer.special.keys())
 
     def _render(self, messages: Sequence[Message], prompt: bool = False) -> str:
         return self.template.render(messages, self.names, prompt, self.now)
@@ -294,7 +327,7 @@ class Chat:
         for match in (*self._special.finditer(text), None):
             piece = text[at : match.start() if match else len(text)].translate(self._undisguise)
             if piece:
-                tokenizer = self._after_special if at else self.tokenizer
+                tokenizer = self.after_special if at else self.tokenizer
                 found = tokenizer.encode(piece)
                 ids += found
                 counted += _inside(tokenizer, piece, found, inside[at : at + len(piece)])

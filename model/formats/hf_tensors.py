@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfg.flags import ModelConfig
 from model.gpt import parameter_shapes
-from util.errors import UserError
+from util.errors import UserError, quote
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("transformer.wte.weight", "wte.weight", "model.embed_tokens.weight")
@@ -94,7 +94,7 @@ def find_files(folder: Path) -> dict[str, Path]:
             listed = json.loads(index.read_bytes())["weight_map"]
             pairs = {str(name): str(file) for name, file in listed.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"{index}: damaged ({e})") from e
+            raise UserError(f"{index}: damaged ({quote(e)})") from e
         for file in sorted(set(pairs.values())):
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise UserError(f"{index}: names {file!r}, which is not a .safetensors file of this folder; not read")
@@ -132,7 +132,7 @@ def open_safetensors(path: Path) -> Any:
             raise UserError(f"{path}: claims a header of {header:,} bytes; corrupt or malicious")
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"{path}: not a safetensors file that can be read ({e}); fetch it again") from e
+        raise UserError(f"{path}: not a safetensors file that can be read ({quote(e)}); fetch it again") from e
 
 
 class HFReader:
@@ -170,7 +170,7 @@ class HFReader:
             try:
                 about = file.get_slice(stored)
             except SafetensorError as e:
-                raise UserError(f"{path}: {e}; fetch it again") from e
+                raise UserError(f"{path}: {quote(e)}; fetch it again") from e
             if about.get_dtype() not in FLOATS:
                 raise UserError(f"{path}: {stored} has dtype {about.get_dtype()}; only {', '.join(FLOATS)} are read")
             found.append(about.get_shape()[:: -1 if is_transposed(name, self.config) else 1])
@@ -187,7 +187,7 @@ class HFReader:
         try:
             tensor: Tensor = file.get_tensor(stored)
         except SafetensorError as e:
-            raise UserError(f"{path}: {e}; fetch it again") from e
+            raise UserError(f"{path}: {quote(e)}; fetch it again") from e
         return tensor
 
     def __call__(self, name: str) -> Tensor:

@@ -1,7 +1,8 @@
 """Pretrained models, as --init_from and --checkpoint name them: their flags, their weights, and how to load them.
 
-A name is hf:FOLDER, or hf:OWNER/NAME[@REVISION] on the hub; nanogpt:FILE, llmc:FILE, llama2c:FILE; or a run or
-checkpoint of rawgpt. torch is imported in the functions that read weights, so that a wrong name is reported at once.
+A name is hf:FOLDER, or hf:OWNER/NAME[@REVISION] on the hub; peft:FOLDER, an adapter that is merged into its base model;
+nanogpt:FILE, llmc:FILE, llama2c:FILE; or a run or checkpoint of rawgpt. torch is imported in the functions that read
+weights, so that a wrong name is reported at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cfg.config import model_config
 from cfg.flags import ModelConfig
 from util.errors import UserError, quote
 from util.files import is_latest_file, read_json
-from util.hub import WEIGHTS, download, model_folder
+from util.hub import ADAPTER, WEIGHTS, download, model_folder
 from util.launcher import launched_rank
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from model.formats.raw import Reader
     from model.gpt import GPT, InitialValue
 
-KINDS = ("hf", "nanogpt", "llmc", "llama2c")
+KINDS = ("hf", "peft", "nanogpt", "llmc", "llama2c")
 # For each new token the old ones whose mean it becomes: all ids in one array, and where each token's ids begin.
 Rows = tuple["np.ndarray", "np.ndarray"]
 
@@ -45,6 +46,7 @@ class PretrainedModel:
     hub: str  # its name on the hub, or ""
     flags: dict[str, Any]  # of ModelConfig; for a run, all of its flags
     tokenizer: str  # name or path of the tokenizer, "none" if unknown
+    base: PretrainedModel | None = None  # the model that an adapter of PEFT belongs to
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -64,6 +66,8 @@ def open_pretrained(text: str, flag: str = "init_from") -> PretrainedModel:
         raise UserError(f"{where}: the name is empty")
     if kind == "hf":
         return _open_hf(name, where)
+    if kind == "peft":
+        return _open_peft(name, where)
     path = Path(os.path.expanduser(name))
     if not kind:
         return _open_run(path, where)
@@ -86,7 +90,9 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
     try:
         config = read_json(file)
     except OSError as e:
-        raise UserError(f"{where}: {file}: {e.strerror}; the folder of a Hugging Face model has one") from e
+        adapter = (path / "adapter_config.json").is_file()
+        hint = f"it holds a PEFT adapter; give peft:{name}" if adapter else "the folder of a Hugging Face model has one"
+        raise UserError(f"{where}: {file}: {e.strerror}; {hint}") from e
     except ValueError as e:
         raise UserError(f"{where}: {file} is damaged ({e})") from e
     if not isinstance(config, dict):
@@ -101,6 +107,22 @@ def _open_hf(name: str, where: str) -> PretrainedModel:
     else:
         tokenizer = _tokenizer_of_size(flags["vocab_size"])
     return PretrainedModel("hf", path, hub, flags, tokenizer)
+
+
+def _open_peft(name: str, where: str) -> PretrainedModel:
+    from model.formats.peft_config import CONFIG, base_name, read_adapter_config
+
+    path, hub = model_folder(name, where, ADAPTER)
+    settings = read_adapter_config(path, where)
+    base = _open_hf(base_name(settings, where), f"{where}: the base model in {CONFIG}")
+    from model.formats.peft import vocabulary_of  # imports torch
+
+    vocab_size, tied = vocabulary_of(settings, model_config(base.flags, str(base.path)))
+    flags = base.flags | {"vocab_size": vocab_size, "tie_embeddings": tied}
+    tokenizer = base.tokenizer if vocab_size == base.flags["vocab_size"] else _tokenizer_of_size(vocab_size)
+    if (path / "tokenizer.json").is_file():
+        tokenizer = f"hf:{hub}" if hub else str(path)
+    return PretrainedModel("peft", path, hub, flags, tokenizer, base)
 
 
 @cache
@@ -168,6 +190,14 @@ def _tokenizer_beside(kind: str, path: Path, vocab_size: int) -> str:
     return str(beside) if beside.is_file() else "none"
 
 
+def absolute_name(pretrained: PretrainedModel) -> str:
+    """Returns the name of an opened model, which is the same in any working directory."""
+    if pretrained.hub:
+        return f"{pretrained.kind}:{pretrained.hub}"
+    path = pretrained.path.expanduser().resolve()
+    return f"{pretrained.kind}:{path}" if pretrained.kind else str(path)
+
+
 # --- the weights ---
 
 
@@ -183,6 +213,13 @@ def open_weights(pretrained: PretrainedModel, report: Any = print) -> Reader:
         if pretrained.hub:
             download(pretrained.hub, WEIGHTS, f"hf:{pretrained.hub}")
         return HFReader(pretrained.path, config)
+    if pretrained.base:
+        from model.formats.peft import MergedReader, open_adapter
+        from model.formats.peft_config import read_adapter_config
+
+        settings = read_adapter_config(pretrained.path, f"{pretrained.kind}:{pretrained.path}")
+        adapter = open_adapter(settings, config, pretrained.base.flags["tie_embeddings"])
+        return MergedReader(adapter, open_weights(pretrained.base))
     if pretrained.kind:
         from model.formats import llama2c, llmc, nanogpt
 
@@ -202,10 +239,10 @@ def newest_checkpoint(path: Path, report: Any = print) -> Path:
 
 
 def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
-    """Returns `read(name)` for a rawgpt checkpoint."""
+    """Returns `read(name)` for a rawgpt checkpoint; LoRA adapters are merged into their base."""
     import torch
 
-    from model.formats.checkpoint import load_tensors, tensor_shapes
+    from model.formats.checkpoint import load_tensors, read_manifest, tensor_shapes
     from model.gpt import VOCABULARY
 
     shapes = tensor_shapes(path, "model")
@@ -217,6 +254,11 @@ def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
         load_tensors(path, "model", {name: tensor}, subset=True)
         return tensor[: config.vocab_size] if name in VOCABULARY else tensor
 
+    flags = read_manifest(path)["config"]
+    if flags.get("lora_rank"):
+        from model.formats.base import adapters_merged
+
+        return adapters_merged(path, read, shapes, flags, lambda name: open_weights(open_pretrained(name)))
     return read
 
 
@@ -270,21 +312,29 @@ def load_model(path: Path | str, device: torch.device, report: Any = print) -> t
         return _load_foreign(open_pretrained(str(path), "checkpoint"), device)
     found = newest_checkpoint(Path(path), report)
     flags = read_manifest(found)["config"]
-    model = GPT(model_config(flags, str(found)))
+    config = model_config(flags, str(found))
+    if flags.get("lora_rank"):
+        return _filled(config, checkpoint_reader(found, config), device), flags, found
+    model = GPT(config)
     load_tensors(found, "model", {name: p.detach() for name, p in model.named_parameters()})
     return model.to(device).eval(), flags, found
 
 
 def _load_foreign(pretrained: PretrainedModel, device: torch.device) -> tuple[GPT, dict[str, Any], Path]:
+    config = model_config(pretrained.flags, str(pretrained.path))
+    read = open_weights(pretrained)  # checks the files before memory is allocated for the model
+    flags = {**config.model_dump(), "tokenizer": pretrained.tokenizer, "doc_mask": False}
+    return _filled(config, read, device), flags, pretrained.path
+
+
+def _filled(config: ModelConfig, read: Reader, device: torch.device) -> GPT:
+    """Returns the model with the weights that `read` returns, in eval mode."""
     import torch
 
     from model.gpt import GPT, init_weights
 
-    config = model_config(pretrained.flags, str(pretrained.path))
-    read = open_weights(pretrained)  # checks the files before memory is allocated for the model
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
     init_weights(model, initial_values(read, config))
-    flags = {**config.model_dump(), "tokenizer": pretrained.tokenizer, "doc_mask": False}
-    return model.to(device).eval(), flags, pretrained.path
+    return model.to(device).eval()

@@ -53,6 +53,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.gpt import GPT
+from model.lora import add_adapters
 from model.loss import CHUNK_ELEMENTS
 from train.memory import MOST_ROWS_ON_CPU, micro_steps, planned_bytes, possible_peaks
 from train.optim import make_optimizer
@@ -97,12 +98,20 @@ def private_torch() -> Any:
     )
 
 
+def unless_frozen(register: Any) -> Any:
+    """Returns `register`, a method that registers a hook on a gradient, without an error for a frozen parameter."""
+    return lambda tensor, hook: register(tensor, hook) if tensor.requires_grad else mock.MagicMock()
+
+
 @contextlib.contextmanager
 def as_on_cuda(world_size: int) -> Iterator[None]:
     """Makes this process rank 0 of a fake group, with the loss chunks and the RMSNorm of CUDA."""
     dist.init_process_group("fake", rank=0, world_size=world_size, store=private_torch().FakeStore())
     try:
+        hooks = ("register_hook", "register_post_accumulate_grad_hook")
+        patched = {name: unless_frozen(getattr(Tensor, name)) for name in hooks}  # the trackers register them
         with (
+            mock.patch.multiple(Tensor, **patched),
             mock.patch("torch.nn.functional.rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)),
             mock.patch.dict(CHUNK_ELEMENTS, cpu=CHUNK_ELEMENTS["cuda"]),
         ):
@@ -113,12 +122,20 @@ def as_on_cuda(world_size: int) -> Iterator[None]:
 
 def simulate(config: Config, world_size: int) -> dict[str, int]:
     """Returns bytes on rank 0: of parameters, gradients and optimizer after a step, and the peak during a step."""
-    for flag, plain in (("compile", False), ("cpu_offload", False), ("dropout", 0.0), ("flash", True)):
+    for flag, plain in (
+        ("compile", False),
+        ("cpu_offload", False),
+        ("dropout", 0.0),
+        ("lora_dropout", 0.0),
+        ("flash", True),
+    ):
         if getattr(config, flag) != plain:
             raise UserError(f"--{flag}={getattr(config, flag)} is not simulated; use --{flag}={int(plain)}")
     with as_on_cuda(world_size):
         with torch.device("meta"):
             model = GPT(config)
+        if config.lora_rank:
+            add_adapters(model, config)
         for block in model.h:
             block.activation_checkpointing = config.activation_checkpointing
         model.residual_dtype = getattr(torch, config.residual_dtype)

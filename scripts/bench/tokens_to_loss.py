@@ -1,9 +1,10 @@
 """Tokens to GPT-2's loss: `python scripts/bench/tokens_to_loss.py FILES --folder DIR`.
 
 Trains small models on the CPU: the recipe of GPT-2 on 3M tokens, and that of --cfg=modern-124m on a half and on a third
-of them. Each recipe runs once at three learning rates, and at further ones while the best is the lowest or the highest
-tried; then with three other seeds at the best. The modern recipe also runs on a third of the tokens without each of its
-changes, and GPT-2 with an untied head. All runs have the same size, shards, and validation tokens.
+of them. Each recipe runs once at two learning rates, and at further ones while the best is the lowest or the highest
+tried, each half or twice the last; then with three other seeds at the best. The modern recipe also runs on a third of
+the tokens without each of its changes, and GPT-2 with an untied head. All runs have the same size, shards, and
+validation tokens.
 
 The vocabulary (4,096 tokens), the shards and the runs are in DIR, and the results in --output. Repeat the command to
 resume: runs in --output are skipped, interrupted runs resume. Prints the results as tables in Markdown; with --show it
@@ -52,7 +53,7 @@ FLAGS = {
     "modern": ["--cfg=modern-124m"],
 }
 RECIPES = (("gpt2", 1.0), ("modern", 1 / 2), ("modern", 1 / 3), ("gpt2-untied", 1.0))  # with the part of TOKENS
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS = (0.5, 1.0)  # those tried first
 MAX_FACTORS = 5
 SEEDS = (2, 3, 4)  # seed 1 chooses the learning rate
 # Each undoes one change of the modern recipe.

@@ -86,7 +86,10 @@ def test_batch_size_0_needs_total_batch_size():
     assert "1 × 1024 × 1 = 1024" in refusal("--batch_size=0", "--total_batch_size=1000")
 
 
-@pytest.mark.parametrize("name", [n for n in BOOLEANS if n != "resize_embeddings"])  # needs --init_from
+NEED_OTHERS = ("resize_embeddings", "lora_embeddings")  # --init_from and --lora_rank
+
+
+@pytest.mark.parametrize("name", [n for n in BOOLEANS if n not in NEED_OTHERS])
 def test_a_bare_flag_is_true(name):
     stage = "--zero_stage=3"  # --cpu_offload needs it
     assert getattr(load(stage, f"--{name}"), name) is True

@@ -58,7 +58,7 @@ def first_to_be_complete(text, stop):
 @given(tokens=ids)
 @example(tokens=[*"東😀".encode()[:5], UNKNOWN, *"é".encode()])
 def test_the_pieces_joined_equal_the_decoded_text(tokenizer, tokens):
-    assert "".join(pieces(TextStream(tokenizer, [], None, True), tokens)) == tokenizer.decode(tokens)
+    assert "".join(pieces(TextStream(tokenizer, [], [], True), tokens)) == tokenizer.decode(tokens)
 
 
 @few
@@ -67,7 +67,7 @@ def test_the_pieces_joined_equal_the_decoded_text(tokenizer, tokens):
 @example(tokens=[*b"abab\n"], stop=["abab\n", "bab"])
 @example(tokens=[0xC3], stop=["�"])
 def test_text_ends_before_the_first_stop_string_and_final_text_is_not_held_back(tokenizer, tokens, stop):
-    stream, shown = TextStream(tokenizer, stop, END, True), ""
+    stream, shown = TextStream(tokenizer, stop, [END], True), ""
     seen = tokens[: tokens.index(END)] if END in tokens else tokens
     whole = tokenizer.decode(seen)
     for n, token in enumerate(tokens, 1):
@@ -82,28 +82,28 @@ def test_text_ends_before_the_first_stop_string_and_final_text_is_not_held_back(
 
 
 def test_a_character_is_returned_when_it_is_complete(tokenizer):
-    stream = TextStream(tokenizer, [], END, True)
+    stream = TextStream(tokenizer, [], [END], True)
     assert pieces(stream, "a東b".encode()) == ["a", "", "", "東", "b", ""]
 
 
 def test_a_stop_string_of_several_tokens(tokenizer):
-    stream = TextStream(tokenizer, ["\n\n"], END, True)
+    stream = TextStream(tokenizer, ["\n\n"], [END], True)
     assert pieces(stream, b"a\nb\n\nc") == ["a", "", "\nb", "", "", "", ""]
-    assert pieces(TextStream(tokenizer, ["\n\n"], END, True), b"a\n") == ["a", "", "\n"]
+    assert pieces(TextStream(tokenizer, ["\n\n"], [END], True), b"a\n") == ["a", "", "\n"]
 
 
 def test_end_of_text_ends_the_stream(tokenizer):
-    stream = TextStream(tokenizer, [], END, True)
+    stream = TextStream(tokenizer, [], [END], True)
     assert pieces(stream, [*b"a", END, *b"b"]) == ["a", "", "", ""]
-    assert "".join(pieces(TextStream(tokenizer, [], None, True), [*b"a", END])) == "a<|endoftext|>"
+    assert "".join(pieces(TextStream(tokenizer, [], [], True), [*b"a", END])) == "a<|endoftext|>"
 
 
 def test_an_empty_stop_string_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="empty"):
-        TextStream(tokenizer, [""], END, True)
+        TextStream(tokenizer, [""], [END], True)
 
 
 def test_the_space_that_the_encoder_inserts_is_removed(spaced):
     tokens = spaced.encode("a a")
-    assert "".join(pieces(TextStream(spaced, [], 0, True), tokens)) == spaced.decode(tokens) == "a a"
-    assert "".join(pieces(TextStream(spaced, [], 0, False), tokens)) == " a a"
+    assert "".join(pieces(TextStream(spaced, [], [0], True), tokens)) == spaced.decode(tokens) == "a a"
+    assert "".join(pieces(TextStream(spaced, [], [0], False), tokens)) == " a a"

@@ -78,8 +78,10 @@ def find_problem(mutation: Mutation) -> str:
 def stages_of(mutation: Mutation, depth: str) -> list[list[str]]:
     """Returns the tests to run, the likeliest to notice first."""
     folder, _, name = mutation.file.rpartition("/")
-    directory = [f"tests/{folder}", REFERENCE] if folder else [REFERENCE, "tests/e2e"]
     namesake = [f"tests/{folder}/test_{name}"]
+    while folder and not (ROOT / "tests" / folder).is_dir():  # scripts/sweeping has its tests in tests/scripts
+        folder = folder.rpartition("/")[0]
+    directory = [f"tests/{folder}", REFERENCE] if folder else [REFERENCE, "tests/e2e"]
     first = [mutation.test] if mutation.test else namesake if (ROOT / namesake[0]).is_file() else directory[:1]
     return [first, directory, ["tests"]][: DEPTHS.index(depth) + 1]
 

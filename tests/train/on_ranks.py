@@ -23,6 +23,7 @@ from model.formats.pretrained import initial_values, open_pretrained, open_weigh
 from model.gpt import GPT, initial_value
 from train.checkpoint import load_checkpoint
 from train.checkpoint_writer import CheckpointWriter
+from train.memory import possible_peaks
 from train.optim import make_optimizer, named_states
 from train.parallel import local, make_mesh, norm_squared, parallelize, reshard
 from util.errors import run_command
@@ -137,6 +138,58 @@ def check_numbers(ranks, folder):
             limit = 0 if name in ("stage0", "stage1") else 5e-6
             assert apart <= limit, (name, more, apart)
             assert_equal(setting.whole(), reference.whole(), limit)
+
+
+LORA = {
+    "gpt2": ["--lora_rank=4", "--lora_embeddings=1"],
+    "llama": ["--lora_rank=4", "--base_dtype=bfloat16", "--activation_checkpointing=selective"],
+}
+
+
+def check_lora(ranks, folder):
+    """Adapters get the same values in 20 steps of every strategy, and frozen parameters stay as they are."""
+    for family, more in LORA.items():
+        strategies = settings(ranks.world_size)
+        strategies["offload"] = ["--zero_stage=3", "--cpu_offload=1", "--sync_every_microbatch=1"]
+        expected, norms = {}, []
+        for name, flags in strategies.items():
+            setting = Setting(ranks, *flags, *more, *FAMILIES[family], "--learning_rate=1e-3")
+            assert setting.parallel.differing_parameter() is None
+            before = setting.whole()
+            ours = [setting.step(k) for k in range(20)]
+            after = setting.whole()
+            trained = {n for n, p in setting.model.named_parameters() if p.requires_grad}
+            for n in dict(setting.model.named_parameters()):
+                assert torch.equal(before[n], after[n]) == (n not in trained), (name, n)
+            assert all(n.rpartition("/")[0] in trained for n in named_states(setting.optimizer, setting.model))
+            expected, norms = expected or after, norms or ours
+            limit = 0 if name in ("stage0", "stage1") else 5e-6
+            assert max(abs(a - b) for a, b in zip(ours, norms, strict=True)) <= limit, (name, ours, norms)
+            assert_equal(after, expected, limit)
+
+
+def check_lora_memory(ranks, folder):
+    """With 0.4 billion frozen parameters, a rank holds the bytes that the plan has, after a step."""
+    flags = ["--n_layer=24", "--n_embd=1024", "--n_head=16", "--vocab_size=50257", "--sequence_length=8"]
+    for stage in (0, 3):
+        lora = ["--lora_rank=16", "--base_dtype=bfloat16", "--dtype=bfloat16", f"--zero_stage={stage}"]
+        config = load_config([*flags, *lora, "--batch_size=1", "--device=cpu"], ranks.world_size)
+        parallel = parallelize(config, ranks, lambda name, shape: torch.full((1,), 0.01).expand(shape))
+        optimizer = make_optimizer(parallel.gpt, config, ranks.world_size)
+        idx = torch.arange(8)[None]
+        with parallel.autocast():
+            parallel(idx, idx)[0].backward()
+        optimizer.step()
+        parameters = list(parallel.gpt.parameters())
+        states = named_states(optimizer, parallel.gpt).values()
+        tensors = {"parameters": parameters, "gradients": parallel.gradients(), "optimizer": states}
+        reshard(parallel.gpt)
+        assert sum(p.numel() for p in parameters) > 0.35e9
+        planned = possible_peaks(config, ranks.world_size)["optimizer"]
+        for part, held in tensors.items():
+            measured = sum(local(t).nbytes for t in held)
+            assert abs(measured / planned[part] - 1) < 0.1, (stage, part, measured, planned[part])
+        del parallel, optimizer, parameters, states, tensors, held
 
 
 def comm_counter():

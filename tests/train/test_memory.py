@@ -19,13 +19,13 @@ from train.memory import (
     choose_batch_size,
     deviation,
     fitting_batch_size,
-    largest_partition,
     planned_bytes,
     possible_peaks,
     usable_bytes,
 )
 from train.muon import empty_state
 from train.optim import make_optimizer
+from train.parameter_counts import largest_partition
 from util.errors import UserError
 from util.ranks import Ranks
 
@@ -53,6 +53,20 @@ SIMULATED = [
     ("llama", 8, 1, "--zero_stage=3 --optimizer=muon"),
     ("gpt2", 8, 1, "--zero_stage=3 --vocab_size=500 --activation_checkpointing=block"),  # the loss is not the peak
 ]
+LORA = [
+    ("llama", 8, 2, "--zero_stage=3 --activation_checkpointing=selective --base_dtype=bfloat16"),
+    ("gpt2", 8, 1, "--zero_stage=0 --lora_targets=attn --lora_embeddings=1"),
+    ("gpt2", 8, 1, "--zero_stage=3 --dtype=float32 --base_dtype=bfloat16"),
+    ("gpt2", 8, 2, "--zero_stage=0 --activation_checkpointing=selective"),
+    ("gpt2", 1, 1, "--zero_stage=0 --dtype=float32 --base_dtype=bfloat16"),
+    ("llama", 1, 1, "--zero_stage=0 --base_dtype=bfloat16"),
+    ("llama", 8, 1, "--zero_stage=1 --activation_checkpointing=block"),
+    ("llama", 8, 2, "--zero_stage=2 --activation_checkpointing=block --sync_every_microbatch=1"),
+    ("llama", 8, 2, "--zero_stage=2"),
+    ("llama", 8, 1, "--zero_stage=3 --lora_embeddings=1 --base_dtype=bfloat16"),
+]
+LORA = [(family, ranks, steps, f"--lora_rank=16 {flags}") for family, ranks, steps, flags in LORA]
+SIMULATED += [case if i < 1 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(LORA)]
 
 
 @pytest.mark.parametrize("family, ranks, steps, flags", SIMULATED)
@@ -60,7 +74,7 @@ def test_the_plan_is_what_the_real_code_holds(family, ranks, steps, flags):
     rows = compare([*SHAPE, *FAMILIES[family], *flags.split()], ranks, steps)
     assert [what.split(",")[0] for what, _, _ in rows] == ["parameters", "gradients", "optimizer", "peak"]
     for what, found, planned in rows:
-        assert found > 1e6 and planned == pytest.approx(found, rel=0.05), what
+        assert found > 1e5 and planned == pytest.approx(found, rel=0.05), what
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ CHECKS = [
     "evaluation_leaves_shards",
 ]
 # Two ranks repeat only the checks that depend on the number of ranks. tests/e2e/test_strategies.py resumes on one.
-LAUNCHES = [(2, ["save", "collectives"]), (4, [*CHECKS, "save", "load"])]
+LAUNCHES = [(2, ["save", "collectives"]), (4, [*CHECKS, "save", "load", "lora"])]
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +49,12 @@ def reports(tmp_path_factory, warm_python):
 @pytest.mark.parametrize("ranks, check", [(ranks, check) for ranks, checks in LAUNCHES for check in checks])
 def test_on_ranks(reports, ranks, check):
     assert not reports[ranks, check], reports[ranks, check]
+
+
+@pytest.mark.slow
+def test_lora_memory_on_two_ranks(tmp_path, warm_python):
+    env = {**os.environ, **warm_python.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = [warm_python.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = Path(__file__).with_name("on_ranks.py")
+    done = subprocess.run([*launch, script, tmp_path / "report", tmp_path, "lora_memory"], env=env, capture_output=True)
+    assert done.returncode == 0 and json.loads((tmp_path / "report").read_text()) == {"lora_memory": ""}, done.stderr

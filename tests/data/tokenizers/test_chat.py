@@ -14,6 +14,7 @@ from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import END_OF_TEXT
 from data.tokenizers.transfer import token_rows
 from data.train_tokenizer import train
+from eval.chat_format import chat_format
 from util.errors import UserError
 
 PHI3 = (
@@ -53,6 +54,10 @@ MARKED = (
     "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}"
     "{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DIRECT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TEMPLATES = {**BUILT_IN, "phi3": PHI3, "mistral": MISTRAL, "qwen3": QWEN3, "alpaca": ALPACA, "marked": MARKED}
 WORDS = [
@@ -191,6 +196,64 @@ def test_each_reply_and_the_token_that_ends_it_are_counted(prepared, template, f
     assert counted_text(chat, messages[:4]) == [first, last]
     if template != "qwen3":
         assert counted_text(chat, messages) == [first, last]
+
+
+@pytest.mark.parametrize(
+    "template, text, token",
+    [
+        ("chatml", "", "<|im_end|>"),
+        ("llama3", "", "<|eot_id|>"),
+        ("phi3", "", "<|end|>"),
+        ("mistral", "", "<|endoftext|>"),
+        ("qwen3", "", "<|im_end|>"),
+        ("marked", "", "<|im_end|>"),
+        ("alpaca", "\n\n### Instruction:", None),  # without a token, the beginning of the next turn is the end
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}", "\n", "<|user|>"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "", None),
+        ("{{ messages[3].role }}{% for m in messages %}{{ m.content }}<|a|>{% endfor %}", "", "<|a|>"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "", None),
+    ],
+)
+def test_where_a_reply_ends(prepared, bases, tmp_path, template, text, token):
+    if template in TEMPLATES:
+        chat = prepared("bytelevel", template)[0]
+    else:
+        tokenizer, _ = prepare_tokenizer(bases["bytelevel"], ChatTemplate("t", template), tmp_path)
+        chat = Chat(tokenizer, ChatTemplate("t", template))
+    assert chat.end_of_reply() == (text, chat.tokenizer.special[token] if token else None)
+    assert chat.unknown_names() == []
+
+
+@pytest.mark.parametrize("base", ["bytelevel", "sentencepiece", "metaspace"])
+@pytest.mark.parametrize("template", ["chatml", "llama3", "phi3", "mistral", "marked", "direct"])
+def test_the_tokens_of_a_reply_decode_to_its_text(prepared, bases, tmp_path, base, template):
+    """Also where the tokenizer inserts a space before the first word of a reply."""
+    if template == "direct":  # a reply follows a special token
+        tokenizer, _ = prepare_tokenizer(bases[base], ChatTemplate("direct", DIRECT), tmp_path)
+        chat = Chat(tokenizer, ChatTemplate("tokenizer", DIRECT))
+    else:
+        chat = prepared(base, template)[0]
+    form = chat_format("", None, chat.tokenizer, {}, chat.tokenizer.name)
+    for text in (
+        "The cat",
+        "cat" if template == "llama3" else " cat",
+        "naïve 東京\n\nx = {1: 2}",
+        "a" * 9,
+        "👩‍👩‍👧",
+        "x <|im_end|> y",
+    ):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        ids, prompt = chat.encode(messages)[0], form.encode(messages[:1])
+        assert ids[: len(prompt)] == prompt
+        stream = form.stream(prompt)
+        found = "".join(stream.add(i) for i in ids[len(prompt) :])
+        assert stream.ended and form.message(found)["content"] == text
+
+
+def test_the_names_of_a_template_that_the_tokenizer_lacks_are_text(bases):
+    chat = Chat(bases["bytelevel"], ChatTemplate("chatml", BUILT_IN["chatml"]))
+    assert chat.unknown_names() == ["<|im_end|>", "<|im_start|>"]
+    assert chat.end_of_reply() == ("<|im_end|>", None)
 
 
 def test_the_end_of_text_token_is_none_that_the_template_writes(prepared, bases):
