@@ -28,21 +28,10 @@ from cfg.config import Config, to_yaml
 from data.documents import document_positions
 from data.loader import Prefetcher, inputs_and_targets
 from data.open import open_train_data
-from train import (
-    checkpoint,
-    evaluate,
-    inputs,
-    interrupt,
-    optim,
-    parallel,
-    rank_log,
-    run_dir,
-    run_facts,
-    stability,
-    watchdog,
-)
+from train import checkpoint, evaluate, inputs, interrupt, optim, parallel, rank_log, run_dir, stability, watchdog
 from train.memory import choose_batch_size
 from train.metrics import Metrics, StepResult
+from train.run_facts import add_start
 from train.summary import print_banner, print_summary
 from util.errors import run_command
 from util.ranks import Ranks, close_ranks, init_ranks
@@ -94,7 +83,7 @@ def train(config: Config) -> int:
     )
     step, last_record = checkpointer.resume()  # (0, {}) without a checkpoint
     ranks.on_main(lambda: run_dir.write_config(output_dir, to_yaml(config)))
-    ranks.on_main(lambda: run_facts.add_start(output_dir, step, ranks, model, config.sequence_length))
+    ranks.on_main(lambda: add_start(output_dir, step, ranks, model, config.sequence_length))
     model.check_replicas()  # raises if copies of a parameter differ between ranks
     model.warm_up()  # arranges DDP's buckets now, so that a resume does not change the order in which it sums
     metrics.start(step, last_record.get("elapsed_s", 0.0))

@@ -295,10 +295,10 @@ def check_run(path: Path) -> Path:
     if any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
         return path
     if not path.is_dir():
-        problem = "is a file; give the folder of the run" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {problem}")
+        problem = "is a file" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {problem}; give the --output_dir of a run")
     inside = sorted(p.parent.name for p in path.glob("*/metrics.jsonl"))
-    hint = f"it contains runs: give {path}/{inside[0]}, or {path}/*" if inside else "give the --output_dir of a run"
+    hint = f"name the runs in it, such as {path / inside[0]}" if inside else "give the --output_dir of a run"
     raise UserError(f"{path}: no run, for it has no metrics.jsonl; {hint}")
 
 

@@ -43,11 +43,12 @@ def get_batch(self, index):
     failing = rank == world_size - 1 and first <= index <= last
     if skip_from and index >= skip_from:
         index += skipped
-    batch = original_get(self, index)
+    idx, targets = original_get(self, index)
     if rank == 0 and "BATCHES" in os.environ:
+        rows = torch.cat((idx, targets[:, -1:]), dim=1)
         with open(os.environ["BATCHES"], "a") as f:
-            f.write(json.dumps({"index": index, "batch": batch.tolist()}) + "\n")
-    return batch
+            f.write(json.dumps({"index": index, "batch": rows.tolist()}) + "\n")
+    return idx, targets
 
 
 def forward_or_fail(self, *args, **kwargs):

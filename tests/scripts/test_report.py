@@ -73,7 +73,7 @@ def test_logs_of_others_are_overlaid(run, tmp_path, capsys):
         (["{run}", "--text", "--output=x.html"], "--text and --output: give one of them"),
         (["{run}", "--output={run}"], "is a folder; give the name of a file"),
         (["{run}", "--output={run}/missing/x.html"], "does not exist; create it first"),
-        (["{run}/metrics.jsonl", "--text"], "is a file; give the folder of the run"),
+        (["{run}/metrics.jsonl", "--text"], "is a file; give the --output_dir of a run"),
         (["{run}/missing", "--text"], "no such folder"),
         (["{run}/logs", "--text"], "no run, for it has no metrics.jsonl"),
         (["{run}", "--outptu=x"], "unrecognized arguments"),

@@ -152,7 +152,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
         tmp_path / "missing": "no such folder",
         run / "metrics.jsonl": "is a file",
         tmp_path: "no run, for it has no metrics.jsonl; give the --output_dir of a run",
-        tmp_path / "runs": f"it contains runs: give {tmp_path}/runs/a, or",
+        tmp_path / "runs": f"name the runs in it, such as {run}",
     }.items():
         with pytest.raises(UserError) as error:
             open_runs([path])
