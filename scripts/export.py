@@ -60,7 +60,9 @@ from torch import Tensor
 
 from cfg.config import ModelConfig, model_config
 from cfg.flags import LoraConfig
+from data.tokenizers.chat_export import ends_of_text, open_chat, with_end_of_text_first
 from data.tokenizers.export import tokenizer_files
+from data.tokenizers.hf_json import GENERATION_CONFIG
 from data.tokenizers.tokenizer import Tokenizer
 from eval.model import load_model_tokenizer
 from model.formats.base import base_in_state
@@ -151,26 +153,31 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     A model for which transformers has no class is a user error.
     """
     model = write_config(source.config.model_dump())
-    tokenizer = write_tokenizer(source, folder, tokenizer_name)
-    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
-    if tokenizer:
-        ids = {"bos_token_id": tokenizer.bos_tokens[0], "eos_token_id": tokenizer.end_of_text}
+    ids = write_tokenizer(source, folder, tokenizer_name)
     kind = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**model, **ids, "torch_dtype": kind})
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     write_weights(source, folder, dtype, limit)
     count = sum(map(prod, parameter_shapes(source.config).values()))
     card = model_card(source.path, source.pretrained, source.config, kind, count)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_tokenizer(source: Source, folder: Path, name: str) -> Tokenizer | None:
-    """Writes the files of the tokenizer `name`, or of the model's own, if it is known. Returns it."""
+def write_tokenizer(source: Source, folder: Path, name: str) -> dict[str, Any]:
+    """Writes the files of the tokenizer `name`, or of the model's own, if it is known.
+
+    Returns bos_token_id and eos_token_id, as config.json and generation_config.json contain them.
+    """
     tokenizer = open_tokenizer(source, name)
-    if tokenizer:
-        for file, content in tokenizer_files(tokenizer, source.config.n_positions).items():
-            (folder / file).write_bytes(content)
-    return tokenizer
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    files, chat = tokenizer_files(tokenizer, source.config.n_positions), open_chat(tokenizer)
+    if chat and source.pretrained.flags.get("doc_mask"):
+        files = with_end_of_text_first(files, chat)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    ids = {"bos_token_id": tokenizer.bos_tokens[0], "eos_token_id": ends_of_text(tokenizer, chat)}
+    write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+    return ids
 
 
 def open_adapter(name: str) -> Source:

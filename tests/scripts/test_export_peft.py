@@ -5,7 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig
 
 from data.tokenizers.export import extended_files
 from data.tokenizers.load import load_tokenizer
@@ -69,6 +69,7 @@ def test_peft_loads_the_adapter_of_a_run_with_its_tokenizer_and_chat_template(tr
     tokenizer = AutoTokenizer.from_pretrained(trained / "adapter")
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=True, return_dict=False)
     assert chat == [257, ord("a"), ord("b"), 258]
+    assert GenerationConfig.from_pretrained(trained / "adapter").eos_token_id == 258
     card = (trained / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "lora_rank | `4`" in card and str(trained) not in card
 
