@@ -84,13 +84,16 @@ def base_in_state(state: dict[str, Any], path: Path) -> Base:
 
 def recorded_base(output_dir: Path, resume: str) -> Base | None:
     """Returns the base of the run that --output_dir and --resume continue, or None for a fresh start or no base."""
-    from model.formats.checkpoint import MANIFEST, list_checkpoints, read_state
+    from model.formats.checkpoint import checkpoints_at, list_checkpoints, read_state
 
-    folders = {"never": [], "auto": [output_dir]}.get(resume, [output_dir, Path(resume)])
-    for folder in folders:
-        for path in [folder] if (folder / MANIFEST).exists() else list_checkpoints(folder):
-            with suppress(UserError, StorageError, OSError):
-                return base_in_state(read_state(path), path)
+    if resume == "never":
+        return None
+    paths = list_checkpoints(output_dir)
+    if resume != "auto":
+        paths += checkpoints_at(Path(resume))
+    for path in paths:
+        with suppress(UserError, StorageError, OSError):
+            return base_in_state(read_state(path), path)
     return None
 
 

@@ -174,8 +174,12 @@ def test_a_run_that_is_resumed_keeps_the_checkpoint_that_it_began_with(made, tmp
 def test_the_recorded_base_is_found_for_resume_and_branches(made, tmp_path):
     (full, _), (once, _), _ = made
     run = once.parent.parent
-    for output_dir, resume in ((run, "auto"), (tmp_path, str(run)), (tmp_path, str(once)), (run, str(full))):
-        assert recorded_base(output_dir, resume).init_from == str(full.resolve())
+    latest = tmp_path / "copy" / "latest"
+    shutil.copytree(once.parent, latest.parent)
+    latest.write_text(once.name)
+    branches = [(tmp_path, str(path)) for path in (run, once, once.parent, latest.parent, latest)]
+    for output_dir, resume in ((run, "auto"), (run, str(full)), *branches):
+        assert recorded_base(output_dir, resume).init_from == str(full.resolve()), resume
     for output_dir, resume in ((run, "never"), (tmp_path, "auto"), (full.parent.parent, "auto")):
         assert recorded_base(output_dir, resume) is None
 
