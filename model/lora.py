@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfg.checks import module_sizes, parse_lora_targets
+from cfg.lora import module_sizes, parse_lora_targets
 from model.loss import in_autocast_dtype
 
 if TYPE_CHECKING:

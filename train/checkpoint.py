@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from cfg.checks import parse_lora_targets
 from cfg.config import Config, ModelConfig, to_yaml
 from cfg.flags import training_only_flags
+from cfg.lora import parse_lora_targets
 from data.fingerprint import check_same_data, check_same_tokenizer
 from data.loader import Loader
 from data.mixed_loader import MixedLoader

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cfg.checks import parse_lora_targets
 from cfg.flags import ModelConfig
+from cfg.lora import parse_lora_targets
 from model.formats.base import fingerprint
 from model.formats.hf_tensors import FLOATS, open_safetensors, parts_of, rows_of_parts, swap_halves
 from model.formats.peft_config import CONFIG, TENSORS, AdapterConfig, read_adapter_config

@@ -267,6 +267,7 @@ def test_flops_count_4_for_a_frozen_and_6_for_a_trained_parameter(family):
         (["--lora_rank=4", "--lora_targets="], "--lora_targets=: "),
         (["--lora_rank=4", "--lora_targets=attn,,mlp"], "--lora_targets=attn,,mlp: "),
         (["--lora_rank=4", "--lora_targets=lm_head"], "lm_head is not a matrix of a block"),
+        (["--lora_rank=4", "--lora_targets=embed_tokens"], "with --lora_embeddings=1"),
         (["--lora_rank=33"], "--lora_rank=33: attn.c_attn has a side of 32"),
         (["--lora_rank=4", "--optimizer=muon"], "--optimizer=muon: does not train the adapters of --lora_rank"),
         (["--lora_alpha=16"], "--lora_alpha=16.0: has no effect without adapters; give --lora_rank"),
