@@ -87,8 +87,9 @@ from model.formats.pretrained import (
     open_pretrained,
     open_weights,
     split_name,
+    stored_parameters,
 )
-from model.gpt import GPT, VOCABULARY, parameter_shapes
+from model.gpt import parameter_shapes
 from scripts.model_card import model_card
 from util.files import file_sha256, flush_to_disk
 
@@ -127,8 +128,7 @@ def consolidate(source: Source, folder: Path) -> None:
         manifest["config"] = {k: v for k, v in manifest["config"].items() if k not in LoraConfig.model_fields}
         write_json(folder / STATE, {k: v for k, v in read_state(checkpoint).items() if k != "base"})
         value = initial_values(source.read, source.config)
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in GPT(source.config).named_parameters()}
+        shapes = parameter_shapes(source.config, padded=True)
         tensors = {name: value(name, shape).float() for name, shape in shapes.items()}
     else:
         tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint, "model").items()}
@@ -186,14 +186,7 @@ def open_adapter(name: str) -> Source:
     if pretrained.kind or not pretrained.flags.get("lora_rank"):
         raise UserError(f"--to=peft: --checkpoint={name} is no LoRA run, so it has no adapter; use --to=hf")
     found, config = newest_checkpoint(pretrained.path), model_config(pretrained.flags, name)
-    shapes = tensor_shapes(found, "model")
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(shapes[name])
-        load_tensors(found, "model", {name: tensor}, subset=True)
-        return tensor[: config.vocab_size] if name in VOCABULARY else tensor
-
-    return Source(pretrained, found, config, read)
+    return Source(pretrained, found, config, stored_parameters(found, config)[0])
 
 
 def base_of_adapter(source: Source, wanted: str) -> tuple[str, str]:

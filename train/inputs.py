@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +28,7 @@ from model.formats.pretrained import (
     open_weights,
 )
 from model.gpt import InitialValue, parameter_shapes
-from model.lora import EMBEDDINGS, adapter_value, is_adapter, saved_names
+from model.lora import adapter_value, is_adapter, saved_names
 from util.errors import UserError
 from util.ranks import Ranks
 
@@ -68,7 +67,7 @@ def tokenizer_fingerprint(config: Config, tokenizer: Tokenizer | None) -> dict[s
 
 
 def count_iterations(config: Config, data: Loader | MixedLoader, ranks: Ranks) -> Config:
-    """Replaces --num_epochs with the number of steps that reads the training data so often; prints it.
+    """Returns the config with --num_iterations computed from --num_epochs, and prints it.
 
     An epoch of a mixture has as many windows as all its sources together.
     """
@@ -91,12 +90,12 @@ def load_pretrained(config: Config, ranks: Ranks) -> tuple[InitialValue | None, 
     if config.init_from == "scratch":
         return None, None
     pretrained, rows = open_pretrained(config.init_from), None
-    # The run may be training now, so rank 0 chooses the checkpoint for all ranks.
     recorded = (
         ranks.on_main(lambda: recorded_base(Path(config.output_dir), config.resume)) if config.lora_rank else None
     )
     if not pretrained.kind:
         run = pretrained
+        # This run may be training now and write newer checkpoints, so rank 0 chooses one for all ranks.
         pretrained = replace(pretrained, path=ranks.on_main(lambda: find_base(run, recorded)))
     if config.resize_embeddings:
         sizes = pretrained.flags["vocab_size"], config.vocab_size
@@ -131,16 +130,15 @@ def find_base(run: PretrainedModel, recorded: Base | None, report: Any = print) 
 
 def with_adapters(value: InitialValue, config: Config, from_init: bool) -> InitialValue:
     """Returns `value` with initial values of the adapters, and `from_init` with those of --lora_init."""
-    adapter: InitialValue | None = None
+    adapter = None
     if config.lora_init and from_init:
         from model.formats.peft import read_adapter
 
         adapter = read_adapter(config.lora_init, config)
 
     def value_or_adapter(name: str, shape: torch.Size) -> Tensor:
-        if adapter and (is_adapter(name) or name in EMBEDDINGS):
-            with suppress(KeyError):  # of an embedding that the adapter does not contain
-                return adapter(name, shape)
+        if adapter is not None and (found := adapter(name, shape)) is not None:
+            return found
         return adapter_value(name, shape, config.seed) if is_adapter(name) else value(name, shape)
 
     return value_or_adapter
