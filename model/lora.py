@@ -127,6 +127,6 @@ def adapter_shapes(config: Config) -> dict[str, torch.Size]:
     return found
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def merge_adapter(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Returns the matrix that computes what `weight` computes with its adapter: W + scale · B A, in fp32."""
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)

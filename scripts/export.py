@@ -65,7 +65,6 @@ from data.tokenizers.export import tokenizer_files
 from data.tokenizers.hf_json import GENERATION_CONFIG
 from data.tokenizers.tokenizer import Tokenizer
 from eval.model import load_model_tokenizer
-from model.formats.base import base_in_state
 from model.formats.checkpoint import (
     MANIFEST,
     STATE,
@@ -78,6 +77,7 @@ from model.formats.checkpoint import (
 from model.formats.hf import write_config
 from model.formats.hf_tensors import INDEX, SINGLE, is_nanochat, split_for_export
 from model.formats.llmc import write_file
+from model.formats.lora_base import base_in_state
 from model.formats.peft import write_adapter
 from model.formats.pretrained import (
     PretrainedModel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,8 +18,9 @@ from data.mixed_loader import MixedLoader
 from data.tokenizers.load import NAMES, load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS, Tokenizer
 from data.tokenizers.transfer import token_rows
-from model.formats.base import Base, recorded_base
 from model.formats.checkpoint import MANIFEST, find_damage, step_of
+from model.formats.lora_base import Base, recorded_base
+from model.formats.peft_config import read_adapter_config
 from model.formats.pretrained import (
     PretrainedModel,
     absolute_name,
@@ -29,7 +31,7 @@ from model.formats.pretrained import (
 )
 from model.gpt import InitialValue, parameter_shapes
 from model.lora import adapter_value, is_adapter, saved_names
-from util.errors import UserError
+from util.errors import UserError, quote
 from util.ranks import Ranks
 
 
@@ -104,6 +106,8 @@ def load_pretrained(config: Config, ranks: Ranks) -> tuple[InitialValue | None, 
     read = open_weights(pretrained)
     if not config.lora_rank:
         return initial_values(read, config, rows), None
+    if config.lora_init and recorded is None and ranks.is_main:
+        report_other_base(config, pretrained)
     base, names = Base(absolute_name(pretrained)), parameter_shapes(config).keys()
     read = base.recording(read, names - saved_names(names, config))
     # A run that is resumed gets its adapters from the checkpoint.
@@ -126,6 +130,21 @@ def find_base(run: PretrainedModel, recorded: Base | None, report: Any = print) 
             f" ({problem}); put it back, or use another --output_dir"
         )
     return found
+
+
+def report_other_base(config: Config, pretrained: PretrainedModel, report: Any = print) -> None:
+    """Prints a warning if the adapter of --lora_init was trained on another model than --init_from."""
+    settings = read_adapter_config(Path(config.lora_init).expanduser(), f"--lora_init={quote(config.lora_init)}")
+    if not settings.base or not pretrained.kind:  # an adapter never names a rawgpt run
+        return
+    folders = (settings.folder / settings.base, Path(settings.base).expanduser())
+    named = settings.base + (f"@{settings.revision}" if settings.revision else "")
+    same_folder = any(os.path.realpath(folder) == os.path.realpath(pretrained.path) for folder in folders)
+    if not same_folder and pretrained.hub not in (named, settings.base):
+        report(
+            f"--lora_init={quote(config.lora_init)}: the adapter was trained on {quote(named)}, not on"
+            f" --init_from={config.init_from}; give that model if they differ"
+        )
 
 
 def with_adapters(value: InitialValue, config: Config, from_init: bool) -> InitialValue:

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cfg.flags import ModelConfig
-from model.formats.base import fingerprint
 from model.formats.hf_tensors import FLOATS, open_safetensors, parts_of, rows_of_parts, swap_halves
+from model.formats.lora_base import fingerprint
 from model.formats.peft_config import CONFIG, TENSORS, AdapterConfig, read_adapter_config
 from model.formats.raw import Reader
 from model.gpt import parameter_shapes
-from model.lora import EMBEDDINGS, VOCABULARY, adapter_shapes, matrix_of, merged
+from model.lora import EMBEDDINGS, VOCABULARY, adapter_shapes, matrix_of, merge_adapter
 from model.lora import A as OUR_A
 from model.lora import B as OUR_B
 from util.errors import UserError, quote
@@ -165,7 +165,7 @@ def _check_complete(adapter: Adapter, path: Path, modules: Any) -> None:
 
 
 @dataclass(frozen=True)
-class MergedReader:
+class PeftMerger:
     """`read(name)` for a base model with an adapter merged into it. A merged matrix is fp32."""
 
     adapter: Adapter
@@ -179,7 +179,7 @@ class MergedReader:
         if not (parts := self.products(name, weight)):
             return weight
         weights = weight.split([len(b) for _, b, _ in parts])
-        return torch.cat([merged(w, *part) for w, part in zip(weights, parts, strict=True)])
+        return torch.cat([merge_adapter(w, *part) for w, part in zip(weights, parts, strict=True)])
 
     def products(self, name: str, weight: Tensor) -> list[tuple[Tensor, Tensor, float]]:
         """Returns A, B and scale of each part of a matrix, or nothing if it has no adapter.
@@ -196,7 +196,7 @@ class MergedReader:
         return list(zip(a, swap_halves(b, config), map(adapter.settings.scale_of, modules), strict=True))
 
     def fingerprint(self, name: str, value: Tensor) -> str:
-        """Returns the fingerprint of a parameter, if the model is the base of a run: see model/formats/base.py."""
+        """Returns the fingerprint of a parameter, if the model is the base of a run: see model/formats/lora_base.py."""
         if name in self.adapter.saved or not (parts := self.products(name, value)):
             return fingerprint(name, value)
         found = [fingerprint(name, self.read_base(name), self.read_base)]

@@ -214,12 +214,12 @@ def open_weights(pretrained: PretrainedModel, report: Any = print) -> Reader:
             download(pretrained.hub, WEIGHTS, f"hf:{pretrained.hub}")
         return HFReader(pretrained.path, config)
     if pretrained.base:
-        from model.formats.peft import MergedReader, open_adapter
+        from model.formats.peft import PeftMerger, open_adapter
         from model.formats.peft_config import read_adapter_config
 
         settings = read_adapter_config(pretrained.path, f"{pretrained.kind}:{pretrained.path}")
         adapter = open_adapter(settings, config, pretrained.base.flags["tie_embeddings"])
-        return MergedReader(adapter, open_weights(pretrained.base))
+        return PeftMerger(adapter, open_weights(pretrained.base))
     if pretrained.kind:
         from model.formats import llama2c, llmc, nanogpt
 
@@ -245,9 +245,9 @@ def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
     read, names = stored_parameters(path, config)
     flags = read_manifest(path)["config"]
     if flags.get("lora_rank"):
-        from model.formats.base import adapters_merged
+        from model.formats.lora_base import merging_reader
 
-        return adapters_merged(path, read, names, flags, lambda name: open_weights(open_pretrained(name)))
+        return merging_reader(path, read, names, flags, lambda name: open_weights(open_pretrained(name)))
     return read
 
 

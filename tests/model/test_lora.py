@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfg.config import load_config
 from model.gpt import GPT, init_weights
-from model.lora import FrozenLinear, LoRALinear, adapter_value, add_adapters, merged, saved_names
+from model.lora import FrozenLinear, LoRALinear, adapter_value, add_adapters, merge_adapter, saved_names
 from model.loss import linear_cross_entropy
 from util.errors import UserError
 
@@ -100,7 +100,7 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_equals_the_merged_matri
             if isinstance(module, LoRALinear):
                 weight = plain.get_submodule(name).weight
                 change = config.lora_alpha / 4 * module.lora_b @ module.lora_a
-                found = merged(weight, module.lora_a, module.lora_b, config.lora_alpha / 4)
+                found = merge_adapter(weight, module.lora_a, module.lora_b, config.lora_alpha / 4)
                 assert found.dtype == torch.float32
                 assert torch.allclose(found.double(), weight + change, atol=1e-5)
                 weight += change

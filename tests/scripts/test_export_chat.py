@@ -11,7 +11,7 @@ from cfg.config import load_config
 from data.tokenizers.chat import BUILT_IN, Chat, ChatTemplate, find_template, prepare_tokenizer
 from data.tokenizers.chat_export import ends_of_text, open_chat
 from data.tokenizers.load import load_tokenizer
-from eval.chat_format import chat_format
+from eval.chat_format import open_chat_format
 from model.gpt import GPT, init_weights, random_values
 from scripts import export as command
 from train.checkpoint_writer import CheckpointWriter
@@ -95,7 +95,7 @@ def test_the_exported_template_begins_as_in_training(tmp_path, template, doc_mas
     # Reading the export gives the same conversations, and the tokenizer is still that of the shards.
     again = load_tokenizer(str(folder))
     assert again.fingerprint["sha256"] == own.fingerprint["sha256"]
-    assert chat_format("", None, again, {"doc_mask": False}, folder).encode(MESSAGES) == trained
+    assert open_chat_format("", None, again, {"doc_mask": False}, folder).encode(MESSAGES) == trained
 
 
 def test_a_template_that_fails_is_reported_and_exported(tmp_path, capsys):

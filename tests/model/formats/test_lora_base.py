@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cfg.config import load_config
-from model.formats.base import SAMPLE, Base, base_in_state, fingerprint, recorded_base
 from model.formats.checkpoint import with_sha256
+from model.formats.lora_base import SAMPLE, Base, base_in_state, fingerprint, recorded_base
 from model.formats.pretrained import checkpoint_reader, load_model, open_pretrained
 from model.gpt import GPT, init_weights, parameter_shapes
 from model.lora import add_adapters, saved_names
@@ -150,7 +150,7 @@ DAMAGE = {
 def test_a_state_without_a_base_is_one_line(made, tmp_path, damage):
     shutil.copytree(made[1][0], tmp_path / "step_00000001")
     tamper(tmp_path / "step_00000001", DAMAGE[damage])
-    with pytest.raises(UserError, match=r"state.json: does not tell the base model of the LoRA adapters; damaged"):
+    with pytest.raises(UserError, match=r"state.json: names no valid base model; the file is damaged"):
         load_model(tmp_path, torch.device("cpu"))
 
 
