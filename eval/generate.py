@@ -110,7 +110,7 @@ from torch import Tensor
 
 from data.tokenizers.fim import infill_prompt
 from data.tokenizers.tokenizer import Tokenizer
-from eval.chat_format import ChatFormat
+from eval.chat_format import ChatFormat, open_chat_format
 from eval.encoding import encode_prompt
 from eval.model import load_model_tokenizer
 from eval.text_stream import TextStream
