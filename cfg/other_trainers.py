@@ -59,6 +59,15 @@ OTHER_NAMES = {
     "logging_steps": "--log_every",
     "report_to": "--wandb_project_id or --tensorboard",
     "full_determinism": "--deterministic",
+    "model_name_or_path": "--init_from=hf:NAME",
+    "warmup_ratio": "--warmup_iters (steps, not a share)",
+    "per_device_eval_batch_size": "--batch_size (also used in validation)",
+    "max_length": "--sequence_length",
+    "max_seq_length": "--sequence_length",
+    # PEFT
+    "r": "--lora_rank",
+    "lora_r": "--lora_rank",
+    "target_modules": "--lora_targets",
     # names that several trainers use
     "lr": "--learning_rate",
     "max_lr": "--learning_rate",

@@ -21,7 +21,7 @@ from util.errors import CommandParser, UserError, closest, quote, run_command
 
 HELP = {
     "/reset": "forget the conversation, but not the system message",
-    "/save": "write the conversation to a new file, or as a new row to /save FILE.jsonl",
+    "/save": "write the conversation to a new file; /save FILE.jsonl appends it to that file",
     "/quit": "end, as does Ctrl-D",
     "/help": "list these commands",
 }
@@ -66,7 +66,7 @@ args = parse_first(__name__, read_flags)
 
 import torch
 
-from eval.chat_format import chat_format
+from eval.chat_format import open_chat_format
 from eval.conversation import Conversation
 from eval.generate import Sampling
 from eval.model import load_model_tokenizer
@@ -75,14 +75,14 @@ from model.formats.pretrained import load_model
 from util.device import choose_device
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Prints a line that is not part of a reply."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
 def show_reply(conversation: Conversation, ids: list[int], stop: list[str], parts: list[str]) -> bool:
     """Prints a reply while it is generated, and appends its text to `parts`. Returns whether it reached its end."""
-    stream = conversation.form.stream(ids, stop)
+    stream = conversation.chat_format.stream(ids, stop)
     for token in conversation.reply(ids):
         parts.append(stream.add(token))
         print(parts[-1], end="", flush=True)
@@ -102,7 +102,7 @@ def ask(conversation: Conversation, question: str, place: str) -> list[int]:
         raise UserError(f"{place}{e}") from e
     if (dropped := conversation.dropped - before) > 0:
         turns = "turn no longer fits" if dropped == 2 else f"{dropped // 2} turns no longer fit"
-        note(f"the oldest {turns} into the context of {conversation.limit:,} tokens; the model does not see them")
+        print_note(f"the oldest {turns} into the context of {conversation.limit:,} tokens; the model does not see them")
     return ids
 
 
@@ -116,13 +116,13 @@ def answer(conversation: Conversation, question: str, ids: list[int], stop: list
         interrupted = True
     print(flush=True)
     if interrupted and not "".join(parts):
-        note("stopped before the reply began; the message is forgotten")
+        print_note("stopped before the reply began; the message is forgotten")
         return
     conversation.add(question, "".join(parts))
     if interrupted:
-        note("stopped")
+        print_note("stopped")
     elif not ended:
-        note(conversation.why_full(ids))
+        print_note(conversation.end_reason(ids))
 
 
 # --- the terminal ---------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def read_line() -> str | None:
     try:
         return input("> ")
     except UnicodeDecodeError:
-        note("the line is not UTF-8")
+        print_note("the line is not UTF-8")
         return ""
     except EOFError:
         print()
@@ -143,24 +143,24 @@ def read_line() -> str | None:
         raise
 
 
-def follow(line: str, conversation: Conversation) -> bool:
-    """Follows a line that begins with "/". Returns whether the conversation continues."""
+def run_slash_command(line: str, conversation: Conversation) -> bool:
+    """Executes a line that begins with "/". Returns whether the conversation continues."""
     name, _, rest = line.partition(" ")
     if name not in HELP or (rest.strip() and name != "/save"):
         near = None if name in HELP else closest(name, HELP)
         hint = f"did you mean {near}? " if near else ""
         what = f"{name} takes no argument" if name in HELP else f"unknown command {quote(name)}"
-        note(f"{what}; {hint}/help lists the commands, and a space before / makes the line a message")
+        print_note(f"{what}; {hint}/help lists the commands, and a space before / makes the line a message")
     elif name == "/help":
         print("\n".join(f"{command:8}{text}" for command, text in HELP.items()))
     elif name == "/reset":
         conversation.reset()
-        note("the conversation is forgotten")
+        print_note("the conversation is forgotten")
     elif name == "/save":
         try:
-            note(f"saved as a row of {save(conversation.messages, rest.strip())}")
+            print_note(f"saved as a row of {save(conversation.messages, rest.strip())}")
         except UserError as e:
-            note(str(e))
+            print_note(str(e))
     return name != "/quit" or bool(rest.strip())
 
 
@@ -168,26 +168,27 @@ def converse(conversation: Conversation, stop: list[str], read: Callable[[], str
     """Holds a conversation in the terminal until /quit or Ctrl-D."""
     with suppress(ImportError):
         import readline  # noqa: F401 (line editing for `input`)
-    note("/help lists the commands; Ctrl-C stops a reply; Ctrl-D ends")
+    print_note("/help lists the commands; Ctrl-C stops a reply; Ctrl-D ends")
     while (line := read()) is not None:
         if line.startswith("/"):
-            if not follow(line.strip(), conversation):
+            if not run_slash_command(line.strip(), conversation):
                 return
         elif question := line.strip():
             try:
                 answer(conversation, question, ask(conversation, question, "the message"), stop)
             except (UserError, FloatingPointError, torch.OutOfMemoryError) as e:  # the conversation is not lost
-                note(str(e).partition("\n")[0])
+                print_note(str(e).partition("\n")[0])
 
 
 def main(args: argparse.Namespace) -> None:
+    """Loads the model, and replies to one question or holds a conversation."""
     device = choose_device(args.device)
     model, flags, found = load_model(args.checkpoint, device, lambda line: print(line, file=sys.stderr))
     tokenizer = load_model_tokenizer(args.tokenizer, found, flags)
-    form = chat_format(args.chat_template, args.bos, tokenizer, flags, found)
+    form = open_chat_format(args.chat_template, args.bos, tokenizer, flags, found)
     sampling, dtype = Sampling(args.temperature, args.top_k, args.top_p), getattr(torch, args.dtype)
     conversation = Conversation(model, form, args.system, args.max_new_tokens, sampling, args.seed)
-    if args.system:
+    if args.system:  # fails now if the system message alone does not fit
         ask(conversation, "x", "--system")
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -197,9 +198,11 @@ def main(args: argparse.Namespace) -> None:
             ended = show_reply(conversation, ids, args.stop, [])
             print(flush=True)
             if not ended:
-                note(conversation.why_full(ids))
+                print_note(conversation.end_reason(ids))
     except FloatingPointError as e:
         raise UserError(f"{found}: {e} in {args.dtype}; try --dtype=float32, or another checkpoint") from e
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"{args.place}: out of memory; shorten it, or lower --max_new_tokens") from e
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class ChatFormat:
     before: list[int]  # ids before each conversation
     ends: list[int]  # a reply ends before one of these tokens,
     stop: list[str]  # or before one of these strings
-    padding: str  # text that the template writes between a reply and the token that ends it
+    trailing: str  # text that the template writes between a reply and the token that ends it
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids after which the model writes the next reply.
@@ -39,7 +39,7 @@ class ChatFormat:
 
     def stream(self, ids: Sequence[int], stop: Sequence[str] = (), endless: bool = False) -> TextStream:
         """Returns the decoder of a reply to a conversation with these ids. An `endless` one ends at `stop` only."""
-        # After ordinary text no space is inserted before the reply.
+        # SentencePiece's leading space is dropped only after a special token.
         at_start = ids[-1] in self.chat.tokenizer.special.values()
         if endless:
             return TextStream(self.chat.after_special, stop, [], at_start)
@@ -47,10 +47,12 @@ class ChatFormat:
 
     def message(self, reply: str) -> Message:
         """Returns the assistant's message with the text of a reply."""
-        return {"role": "assistant", "content": RESERVED.sub("�", reply.removesuffix(self.padding))}
+        return {"role": "assistant", "content": RESERVED.sub("�", reply.removesuffix(self.trailing))}
 
 
-def chat_format(choice: str, bos: int | None, tokenizer: Tokenizer, flags: dict[str, Any], model: Path) -> ChatFormat:
+def open_chat_format(
+    choice: str, bos: int | None, tokenizer: Tokenizer, flags: dict[str, Any], model: Path
+) -> ChatFormat:
     """Returns the format for the value of --chat_template and a model with these flags.
 
     data/sft.py puts the end-of-text token before each conversation, and a run that has trained with --doc_mask=1 has
@@ -65,7 +67,8 @@ def chat_format(choice: str, bos: int | None, tokenizer: Tokenizer, flags: dict[
     chat = Chat(tokenizer, find_template(choice, tokenizer))
     if unknown := chat.unknown_names():
         print(
-            f"--chat_template={chat.template.name}: the tokenizer lacks {', '.join(unknown)}; the model sees text",
+            f"--chat_template={chat.template.name}: the tokenizer lacks {', '.join(unknown)};"
+            " the model sees their names as text",
             file=sys.stderr,
         )
     text, end = chat.end_of_reply()
@@ -75,5 +78,5 @@ def chat_format(choice: str, bos: int | None, tokenizer: Tokenizer, flags: dict[
         before=[tokenizer.end_of_text] if with_bos else [],
         ends=[tokenizer.end_of_text] if end is None else sorted({end, tokenizer.end_of_text}),
         stop=[text] if end is None and text else [],
-        padding="" if end is None else text,
+        trailing="" if end is None else text,
     )

@@ -54,8 +54,10 @@ class Conversation:
     All messages are kept, but the model sees only the system message and the newest turns that fit into its context.
     """
 
-    def __init__(self, model: GPT, form: ChatFormat, system: str, max_new_tokens: int, sampling: Sampling, seed: int):
-        self.form, self.sampling, self.seed = form, sampling, seed
+    def __init__(
+        self, model: GPT, chat_format: ChatFormat, system: str, max_new_tokens: int, sampling: Sampling, seed: int
+    ):
+        self.chat_format, self.sampling, self.seed = chat_format, sampling, seed
         self.limit = model.config.n_positions
         self.max_new_tokens = max_new_tokens
         self.room = max(1, min(max_new_tokens, self.limit // 4))  # tokens that are kept free for a reply
@@ -84,7 +86,7 @@ class Conversation:
             raise ValueError(": not UTF-8; convert it first") from e
         asked: Message = {"role": "user", "content": question}
         for dropped in range(self.dropped, len(self.turns) + 1, 2):
-            ids = self.form.encode([*self.system, *self.turns[dropped:], asked])
+            ids = self.chat_format.encode([*self.system, *self.turns[dropped:], asked])
             if len(ids) + self.room <= self.limit:
                 self.dropped = dropped
                 return ids
@@ -110,11 +112,11 @@ class Conversation:
         """Returns the maximum number of tokens of a reply."""
         return min(self.max_new_tokens, self.limit - len(ids))
 
-    def why_full(self, ids: list[int]) -> str:
+    def end_reason(self, ids: list[int]) -> str:
         """Returns the reason why a reply has no space for more tokens."""
         full = self.space(ids) < self.max_new_tokens
         return f"the context of {self.limit:,} tokens is full" if full else "the reply reached --max_new_tokens"
 
     def add(self, question: str, reply: str) -> None:
         """Adds a turn."""
-        self.turns += [{"role": "user", "content": question}, self.form.message(reply)]
+        self.turns += [{"role": "user", "content": question}, self.chat_format.message(reply)]

@@ -110,7 +110,7 @@ from torch import Tensor
 
 from data.tokenizers.fim import infill_prompt
 from data.tokenizers.tokenizer import Tokenizer
-from eval.chat_format import ChatFormat, chat_format
+from eval.chat_format import ChatFormat, open_chat_format
 from eval.encoding import encode_prompt
 from eval.model import load_model_tokenizer
 from eval.text_stream import TextStream
@@ -343,7 +343,7 @@ def main(args: argparse.Namespace) -> None:
     model, flags, found = load_model(args.checkpoint, device)
     tokenizer = load_model_tokenizer(args.tokenizer, found, flags)
     if args.chat:
-        chat = chat_format(args.chat_template, args.bos, tokenizer, flags, found)
+        chat = open_chat_format(args.chat_template, args.bos, tokenizer, flags, found)
         prompts, rows = make_chat_rows(args, chat, model.config.n_positions)
     else:
         prompts, rows = make_rows(args, tokenizer, model.config.n_positions)

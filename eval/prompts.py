@@ -11,12 +11,12 @@ from util.values import user_path
 ROWS = (".jsonl", ".ndjson")  # the names of prompt files with a conversation per line
 
 
-class FileText(str):
-    """The text of a file."""
+class FilePrompt(str):
+    """A prompt read from a file, with the file's name."""
 
     name: str
 
-    def __new__(cls, text: str, name: str) -> FileText:
+    def __new__(cls, text: str, name: str) -> FilePrompt:
         found = super().__new__(cls, text)
         found.name = name
         return found
@@ -35,7 +35,7 @@ def utf8(flag: str) -> Callable[[str], str]:
     return check
 
 
-def read_prompt_file(name: str) -> FileText:
+def read_prompt_file(name: str) -> FilePrompt:
     """Reads a UTF-8 file; "-" is stdin."""
     with user_errors(f"--prompt_file={name}"):
         content = sys.stdin.buffer.read() if name == "-" else user_path(name).read_bytes()
@@ -45,7 +45,7 @@ def read_prompt_file(name: str) -> FileText:
         raise UserError(f"--prompt_file={name}: not UTF-8 at byte {e.start}; convert it first") from e
     if not text:
         raise UserError(f"--prompt_file={name}: empty file; leave out the flag to start a new document")
-    return FileText(text, name)
+    return FilePrompt(text, name)
 
 
 def questions(prompts: Sequence[str], system: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
@@ -55,7 +55,7 @@ def questions(prompts: Sequence[str], system: str) -> Iterator[tuple[str, list[d
     message, if any, is put before conversations without one.
     """
     for prompt in prompts:
-        if not isinstance(prompt, FileText):
+        if not isinstance(prompt, FilePrompt):
             found = [("--prompt", [{"role": "user", "content": prompt}])]
         elif prompt.name.endswith(ROWS):
             found = list(_conversations(prompt))
@@ -69,7 +69,7 @@ def questions(prompts: Sequence[str], system: str) -> Iterator[tuple[str, list[d
             yield place, [*first, *messages]
 
 
-def _conversations(prompt: FileText) -> Iterator[tuple[str, list[dict[str, str]]]]:
+def _conversations(prompt: FilePrompt) -> Iterator[tuple[str, list[dict[str, str]]]]:
     from data.prepare.conversations import question_of  # these import numpy, which --help does not need
     from data.prepare.text_files import parse_line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from util.values import user_path
 def save(messages: Sequence[Message], name: str) -> Path:
     """Writes a conversation as a row with `messages`. Returns the file.
 
-    The row is appended to the file `name`, or written to a new file in the current folder. UserErrors follow "/save".
+    The row is appended to the file `name`, or written to a new file in the current folder. Errors begin with /save.
     """
     if all(message["role"] != "assistant" for message in messages):
         raise UserError("/save: the conversation has no reply yet")
@@ -43,7 +44,7 @@ def new_name() -> Path:
 
 def append_row(path: Path, row: bytes) -> None:
     """Appends a line to a file, which keeps its content. After an error the file is as it was."""
-    there = path.exists()
+    existed = path.exists()
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
@@ -51,10 +52,10 @@ def append_row(path: Path, row: bytes) -> None:
             row = row if file.read(1) == b"\n" else b"\n" + row
         try:
             if file.write(row) != len(row):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
         except OSError:
             file.truncate(size)
-            if not there:
+            if not existed:
                 path.unlink()
             raise

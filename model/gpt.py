@@ -18,7 +18,7 @@ from cfg.flags import ModelConfig
 from model.attention import CausalSelfAttention, Mask, Rotary, UpdateCache, document_mask
 from model.kv_cache import KVCache
 from model.layers import MLP, make_norm, rotary_table
-from model.lora import adapter_value, is_adapter
+from model.lora import VOCABULARY, adapter_value, is_adapter
 from model.loss import (
     IGNORE_INDEX,
     ChunkLoss,
@@ -27,7 +27,6 @@ from model.loss import (
     token_losses,
 )
 
-VOCABULARY = ("wte.weight", "lm_head.weight")  # the parameters that have a row for each token
 INIT_STD = 0.02  # GPT-2's
 FLEX_TILE = 128  # FlexAttention skips whole tiles: shorter rows have none to skip, and use its kernel for decoding
 
@@ -275,10 +274,11 @@ class GPT(nn.Module):
         return products + 12 * c.n_layer * c.n_head * c.head_size * seen
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Returns the shape of every parameter by name, without vocabulary padding."""
+def parameter_shapes(config: ModelConfig, padded: bool = False) -> dict[str, torch.Size]:
+    """Returns the shape of every parameter by name, without adapters. `padded`: with vocabulary padding."""
     with torch.device("meta"):
-        return {n: p.shape for n, p in GPT(config.model_copy(update={"vocab_pad": 1})).named_parameters()}
+        model = GPT(config if padded else config.model_copy(update={"vocab_pad": 1}))
+        return {n: p.shape for n, p in model.named_parameters()}
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfg.checks import module_sizes, parse_lora_targets
+from cfg.lora import LORA_MODULES, module_sizes, parse_lora_targets
 from model.loss import in_autocast_dtype
 
 if TYPE_CHECKING:
     from cfg.flags import Config
     from model.gpt import GPT
 
-EMBEDDINGS = ("wte.weight", "lm_head.weight", "wpe.weight")  # trained with --lora_embeddings
-CONVERTED = EMBEDDINGS[:2]  # by --resize_embeddings
+VOCABULARY = ("wte.weight", "lm_head.weight")  # the parameters that have a row for each token
+EMBEDDINGS = (*VOCABULARY, "wpe.weight")  # trained with --lora_embeddings
 A, B = ".lora_a", ".lora_b"  # ends of the adapters' names
 
 
@@ -70,16 +70,23 @@ def add_adapters(model: GPT, config: Config) -> None:
     targets = parse_lora_targets(config.lora_targets)
     for block in model.h:
         block.lora_rank = config.lora_rank
-        for module in module_sizes(config):
-            parent, name = block.get_submodule(module.partition(".")[0]), module.partition(".")[2]
-            linear = getattr(parent, name)
-            adapter = LoRALinear(linear, config.lora_rank, config.lora_alpha, config.lora_dropout)
-            setattr(parent, name, adapter if module in targets else FrozenLinear(linear))
+        for module in LORA_MODULES:
+            linear = block.get_submodule(module)
+            if module in targets:
+                replacement = LoRALinear(linear, config.lora_rank, config.lora_alpha, config.lora_dropout)
+            else:
+                replacement = FrozenLinear(linear)
+            block.set_submodule(module, replacement)
 
 
 def is_adapter(name: str) -> bool:
     """Returns whether a parameter of this name belongs to an adapter."""
     return name.endswith((A, B))
+
+
+def matrix_of(name: str) -> str:
+    """Returns the name of the matrix that an adapter's parameter belongs to."""
+    return f"{name.removesuffix(A).removesuffix(B)}.weight"
 
 
 def is_trained(name: str, config: Config) -> bool:
@@ -92,7 +99,7 @@ def saved_names(names: Iterable[str], config: Config) -> set[str]:
 
     These are the trained ones, and embeddings and a head that --resize_embeddings has converted.
     """
-    converted = CONVERTED if config.resize_embeddings else ()
+    converted = VOCABULARY if config.resize_embeddings else ()
     return {name for name in names if is_trained(name, config) or name in converted}
 
 
@@ -120,6 +127,6 @@ def adapter_shapes(config: Config) -> dict[str, torch.Size]:
     return found
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def merge_adapter(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Returns the matrix that computes what `weight` computes with its adapter: W + scale · B A, in fp32."""
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)

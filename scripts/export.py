@@ -60,10 +60,11 @@ from torch import Tensor
 
 from cfg.config import ModelConfig, model_config
 from cfg.flags import LoraConfig
+from data.tokenizers.chat_export import ends_of_text, open_chat, with_end_of_text_first
 from data.tokenizers.export import tokenizer_files
+from data.tokenizers.hf_json import GENERATION_CONFIG
 from data.tokenizers.tokenizer import Tokenizer
 from eval.model import load_model_tokenizer
-from model.formats.base import base_in_state
 from model.formats.checkpoint import (
     MANIFEST,
     STATE,
@@ -76,6 +77,7 @@ from model.formats.checkpoint import (
 from model.formats.hf import write_config
 from model.formats.hf_tensors import INDEX, SINGLE, is_nanochat, split_for_export
 from model.formats.llmc import write_file
+from model.formats.lora_base import base_in_state
 from model.formats.peft import write_adapter
 from model.formats.pretrained import (
     PretrainedModel,
@@ -85,8 +87,9 @@ from model.formats.pretrained import (
     open_pretrained,
     open_weights,
     split_name,
+    stored_parameters,
 )
-from model.gpt import GPT, VOCABULARY, parameter_shapes
+from model.gpt import parameter_shapes
 from scripts.model_card import model_card
 from util.files import file_sha256, flush_to_disk
 
@@ -125,8 +128,7 @@ def consolidate(source: Source, folder: Path) -> None:
         manifest["config"] = {k: v for k, v in manifest["config"].items() if k not in LoraConfig.model_fields}
         write_json(folder / STATE, {k: v for k, v in read_state(checkpoint).items() if k != "base"})
         value = initial_values(source.read, source.config)
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in GPT(source.config).named_parameters()}
+        shapes = parameter_shapes(source.config, padded=True)
         tensors = {name: value(name, shape).float() for name, shape in shapes.items()}
     else:
         tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint, "model").items()}
@@ -151,26 +153,31 @@ def export_hf(source: Source, folder: Path, dtype: torch.dtype, limit: float, to
     A model for which transformers has no class is a user error.
     """
     model = write_config(source.config.model_dump())
-    tokenizer = write_tokenizer(source, folder, tokenizer_name)
-    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
-    if tokenizer:
-        ids = {"bos_token_id": tokenizer.bos_tokens[0], "eos_token_id": tokenizer.end_of_text}
+    ids = write_tokenizer(source, folder, tokenizer_name)
     kind = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**model, **ids, "torch_dtype": kind})
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     write_weights(source, folder, dtype, limit)
     count = sum(map(prod, parameter_shapes(source.config).values()))
     card = model_card(source.path, source.pretrained, source.config, kind, count)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_tokenizer(source: Source, folder: Path, name: str) -> Tokenizer | None:
-    """Writes the files of the tokenizer `name`, or of the model's own, if it is known. Returns it."""
+def write_tokenizer(source: Source, folder: Path, name: str) -> dict[str, Any]:
+    """Writes the files of the tokenizer `name`, or of the model's own, if it is known.
+
+    Returns bos_token_id and eos_token_id, as config.json and generation_config.json contain them.
+    """
     tokenizer = open_tokenizer(source, name)
-    if tokenizer:
-        for file, content in tokenizer_files(tokenizer, source.config.n_positions).items():
-            (folder / file).write_bytes(content)
-    return tokenizer
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    files, chat = tokenizer_files(tokenizer, source.config.n_positions), open_chat(tokenizer)
+    if chat and source.pretrained.flags.get("doc_mask"):
+        files = with_end_of_text_first(files, chat)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    ids = {"bos_token_id": tokenizer.bos_tokens[0], "eos_token_id": ends_of_text(tokenizer, chat)}
+    write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+    return ids
 
 
 def open_adapter(name: str) -> Source:
@@ -179,14 +186,7 @@ def open_adapter(name: str) -> Source:
     if pretrained.kind or not pretrained.flags.get("lora_rank"):
         raise UserError(f"--to=peft: --checkpoint={name} is no LoRA run, so it has no adapter; use --to=hf")
     found, config = newest_checkpoint(pretrained.path), model_config(pretrained.flags, name)
-    shapes = tensor_shapes(found, "model")
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(shapes[name])
-        load_tensors(found, "model", {name: tensor}, subset=True)
-        return tensor[: config.vocab_size] if name in VOCABULARY else tensor
-
-    return Source(pretrained, found, config, read)
+    return Source(pretrained, found, config, stored_parameters(found, config)[0])
 
 
 def base_of_adapter(source: Source, wanted: str) -> tuple[str, str]:

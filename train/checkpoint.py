@@ -11,14 +11,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from cfg.checks import parse_lora_targets
 from cfg.config import Config, ModelConfig, to_yaml
 from cfg.flags import training_only_flags
+from cfg.lora import parse_lora_targets
 from data.fingerprint import check_same_data, check_same_tokenizer
 from data.loader import Loader
 from data.mixed_loader import MixedLoader
 from data.tokenizers.tokenizer import Tokenizer
-from model.formats.base import Base, base_in_state, check_same_base
 from model.formats.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -27,6 +26,7 @@ from model.formats.checkpoint import (
     read_state,
     tensor_shapes,
 )
+from model.formats.lora_base import Base, base_in_state, check_same_base
 from model.gpt import GPT
 from train import watchdog
 from train.checkpoint_writer import DELETING, SAVING, CheckpointWriter, delete

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,8 +18,9 @@ from data.mixed_loader import MixedLoader
 from data.tokenizers.load import NAMES, load_tokenizer
 from data.tokenizers.tokenizer import NAMED_FINGERPRINTS, Tokenizer
 from data.tokenizers.transfer import token_rows
-from model.formats.base import Base, recorded_base
 from model.formats.checkpoint import MANIFEST, find_damage, step_of
+from model.formats.lora_base import Base, recorded_base
+from model.formats.peft_config import read_adapter_config
 from model.formats.pretrained import (
     PretrainedModel,
     absolute_name,
@@ -29,8 +30,8 @@ from model.formats.pretrained import (
     open_weights,
 )
 from model.gpt import InitialValue, parameter_shapes
-from model.lora import EMBEDDINGS, adapter_value, is_adapter, saved_names
-from util.errors import UserError
+from model.lora import adapter_value, is_adapter, saved_names
+from util.errors import UserError, quote
 from util.ranks import Ranks
 
 
@@ -68,7 +69,7 @@ def tokenizer_fingerprint(config: Config, tokenizer: Tokenizer | None) -> dict[s
 
 
 def count_iterations(config: Config, data: Loader | MixedLoader, ranks: Ranks) -> Config:
-    """Replaces --num_epochs with the number of steps that reads the training data so often; prints it.
+    """Returns the config with --num_iterations computed from --num_epochs, and prints it.
 
     An epoch of a mixture has as many windows as all its sources together.
     """
@@ -91,12 +92,12 @@ def load_pretrained(config: Config, ranks: Ranks) -> tuple[InitialValue | None, 
     if config.init_from == "scratch":
         return None, None
     pretrained, rows = open_pretrained(config.init_from), None
-    # The run may be training now, so rank 0 chooses the checkpoint for all ranks.
     recorded = (
         ranks.on_main(lambda: recorded_base(Path(config.output_dir), config.resume)) if config.lora_rank else None
     )
     if not pretrained.kind:
         run = pretrained
+        # This run may be training now and write newer checkpoints, so rank 0 chooses one for all ranks.
         pretrained = replace(pretrained, path=ranks.on_main(lambda: find_base(run, recorded)))
     if config.resize_embeddings:
         sizes = pretrained.flags["vocab_size"], config.vocab_size
@@ -105,6 +106,8 @@ def load_pretrained(config: Config, ranks: Ranks) -> tuple[InitialValue | None, 
     read = open_weights(pretrained)
     if not config.lora_rank:
         return initial_values(read, config, rows), None
+    if config.lora_init and recorded is None and ranks.is_main:
+        report_other_base(config, pretrained)
     base, names = Base(absolute_name(pretrained)), parameter_shapes(config).keys()
     read = base.recording(read, names - saved_names(names, config))
     # A run that is resumed gets its adapters from the checkpoint.
@@ -129,18 +132,32 @@ def find_base(run: PretrainedModel, recorded: Base | None, report: Any = print) 
     return found
 
 
+def report_other_base(config: Config, pretrained: PretrainedModel, report: Any = print) -> None:
+    """Prints a warning if the adapter of --lora_init was trained on another model than --init_from."""
+    settings = read_adapter_config(Path(config.lora_init).expanduser(), f"--lora_init={quote(config.lora_init)}")
+    if not settings.base or not pretrained.kind:  # an adapter never names a rawgpt run
+        return
+    folders = (settings.folder / settings.base, Path(settings.base).expanduser())
+    named = settings.base + (f"@{settings.revision}" if settings.revision else "")
+    same_folder = any(os.path.realpath(folder) == os.path.realpath(pretrained.path) for folder in folders)
+    if not same_folder and pretrained.hub not in (named, settings.base):
+        report(
+            f"--lora_init={quote(config.lora_init)}: the adapter was trained on {quote(named)}, not on"
+            f" --init_from={config.init_from}; give that model if they differ"
+        )
+
+
 def with_adapters(value: InitialValue, config: Config, from_init: bool) -> InitialValue:
     """Returns `value` with initial values of the adapters, and `from_init` with those of --lora_init."""
-    adapter: InitialValue | None = None
+    adapter = None
     if config.lora_init and from_init:
         from model.formats.peft import read_adapter
 
         adapter = read_adapter(config.lora_init, config)
 
     def value_or_adapter(name: str, shape: torch.Size) -> Tensor:
-        if adapter and (is_adapter(name) or name in EMBEDDINGS):
-            with suppress(KeyError):  # of an embedding that the adapter does not contain
-                return adapter(name, shape)
+        if adapter is not None and (found := adapter(name, shape)) is not None:
+            return found
         return adapter_value(name, shape, config.seed) if is_adapter(name) else value(name, shape)
 
     return value_or_adapter

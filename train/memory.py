@@ -11,8 +11,8 @@ from math import inf, prod
 
 import torch
 
-from cfg.checks import module_sizes, parse_lora_targets
 from cfg.config import Config
+from cfg.lora import module_sizes, parse_lora_targets
 from model.lora import is_trained
 from model.loss import chunk_rows_for
 from train.parameter_counts import count, largest_partition, shapes

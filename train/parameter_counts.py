@@ -1,4 +1,4 @@
-"""Numbers of parameters that the plan of memory needs (train/memory.py): all and trained ones, whole and of a rank."""
+"""Counts of parameters for the memory plan (train/memory.py): all or only trained ones, of the model or of one rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cfg.config import Config, ModelConfig
-from model.gpt import GPT
+from model.gpt import parameter_shapes
 from model.lora import adapter_shapes, is_trained
 from train.optim import HIDDEN, MUON_GROUPS, muon_group
 
@@ -39,38 +39,38 @@ class Counts:
     states: int  # bytes of optimizer state of this rank's shards
 
 
-@lru_cache(maxsize=8)
-def model_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Returns the name and shape of every parameter, from a model on the meta device."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(model).named_parameters()}
+cached_shapes = lru_cache(maxsize=8)(parameter_shapes)
 
 
 def shapes(config: Config) -> dict[str, torch.Size]:
     """Returns the name and shape of every parameter, adapters included."""
-    return model_shapes(model_config(config)) | adapter_shapes(config)
+    return cached_shapes(model_part(config), padded=True) | adapter_shapes(config)
 
 
-def model_config(config: Config) -> ModelConfig:
-    """Returns the model's part of the config."""
+def model_part(config: Config) -> ModelConfig:
+    """Returns the part of the config that describes the model."""
     return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
 
 
 def count(config: Config, shards: int) -> Counts:
-    """Counts parameters. FSDP splits each one along its rows; the first rank has the most, ⌈rows / shards⌉."""
+    """Counts the parameters of the model and of its first rank.
+
+    `shards` is the number of ranks over which FSDP splits each parameter, 1 without FSDP. It splits along the rows, and
+    the first rank has the most, ⌈rows / shards⌉.
+    """
     everything = shapes(config)
     trained = {name: shape for name, shape in everything.items() if is_trained(name, config)}
-    own = {n: -(-s[0] // shards) * prod(s[1:]) for n, s in everything.items()}
+    own_elements = {n: -(-s[0] // shards) * prod(s[1:]) for n, s in everything.items()}
     return Counts(
-        all=_sizes(everything, own, config),
-        trained=_sizes(trained, own, config),
-        held=sum(size * (4 if n in trained else base_size(config)) for n, size in own.items()),
-        states=sum(state_bytes(config, n, s, own[n]) for n, s in trained.items()),
+        all=_sizes(everything, own_elements, config),
+        trained=_sizes(trained, own_elements, config),
+        held=sum(size * (4 if n in trained else base_size(config)) for n, size in own_elements.items()),
+        states=sum(state_bytes(config, n, s, own_elements[n]) for n, s in trained.items()),
     )
 
 
-def _sizes(chosen: dict[str, torch.Size], own: dict[str, int], config: Config) -> Sizes:
-    """Returns the numbers of the `chosen` parameters. `own` are the numbers of this rank's shards by name."""
+def _sizes(chosen: dict[str, torch.Size], own_elements: dict[str, int], config: Config) -> Sizes:
+    """Returns the counts of the `chosen` parameters. `own_elements`: elements of each parameter on the first rank."""
     blocks = [n for n in chosen if n.startswith("h.")]
     first = {n: prod(chosen[n]) for n in blocks if n.startswith("h.0.")}
     total, block = sum(map(prod, chosen.values())), sum(first.values())
@@ -81,19 +81,19 @@ def _sizes(chosen: dict[str, torch.Size], own: dict[str, int], config: Config) -
         widest=max(first.values()),
         root=total - config.n_layer * block,
         head=prod(chosen.get("wte.weight", (0,))),  # as large as an untied head
-        own=sum(own[n] for n in chosen),
-        own_blocks=sum(own[n] for n in blocks),
+        own=sum(own_elements[n] for n in chosen),
+        own_blocks=sum(own_elements[n] for n in blocks),
     )
 
 
-def state_bytes(config: Config, name: str, shape: torch.Size, own: int) -> int:
-    """Returns the bytes of optimizer state of a parameter of which this rank has `own` elements.
+def state_bytes(config: Config, name: str, shape: torch.Size, own_elements: int) -> int:
+    """Returns the bytes of optimizer state of a parameter of which this rank has `own_elements`.
 
     AdamW keeps two moments. Muon keeps the momentum of a hidden matrix, and on every rank a number for each row.
     """
     if config.optimizer == "muon" and muon_group(name) in HIDDEN:
-        return 4 * own + 4 * shape[0]
-    return 8 * own
+        return 4 * own_elements + 4 * shape[0]
+    return 8 * own_elements
 
 
 def base_size(config: Config) -> int:

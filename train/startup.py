@@ -40,6 +40,7 @@ def check_flags(
     config = load_config(argv, world_size, open_pretrained, tokenizer_size, saved_flags)
     if not config.input_train_bin:
         raise UserError("--input_train_bin: give the training shards; this preset has none")
+    # Not in cfg/checks.py, because scripts/plan.py plans LoRA for presets too, without a pretrained model.
     if config.lora_rank and config.init_from == "scratch":
         raise UserError(f"--lora_rank={config.lora_rank}: adapters need a pretrained model; give --init_from")
     return config

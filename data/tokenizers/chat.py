@@ -267,6 +267,10 @@ class Chat:
         name = SPECIAL_NAME.search(after)
         return after[: name.end()] if name else after.rstrip(), None
 
+    def begins_with(self, name: str) -> bool:
+        """Returns whether the template writes the token `name` before a conversation."""
+        return render_probe(self.template, self.names).startswith(name)
+
     def unknown_names(self) -> list[str]:
         """Returns the names of the form <|name|> that the template writes and the tokenizer does not have."""
         text = render_probe(self.template, self.names) + render_probe(self.template, self.names, prompt=True)

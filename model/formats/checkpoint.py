@@ -117,20 +117,28 @@ def find_damage(path: Path, skip: str | None = None) -> str | None:
     return None
 
 
-def find_checkpoint(path: Path, report: Any = print, skip: str | None = None) -> Path | None:
-    """Returns the newest valid checkpoint of the run directory `path`, or `path` itself if it is a checkpoint.
+def checkpoints_at(path: Path) -> list[Path]:
+    """Returns the checkpoints that `path` names, newest first, valid or not.
 
-    `path` may also be a run's `checkpoints`, a copy of it, or the file `latest` in it. None if there is no checkpoint.
+    It is a run directory, a run's `checkpoints`, a copy of it, the file `latest` in it, or a checkpoint. Raises OSError
+    if they cannot be listed.
+    """
+    path = path.parent if is_latest_file(path) else path
+    own = (path / MANIFEST).exists() or step_of(path) >= 0
+    return [path] if own else list_checkpoints(path) or _steps_in(path)
+
+
+def find_checkpoint(path: Path, report: Any = print, skip: str | None = None) -> Path | None:
+    """Returns the newest valid checkpoint that `path` names (see `checkpoints_at`), or None if there is none.
+
     Damaged ones are reported and skipped. Files that begin with `skip` are not hashed. Raises UserError if `path` does
     not exist, StorageError if all checkpoints are damaged, OSError if they cannot be listed.
     """
     path = path.parent if is_latest_file(path) else path
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such checkpoint or run directory")
-    own = (path / MANIFEST).exists() or step_of(path) >= 0
-    candidates = [path] if own else list_checkpoints(path) or _steps_in(path)
     problems = []
-    for candidate in candidates:
+    for candidate in checkpoints_at(path):
         problem = find_damage(candidate, skip)
         if problem is None:
             return candidate

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cfg.checks import parse_lora_targets
 from cfg.flags import ModelConfig
-from model.formats.base import fingerprint
 from model.formats.hf_tensors import FLOATS, open_safetensors, parts_of, rows_of_parts, swap_halves
+from model.formats.lora_base import fingerprint
 from model.formats.peft_config import CONFIG, TENSORS, AdapterConfig, read_adapter_config
 from model.formats.raw import Reader
-from model.gpt import VOCABULARY, InitialValue, parameter_shapes
+from model.gpt import parameter_shapes
+from model.lora import EMBEDDINGS, VOCABULARY, adapter_shapes, matrix_of, merge_adapter
 from model.lora import A as OUR_A
 from model.lora import B as OUR_B
-from model.lora import merged
 from util.errors import UserError, quote
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."  # of all names in the file
 A, B = ".lora_A.weight", ".lora_B.weight"  # PEFT's, at the end of a module's name
 HEAD = "lm_head.weight"
-SAVED_WHOLE = (*VOCABULARY, "wpe.weight")  # our parameters that an adapter may contain in full
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,11 @@ def open_adapter(settings: AdapterConfig, config: ModelConfig, tied: bool) -> Ad
     shapes = parameter_shapes(config)
     inputs = {}  # (rows, columns) of each module of transformers' class that may have an adapter
     for name, shape in shapes.items():
-        if len(shape) == 2 and name not in SAVED_WHOLE:
+        if len(shape) == 2 and name not in EMBEDDINGS:
             parts = parts_of(name, config)
             for part, rows in zip(parts, rows_of_parts(shape[0], len(parts), config), strict=True):
                 inputs[part.removesuffix(".weight")] = rows, shape[1]
-    names = {PREFIX + parts_of(name, config)[0]: name for name in SAVED_WHOLE if name in shapes | {HEAD: 0}}
+    names = {PREFIX + parts_of(name, config)[0]: name for name in EMBEDDINGS if name in shapes | {HEAD: 0}}
     modules, saved = set(), {}
     for stored in file.keys():  # noqa: SIM118
         about = file.get_slice(stored)
@@ -166,7 +165,7 @@ def _check_complete(adapter: Adapter, path: Path, modules: Any) -> None:
 
 
 @dataclass(frozen=True)
-class MergedReader:
+class PeftMerger:
     """`read(name)` for a base model with an adapter merged into it. A merged matrix is fp32."""
 
     adapter: Adapter
@@ -180,7 +179,7 @@ class MergedReader:
         if not (parts := self.products(name, weight)):
             return weight
         weights = weight.split([len(b) for _, b, _ in parts])
-        return torch.cat([merged(w, *part) for w, part in zip(weights, parts, strict=True)])
+        return torch.cat([merge_adapter(w, *part) for w, part in zip(weights, parts, strict=True)])
 
     def products(self, name: str, weight: Tensor) -> list[tuple[Tensor, Tensor, float]]:
         """Returns A, B and scale of each part of a matrix, or nothing if it has no adapter.
@@ -197,7 +196,7 @@ class MergedReader:
         return list(zip(a, swap_halves(b, config), map(adapter.settings.scale_of, modules), strict=True))
 
     def fingerprint(self, name: str, value: Tensor) -> str:
-        """Returns the fingerprint of a parameter, if the model is the base of a run: see model/formats/base.py."""
+        """Returns the fingerprint of a parameter, if the model is the base of a run: see model/formats/lora_base.py."""
         if name in self.adapter.saved or not (parts := self.products(name, value)):
             return fingerprint(name, value)
         found = [fingerprint(name, self.read_base(name), self.read_base)]
@@ -209,25 +208,26 @@ class MergedReader:
 # --- initial values of our adapters ---------------------------------------------------------------
 
 
-def read_adapter(folder: str | Path, config: Config) -> InitialValue:
+def read_adapter(folder: str | Path, config: Config) -> Callable[[str, torch.Size], Tensor | None]:
     """Returns a function of name and shape that reads our A or B from the adapter of --lora_init.
 
-    It also returns an embedding or head that the adapter contains in full. Rank, scale and adapted matrices must be
-    those of the flags, and the parts of each of our matrices must have equal A. Raises UserError if not.
+    It also reads an embedding or head that the adapter contains in full, and returns None for any other parameter.
+    Rank, scale and adapted matrices must be those of the flags, and the parts of each of our matrices must have equal
+    A. Raises UserError if not.
     """
     where = f"--lora_init={quote(folder)}"
     settings = read_adapter_config(Path(folder).expanduser(), where)
     adapter = open_adapter(settings, config, config.tie_embeddings)
     _check_against_flags(adapter, config, where)
 
-    def value(name: str, shape: torch.Size) -> Tensor:
+    def value(name: str, shape: torch.Size) -> Tensor | None:
         if name in adapter.saved:
             found = adapter.tensor(adapter.saved[name]).float()
             padding = found.new_zeros(shape[0] - len(found), shape[1])  # of the vocabulary
             return torch.cat((found, padding))
         if not name.endswith((OUR_A, OUR_B)):
-            raise KeyError(name)
-        modules = adapter.parts(name.removesuffix(OUR_A).removesuffix(OUR_B) + ".weight")
+            return None
+        modules = adapter.parts(matrix_of(name))
         if name.endswith(OUR_B):
             return torch.cat(swap_halves([adapter.tensor(m + B) for m in modules], config)).float()
         first, *others = (adapter.tensor(m + A) for m in modules)
@@ -238,23 +238,17 @@ def read_adapter(folder: str | Path, config: Config) -> InitialValue:
             )
         return first.float()
 
-    for name in our_adapters(config):  # all errors now, before the run starts
+    for name in adapter_shapes(config):  # all errors now, before the run starts
         if name.endswith(OUR_A):
             value(name, torch.Size())
     return value
 
 
-def our_adapters(config: Config) -> list[str]:
-    """Returns the names of our A and B for the flags of a run, layer by layer."""
-    targets = parse_lora_targets(config.lora_targets)
-    return [f"h.{i}.{module}{end}" for i in range(config.n_layer) for module in targets for end in (OUR_A, OUR_B)]
-
-
 def _check_against_flags(adapter: Adapter, config: Config, where: str) -> None:
     """Raises UserError if a flag of LoRA differs from the adapter."""
     settings, wanted = adapter.settings, set()
-    for name in our_adapters(config):
-        wanted |= set(adapter.parts(name.removesuffix(OUR_A).removesuffix(OUR_B) + ".weight"))
+    for name in adapter_shapes(config):
+        wanted |= set(adapter.parts(matrix_of(name)))
     if different := sorted(wanted ^ adapter.modules):
         which = "has none" if different[0] in wanted else "has one"
         raise UserError(
@@ -305,7 +299,7 @@ def write_adapter(
                 found[part] = value
                 saved.append(part.removesuffix(".weight").rpartition(".")[2])
             continue
-        modules = [p.removesuffix(".weight") for p in parts_of(name.rpartition(".")[0] + ".weight", config)]
+        modules = [p.removesuffix(".weight") for p in parts_of(matrix_of(name), config)]
         heights = rows_of_parts(len(value), len(modules), config)
         values = [value] * len(modules) if name.endswith(OUR_A) else swap_halves(list(value.split(heights)), config)
         found |= {m + (A if name.endswith(OUR_A) else B): v for m, v in zip(modules, values, strict=True)}

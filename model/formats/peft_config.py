@@ -63,7 +63,7 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def adapts(self, module: str) -> bool | None:
-        """Returns whether the settings name this module of a layer, or None if only the tensors say it."""
+        """Returns whether the settings select this module, or None if they do not list modules by name."""
         if self.targets is None:
             return None
         layer = re.search(r"\.(\d+)\.", module)
@@ -106,7 +106,8 @@ def _check_settings(settings: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: peft_type={quote(kind)} is not supported; only LORA")
     if (bias := settings.get("bias", "none")) != "none":
         raise UserError(f"{where}: bias={quote(bias)} is not supported; only none")
-    if not any((init := settings.get("init_lora_weights", True)) is known or init == known for known in INIT_WEIGHTS):
+    init = settings.get("init_lora_weights", True)
+    if init not in INIT_WEIGHTS:
         raise UserError(
             f"{where}: init_lora_weights={quote(init)} changes the base model; convert the adapter with PEFT's"
             " save_pretrained(path_initial_model_for_weight_conversion=...)"
@@ -136,18 +137,18 @@ def _read_settings(folder: Path, settings: dict[str, Any], where: str) -> Adapte
             f" ({', '.join(EMBEDDINGS)})"
         )
     return AdapterConfig(
-        folder,
-        rank,
-        alpha,
-        _switch(settings.get("use_rslora", False)),
-        {name: _rank(value) for name, value in _pattern("rank_pattern", settings, where).items()},
-        {name: _number(value) for name, value in _pattern("alpha_pattern", settings, where).items()},
-        targets,
-        _names(excluded),
-        tuple(map(_integer, layers)) if layers else None,
-        saved,
-        _text(settings.get("base_model_name_or_path") or ""),
-        _text(settings.get("revision") or ""),
+        folder=folder,
+        rank=rank,
+        alpha=alpha,
+        rslora=_switch(settings.get("use_rslora", False)),
+        ranks={name: _rank(value) for name, value in _pattern("rank_pattern", settings, where).items()},
+        alphas={name: _number(value) for name, value in _pattern("alpha_pattern", settings, where).items()},
+        targets=targets,
+        excluded=_names(excluded),
+        layers=tuple(map(_integer, layers)) if layers else None,
+        saved=saved,
+        base=_text(settings.get("base_model_name_or_path") or ""),
+        revision=_text(settings.get("revision") or ""),
     )
 
 
@@ -198,7 +199,7 @@ def _names(value: Any) -> tuple[str, ...]:
 def base_name(adapter: AdapterConfig, where: str) -> str:
     """Returns the folder, or the name on the hub (OWNER/NAME[@REVISION]), of the model that an adapter belongs to.
 
-    A relative folder is looked for in the adapter's folder, then in the working directory, as transformers does.
+    A relative folder is looked for in the adapter's folder, then in the working directory.
     """
     name, where = adapter.base, f"{where}: {CONFIG}"
     if not name:

@@ -214,12 +214,12 @@ def open_weights(pretrained: PretrainedModel, report: Any = print) -> Reader:
             download(pretrained.hub, WEIGHTS, f"hf:{pretrained.hub}")
         return HFReader(pretrained.path, config)
     if pretrained.base:
-        from model.formats.peft import MergedReader, open_adapter
+        from model.formats.peft import PeftMerger, open_adapter
         from model.formats.peft_config import read_adapter_config
 
         settings = read_adapter_config(pretrained.path, f"{pretrained.kind}:{pretrained.path}")
         adapter = open_adapter(settings, config, pretrained.base.flags["tie_embeddings"])
-        return MergedReader(adapter, open_weights(pretrained.base))
+        return PeftMerger(adapter, open_weights(pretrained.base))
     if pretrained.kind:
         from model.formats import llama2c, llmc, nanogpt
 
@@ -240,10 +240,23 @@ def newest_checkpoint(path: Path, report: Any = print) -> Path:
 
 def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
     """Returns `read(name)` for a rawgpt checkpoint; LoRA adapters are merged into their base."""
+    from model.formats.checkpoint import read_manifest
+
+    read, names = stored_parameters(path, config)
+    flags = read_manifest(path)["config"]
+    if flags.get("lora_rank"):
+        from model.formats.lora_base import merging_reader
+
+        return merging_reader(path, read, names, flags, lambda name: open_weights(open_pretrained(name)))
+    return read
+
+
+def stored_parameters(path: Path, config: ModelConfig) -> tuple[Reader, list[str]]:
+    """Returns `read(name)` for the parameters that a rawgpt checkpoint holds, adapters included, and their names."""
     import torch
 
-    from model.formats.checkpoint import load_tensors, read_manifest, tensor_shapes
-    from model.gpt import VOCABULARY
+    from model.formats.checkpoint import load_tensors, tensor_shapes
+    from model.lora import VOCABULARY
 
     shapes = tensor_shapes(path, "model")
 
@@ -254,12 +267,7 @@ def checkpoint_reader(path: Path, config: ModelConfig) -> Reader:
         load_tensors(path, "model", {name: tensor}, subset=True)
         return tensor[: config.vocab_size] if name in VOCABULARY else tensor
 
-    flags = read_manifest(path)["config"]
-    if flags.get("lora_rank"):
-        from model.formats.base import adapters_merged
-
-        return adapters_merged(path, read, shapes, flags, lambda name: open_weights(open_pretrained(name)))
-    return read
+    return read, list(shapes)
 
 
 def initial_values(read: Callable[[str], Tensor], config: ModelConfig, rows: Rows | None = None) -> InitialValue:
@@ -269,7 +277,7 @@ def initial_values(read: Callable[[str], Tensor], config: ModelConfig, rows: Row
     """
     import torch
 
-    from model.gpt import VOCABULARY
+    from model.lora import VOCABULARY
 
     def value(name: str, shape: torch.Size) -> Tensor:
         found = read(name)

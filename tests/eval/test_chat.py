@@ -23,7 +23,7 @@ from data.prepare.conversations import messages_of
 from data.tokenizers.chat import find_template, prepare_tokenizer
 from data.tokenizers.load import load_tokenizer
 from data.train_tokenizer import train
-from eval.chat_format import chat_format
+from eval.chat_format import open_chat_format
 from eval.conversation import CachedText, Conversation
 from eval.generate import Sampling, generate, prefill
 from eval.save_chat import save
@@ -99,7 +99,7 @@ def runs(tmp_path_factory):
 
 def open_conversation(run, system="", max_new_tokens=8, bos=None, template="", sampling=None):
     model, flags, path = load_model(run, torch.device("cpu"))
-    form = chat_format(template, bos, load_tokenizer(str(path)), flags, path)
+    form = open_chat_format(template, bos, load_tokenizer(str(path)), flags, path)
     return Conversation(model, form, system, max_new_tokens, sampling or Sampling(temperature=0), 0)
 
 
@@ -108,7 +108,7 @@ def say(monkeypatch):
     """Makes the model reply with these texts, one after another. \\0 ends the turn, \\1 is Ctrl-C."""
 
     def script(conversation, *texts):
-        tokenizer, end = conversation.form.chat.tokenizer, max(conversation.form.ends)
+        tokenizer, end = conversation.chat_format.chat.tokenizer, max(conversation.chat_format.ends)
         tokens = [
             i
             for text in texts
@@ -156,8 +156,8 @@ def test_the_ids_of_every_turn_are_those_of_transformers(runs, say, template):
             ids = conversation.ask(text)
             if any("<|" in m["content"] for m in messages):
                 found = theirs.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)["input_ids"]
-                assert conversation.form.chat.tokenizer.decode(ids) == theirs.decode(found).replace("<@", "<|")
-                special = set(conversation.form.chat.tokenizer.special.values())
+                assert conversation.chat_format.chat.tokenizer.decode(ids) == theirs.decode(found).replace("<@", "<|")
+                special = set(conversation.chat_format.chat.tokenizer.special.values())
                 assert [i for i in ids if i in special] == [i for i in found if i in special]
             else:
                 found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -171,7 +171,7 @@ def test_a_conversation_begins_as_in_training(runs):
     """data/sft.py puts the end-of-text token before each conversation, and --doc_mask=1 is needed for its shards."""
     plain, trained = runs("chatml"), runs("chatml", "--doc_mask=1")
     ids = open_conversation(plain).ask("hi")
-    end = open_conversation(plain).form.chat.tokenizer.end_of_text
+    end = open_conversation(plain).chat_format.chat.tokenizer.end_of_text
     assert ids[0] != end
     assert open_conversation(trained).ask("hi") == open_conversation(plain, bos=1).ask("hi") == [end, *ids]
     assert open_conversation(trained, bos=0).ask("hi") == ids
@@ -201,7 +201,7 @@ def test_a_turn_evaluates_only_its_new_tokens(runs, say):
     say(conversation, "Well done\0", "Yes\0")
     first = conversation.ask("hi")
     answer(conversation, "hi")
-    reply = conversation.form.chat.tokenizer.encode("Well done")
+    reply = conversation.chat_format.chat.tokenizer.encode("Well done")
     assert counts == [len(first), *([1] * len(reply))]
     second = conversation.ask("why?")
     assert second[: len(first) + len(reply)] == [*first, *reply]
@@ -263,9 +263,9 @@ def test_the_oldest_turns_are_dropped_but_saved(runs, say, capsys):
     assert len(conversation.messages) == 17  # all are kept
     ids = conversation.ask("And?")
     seen = [*conversation.system, *conversation.turns[conversation.dropped :], {"role": "user", "content": "And?"}]
-    assert ids == conversation.form.encode(seen) and seen[1]["role"] == "user"
+    assert ids == conversation.chat_format.encode(seen) and seen[1]["role"] == "user"
     one_more = [*conversation.system, *conversation.turns[conversation.dropped - 2 :], seen[-1]]
-    assert len(conversation.form.encode(one_more)) > 96 - 12  # no turn is dropped without need
+    assert len(conversation.chat_format.encode(one_more)) > 96 - 12  # no turn is dropped without need
     conversation.reset()
     assert conversation.messages == conversation.system and conversation.dropped == 0
 
@@ -396,10 +396,10 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(runs, say, capsys):
 
 def test_a_reply_ends_before_the_stop_string_or_the_end_of_text(runs, say, capsys):
     conversation = open_conversation(runs(), max_new_tokens=40)
-    end = conversation.form.chat.tokenizer.special["<|endoftext|>"]
+    end = conversation.chat_format.chat.tokenizer.special["<|endoftext|>"]
     tokens = say(conversation, "One. Two. Three\0", "Four")
     answer(conversation, "hi", [". T"])
-    while tokens and tokens[0] != conversation.form.chat.tokenizer.encode("Four")[0]:
+    while tokens and tokens[0] != conversation.chat_format.chat.tokenizer.encode("Four")[0]:
         tokens.pop(0)
     tokens.append(end)
     answer(conversation, "hi")
@@ -430,13 +430,22 @@ def test_once_and_stdin_print_one_reply(runs, run_chat):
     run = runs()
     conversation = open_conversation(run, "Be brief.")
     ids = conversation.ask("one\ntwo")
-    stream = conversation.form.stream(ids)
+    stream = conversation.chat_format.stream(ids)
     expected = "".join(stream.add(token) for token in conversation.reply(ids)) + stream.finish()
     flags = ["--system=Be brief.", "--temperature=0", "--max_new_tokens=8"]
     assert run_chat(run, *flags, "--once", "one\ntwo", stdin=b"ignored").out == expected + "\n" != "\n"
     assert run_chat(run, *flags, stdin=b"one\ntwo\n").out == expected + "\n"
     assert run_chat(run, *flags, stdin=b"one\ntwo").out == expected + "\n"
     assert run_chat(run, *flags, "--dtype=bfloat16", stdin=b"one\ntwo").out.endswith("\n")
+
+
+def test_out_of_memory_is_one_line(runs, run_chat, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(conversations, "forward", fail)
+    with pytest.raises(UserError, match=r"^--once: out of memory; shorten it, or lower --max_new_tokens$"):
+        run_chat(runs(), "--once=hi")
 
 
 def test_a_terminal_is_asked_until_the_end_of_the_input(runs, run_chat, monkeypatch):
@@ -477,8 +486,11 @@ def test_user_errors(runs, run_chat, template, flags, stdin, message):
 
 def test_a_template_whose_tokens_the_tokenizer_lacks_is_text_with_a_warning(runs, say, capsys):
     conversation = open_conversation(runs(""), max_new_tokens=60, template="chatml")
-    assert "chatml: the tokenizer lacks <|im_end|>, <|im_start|>; the model sees text" in capsys.readouterr().err
-    tokenizer = conversation.form.chat.tokenizer
+    assert (
+        "chatml: the tokenizer lacks <|im_end|>, <|im_start|>; the model sees their names as text"
+        in capsys.readouterr().err
+    )
+    tokenizer = conversation.chat_format.chat.tokenizer
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     ids = conversation.ask("hi")
     assert tokenizer.decode(ids) == text and not set(ids) & set(tokenizer.special.values())
@@ -556,7 +568,7 @@ def test_generate_replies_to_a_batch_of_conversations(runs, run_generate, tmp_pa
     (tmp_path / "plain").write_text("plain <|im_end|>\n")
     flags = ["--chat", "--temperature=0", "--max_new_tokens=8", "--system=Be brief.", "--num_samples=2", "--prompt=hi"]
     out = run_generate(run, *flags, f"--prompt_file={tmp_path}/rows.jsonl", f"--prompt_file={tmp_path}/plain")
-    form = open_conversation(run).form
+    form = open_conversation(run).chat_format
     system = {"role": "system", "content": "Be brief."}
     expected = []
     for asked in (
@@ -573,7 +585,7 @@ def test_generate_replies_to_a_batch_of_conversations(runs, run_generate, tmp_pa
 
 
 def test_generate_ends_at_the_end_of_the_turn(runs, run_generate, monkeypatch):
-    tokenizer = open_conversation(runs()).form.chat.tokenizer
+    tokenizer = open_conversation(runs()).chat_format.chat.tokenizer
     tokens = tokenizer.encode("Well") + [tokenizer.special["<|im_end|>"], *tokenizer.encode("no")]
     monkeypatch.setattr(generating, "generate", lambda *_: iter([token] for token in tokens))
     assert run_generate(runs(), "--chat", "--prompt=hi") == f"Well\n{'-' * 40}\n"

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfg.config import load_config
 from model.gpt import GPT, init_weights
-from model.lora import FrozenLinear, LoRALinear, adapter_value, add_adapters, merged, saved_names
+from model.lora import FrozenLinear, LoRALinear, adapter_value, add_adapters, merge_adapter, saved_names
 from model.loss import linear_cross_entropy
 from util.errors import UserError
 
@@ -100,7 +100,7 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_equals_the_merged_matri
             if isinstance(module, LoRALinear):
                 weight = plain.get_submodule(name).weight
                 change = config.lora_alpha / 4 * module.lora_b @ module.lora_a
-                found = merged(weight, module.lora_a, module.lora_b, config.lora_alpha / 4)
+                found = merge_adapter(weight, module.lora_a, module.lora_b, config.lora_alpha / 4)
                 assert found.dtype == torch.float32
                 assert torch.allclose(found.double(), weight + change, atol=1e-5)
                 weight += change
@@ -267,6 +267,7 @@ def test_flops_count_4_for_a_frozen_and_6_for_a_trained_parameter(family):
         (["--lora_rank=4", "--lora_targets="], "--lora_targets=: "),
         (["--lora_rank=4", "--lora_targets=attn,,mlp"], "--lora_targets=attn,,mlp: "),
         (["--lora_rank=4", "--lora_targets=lm_head"], "lm_head is not a matrix of a block"),
+        (["--lora_rank=4", "--lora_targets=embed_tokens"], "with --lora_embeddings=1"),
         (["--lora_rank=33"], "--lora_rank=33: attn.c_attn has a side of 32"),
         (["--lora_rank=4", "--optimizer=muon"], "--optimizer=muon: does not train the adapters of --lora_rank"),
         (["--lora_alpha=16"], "--lora_alpha=16.0: has no effect without adapters; give --lora_rank"),

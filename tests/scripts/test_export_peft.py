@@ -1,16 +1,19 @@
 """scripts/export.py --to=peft: PEFT and rawgpt load the adapter of a run, and continue it."""
 
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig
 
+from cfg.config import load_config
 from data.tokenizers.export import extended_files
 from data.tokenizers.load import load_tokenizer
-from model.formats.pretrained import load_model
+from model.formats.pretrained import load_model, open_pretrained
 from scripts import export as command
+from train.inputs import report_other_base
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -69,8 +72,21 @@ def test_peft_loads_the_adapter_of_a_run_with_its_tokenizer_and_chat_template(tr
     tokenizer = AutoTokenizer.from_pretrained(trained / "adapter")
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=True, return_dict=False)
     assert chat == [257, ord("a"), ord("b"), 258]
+    assert GenerationConfig.from_pretrained(trained / "adapter").eos_token_id == 258
     card = (trained / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "lora_rank | `4`" in card and str(trained) not in card
+
+
+def test_another_base_than_the_adapters_is_a_warning(trained, tmp_path):
+    lines = []
+    flags = ["--lora_rank=4", f"--lora_init={trained / 'adapter'}", "--output_dir=unused"]
+    (tmp_path / "link").symlink_to(trained / "base")
+    (tmp_path / "copy").mkdir()
+    shutil.copy(trained / "base" / "config.json", tmp_path / "copy")
+    for name in (trained / "base", tmp_path / "link", tmp_path / "copy"):
+        config = load_config([f"--init_from=hf:{name}", *flags], 1, open_pretrained)
+        report_other_base(config, open_pretrained(config.init_from), lines.append)
+    assert len(lines) == 1 and f"--init_from=hf:{tmp_path / 'copy'}" in lines[0] and str(trained / "base") in lines[0]
 
 
 def test_a_run_continues_the_adapter(trained, trainer, metrics, tmp_path):

@@ -14,7 +14,7 @@ from data.tokenizers.load import load_tokenizer
 from data.tokenizers.tokenizer import END_OF_TEXT
 from data.tokenizers.transfer import token_rows
 from data.train_tokenizer import train
-from eval.chat_format import chat_format
+from eval.chat_format import open_chat_format
 from util.errors import UserError
 
 PHI3 = (
@@ -233,7 +233,7 @@ def test_the_tokens_of_a_reply_decode_to_its_text(prepared, bases, tmp_path, bas
         chat = Chat(tokenizer, ChatTemplate("tokenizer", DIRECT))
     else:
         chat = prepared(base, template)[0]
-    form = chat_format("", None, chat.tokenizer, {}, chat.tokenizer.name)
+    form = open_chat_format("", None, chat.tokenizer, {}, chat.tokenizer.name)
     for text in (
         "The cat",
         "cat" if template == "llama3" else " cat",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cfg.config import load_config, model_config
-from model.formats.base import fingerprint
+from model.formats.lora_base import fingerprint
 from model.formats.peft import write_adapter
 from model.formats.pretrained import load_model, open_pretrained, open_weights
 from model.gpt import GPT, parameter_shapes

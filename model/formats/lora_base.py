@@ -1,4 +1,4 @@
-"""The base model of a run with LoRA: its name and fingerprint, which checkpoints record, and how they find it again.
+"""The base model of a LoRA run. Checkpoints record its name and fingerprints, and readers use them to open it again.
 
 A checkpoint holds only what was trained. Reading it as a model opens the base and merges the adapters into it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from util.errors import StorageError, UserError, quote
 
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from model.formats.raw import Reader
 
 SAMPLE = 4096  # values of a parameter that its fingerprint covers
+
+
+@runtime_checkable
+class Merger(Protocol):
+    """A reader that merges adapters into weights: CheckpointMerger here, and PeftMerger in peft.py."""
+
+    def fingerprint(self, name: str, value: Tensor) -> str:
+        """Returns the fingerprint of a parameter from the weight and the adapter that are merged."""
+        ...
 
 
 @dataclass
@@ -39,7 +48,7 @@ class Base:
         }
 
     def recording(self, read: Reader, names: Iterable[str]) -> Reader:
-        """Returns `read`, which also records the fingerprints of the parameters `names`."""
+        """Returns a reader that also records fingerprints of the parameters `names`."""
         recorded = set(names)
 
         def read_and_record(name: str) -> Tensor:
@@ -59,11 +68,11 @@ class Base:
 def fingerprint(name: str, value: Tensor, read: Reader | None = None) -> str:
     """Returns the sha256 of a parameter's name, shape and a sample of its values, evenly spaced, in fp32.
 
-    The parameter is whole, without vocabulary padding. If `read` merges adapters, the sha256 is of what it merges:
-    matrix products round differently on other machines.
+    The parameter is whole, without vocabulary padding. If `read` merges adapters, hashes the unmerged weight and the
+    adapter instead: the merged product rounds differently on other machines.
     """
-    if merged := getattr(read, "fingerprint", None):
-        return str(merged(name, value))
+    if isinstance(read, Merger):
+        return read.fingerprint(name, value)
     flat = value.detach().reshape(-1)
     sample = flat[:: max(1, -(-flat.numel() // SAMPLE))].float().numpy().astype("<f4")
     return hashlib.sha256(f"{name} {tuple(value.shape)}\n".encode() + sample.tobytes()).hexdigest()
@@ -78,19 +87,22 @@ def base_in_state(state: dict[str, Any], path: Path) -> Base:
         and isinstance(base.get("parameters"), dict)
         and Base(base["init_from"], base["parameters"]).to_json()["sha256"] == base.get("sha256")
     ):
-        raise UserError(f"{path / 'state.json'}: does not tell the base model of the LoRA adapters; damaged")
+        raise UserError(f"{path / 'state.json'}: names no valid base model; the file is damaged")
     return Base(base["init_from"], base["parameters"])
 
 
 def recorded_base(output_dir: Path, resume: str) -> Base | None:
     """Returns the base of the run that --output_dir and --resume continue, or None for a fresh start or no base."""
-    from model.formats.checkpoint import MANIFEST, list_checkpoints, read_state
+    from model.formats.checkpoint import checkpoints_at, list_checkpoints, read_state
 
-    folders = {"never": [], "auto": [output_dir]}.get(resume, [output_dir, Path(resume)])
-    for folder in folders:
-        for path in [folder] if (folder / MANIFEST).exists() else list_checkpoints(folder):
-            with suppress(UserError, StorageError, OSError):
-                return base_in_state(read_state(path), path)
+    if resume == "never":
+        return None
+    paths = list_checkpoints(output_dir)
+    if resume != "auto":
+        paths += checkpoints_at(Path(resume))
+    for path in paths:
+        with suppress(UserError, StorageError, OSError):
+            return base_in_state(read_state(path), path)
     return None
 
 
@@ -103,7 +115,7 @@ def check_same_base(path: Path, saved: Base, now: Base) -> None:
         )
 
 
-def adapters_merged(
+def merging_reader(
     path: Path, read_own: Reader, own: Iterable[str], flags: dict[str, Any], open_base: Callable[[str], Reader]
 ) -> Reader:
     """Returns `read(name)` for a LoRA checkpoint: its own parameters, and those of its base with adapters merged.
@@ -120,11 +132,11 @@ def adapters_merged(
         raise type(e)(
             f"{path} holds LoRA adapters, and their base model cannot be read ({e}); put {quote(base.init_from)} back"
         ) from e
-    return MergingReader(path, base, read_base, read_own, frozenset(own), flags["lora_alpha"] / flags["lora_rank"])
+    return CheckpointMerger(path, base, read_base, read_own, frozenset(own), flags["lora_alpha"] / flags["lora_rank"])
 
 
 @dataclass(frozen=True)
-class MergingReader:
+class CheckpointMerger:
     """`read(name)` for a LoRA checkpoint."""
 
     path: Path
@@ -135,7 +147,7 @@ class MergingReader:
     scale: float  # of the adapters' output
 
     def __call__(self, name: str) -> Tensor:
-        from model.lora import merged
+        from model.lora import merge_adapter
 
         if name in self.own:
             return self.read_own(name)
@@ -148,7 +160,7 @@ class MergingReader:
         if not (adapter := self.adapter(name)):
             return weight
         a, b = (self.read_own(n) for n in adapter)
-        return merged(weight, a, b, self.scale)
+        return merge_adapter(weight, a, b, self.scale)
 
     def adapter(self, name: str) -> list[str]:
         """Returns the names of A and B of a matrix, or nothing if it has no adapter."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cfg.config import load_config
-from model.formats.base import SAMPLE, Base, base_in_state, fingerprint, recorded_base
 from model.formats.checkpoint import with_sha256
+from model.formats.lora_base import SAMPLE, Base, base_in_state, fingerprint, recorded_base
 from model.formats.pretrained import checkpoint_reader, load_model, open_pretrained
 from model.gpt import GPT, init_weights, parameter_shapes
 from model.lora import add_adapters, saved_names
@@ -150,7 +150,7 @@ DAMAGE = {
 def test_a_state_without_a_base_is_one_line(made, tmp_path, damage):
     shutil.copytree(made[1][0], tmp_path / "step_00000001")
     tamper(tmp_path / "step_00000001", DAMAGE[damage])
-    with pytest.raises(UserError, match=r"state.json: does not tell the base model of the LoRA adapters; damaged"):
+    with pytest.raises(UserError, match=r"state.json: names no valid base model; the file is damaged"):
         load_model(tmp_path, torch.device("cpu"))
 
 
@@ -174,8 +174,12 @@ def test_a_run_that_is_resumed_keeps_the_checkpoint_that_it_began_with(made, tmp
 def test_the_recorded_base_is_found_for_resume_and_branches(made, tmp_path):
     (full, _), (once, _), _ = made
     run = once.parent.parent
-    for output_dir, resume in ((run, "auto"), (tmp_path, str(run)), (tmp_path, str(once)), (run, str(full))):
-        assert recorded_base(output_dir, resume).init_from == str(full.resolve())
+    latest = tmp_path / "copy" / "latest"
+    shutil.copytree(once.parent, latest.parent)
+    latest.write_text(once.name)
+    branches = [(tmp_path, str(path)) for path in (run, once, once.parent, latest.parent, latest)]
+    for output_dir, resume in ((run, "auto"), (run, str(full)), *branches):
+        assert recorded_base(output_dir, resume).init_from == str(full.resolve()), resume
     for output_dir, resume in ((run, "never"), (tmp_path, "auto"), (full.parent.parent, "auto")):
         assert recorded_base(output_dir, resume) is None
 
