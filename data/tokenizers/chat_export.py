@@ -1,4 +1,4 @@
-"""What an exported chat model needs besides its tokenizer: the tokens that end its replies, and how its texts begin."""
+"""Settings of an exported chat model: the tokens that end its replies, and the token that begins a conversation."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def with_end_of_text_first(files: dict[str, bytes], chat: Chat) -> dict[str, byt
     if chat.begins_with(name):
         return files
     config = json.loads(files[TOKENIZER_CONFIG])
-    # The first newline after a comment is removed. The rest of the template then begins a line, as before.
+    # Jinja removes the newline after a comment. The rest of the template then begins at the start of a line.
     config["chat_template"] = f"{{{{ {json.dumps(name)} }}}}{{# as in training #}}\n{config['chat_template']}"
     return {**files, TOKENIZER_CONFIG: (json.dumps(config, indent=1) + "\n").encode()}

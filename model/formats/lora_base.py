@@ -87,7 +87,7 @@ def base_in_state(state: dict[str, Any], path: Path) -> Base:
         and isinstance(base.get("parameters"), dict)
         and Base(base["init_from"], base["parameters"]).to_json()["sha256"] == base.get("sha256")
     ):
-        raise UserError(f"{path / 'state.json'}: names no valid base model; the file is damaged")
+        raise UserError(f"{path / 'state.json'}: the name of the base model is missing or invalid; the file is damaged")
     return Base(base["init_from"], base["parameters"])
 
 
