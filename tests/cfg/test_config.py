@@ -18,7 +18,7 @@ from scripts.flags_table import flags_markdown
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 NUMBERS = [name for name, field in Config.model_fields.items() if field.annotation in (int, float)]
 BOOLEANS = [name for name, field in Config.model_fields.items() if isinstance(field.default, bool)]

@@ -28,7 +28,7 @@ GOLDEN = [
     104,
     40000,
 ]  # another order would break every run that is resumed
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=20, deadline=None)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from util.errors import UserError
 
 GPT2, LLAMA = (20240520, 1, "H"), (20240801, 7, "I")
 VOCAB = 50257
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=30, deadline=None)
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,8 @@ def test_the_quickstart_memorizes_one_batch_of_shakespeare(command, tmp_path, st
 
 
 # Compiled runs: tests/e2e/test_strategies.py; compiled models of each family: tests/model/test_gpt.py.
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "modern"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "modern"])
 def test_other_architectures_train_in_bfloat16_and_compiled(trainer, metrics, tmp_path, family):
     switches = {
         "llama": "--positions=rotary --norm=rmsnorm --mlp=swiglu --bias=0 --tie_embeddings=0 --n_kv_head=1",

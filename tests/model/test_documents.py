@@ -154,6 +154,7 @@ def test_a_window_without_documents_is_the_same_in_every_row_of_flex_attention(m
     assert largest_difference(flex, masked) < 1e-5
 
 
+@pytest.mark.slow
 def test_new_documents_do_not_break_the_graph_or_recompile_it(monkeypatch):
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
     graphs = []

@@ -150,7 +150,7 @@ DAMAGE = {
 def test_a_state_without_a_base_is_one_line(made, tmp_path, damage):
     shutil.copytree(made[1][0], tmp_path / "step_00000001")
     tamper(tmp_path / "step_00000001", DAMAGE[damage])
-    with pytest.raises(UserError, match=r"state.json: the name of the base model is missing or invalid; the file is damaged"):
+    with pytest.raises(UserError, match="state.json: the name of the base model is missing or invalid"):
         load_model(tmp_path, torch.device("cpu"))
 
 

@@ -45,7 +45,7 @@ def percentile(values, share):
     return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows=RECORDS)
 def test_the_summary_and_the_curves_are_recomputed_from_the_file(tmp_path_factory, rows):
     records = [

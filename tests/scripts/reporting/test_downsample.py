@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scripts.reporting.downsample import rows_to_show, smooth, spread
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 3000), most=st.integers(10, 400), columns=st.integers(1, 3))
 def test_extremes_first_and_last_are_kept(seed, count, most, columns):
     rng = np.random.default_rng(seed)

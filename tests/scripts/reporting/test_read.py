@@ -41,7 +41,7 @@ def append(folder, *records):
         file.writelines(json.dumps(r) + "\n" for r in records)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     records=RECORDS, noise=st.lists(st.text(max_size=20).filter(lambda t: "\n" not in t and "\r" not in t), max_size=3)
 )
