@@ -285,7 +285,10 @@ def _check_against_pretrained(config: Config, pretrained: Any, values: dict[str,
             way_out = resize if name == "vocab_size" else f"; leave the flag out{preset}"
             raise UserError(f"--{name}={value}, but the model of --init_from has {pretrained.flags[name]}{way_out}")
     if config.resize_embeddings and "none" in (pretrained.tokenizer, config.tokenizer):
-        unknown = "the model of --init_from has no tokenizer" if pretrained.tokenizer == "none" else "--tokenizer=none"
+        unknown = "--tokenizer=none; give --tokenizer"
+        if pretrained.tokenizer == "none":
+            export = f"scripts/export.py --checkpoint={values['init_from']} --to=hf --tokenizer=ITS_TOKENIZER"
+            unknown = f"the model of --init_from has no tokenizer; convert the model together with it by {export}"
         raise UserError(f"--resize_embeddings=1 needs both tokenizers, but {unknown}")
 
 

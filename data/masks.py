@@ -20,11 +20,18 @@ SUFFIX = ".mask"
 
 
 def packed_length(folder: Path) -> int | None:
-    """Returns the sequence length for which the shards of a folder were packed, or None if they are not packed."""
+    """Returns the sequence length for which the shards of a folder were packed, or None if they are not packed.
+
+    A folder without a manifest is not packed. A damaged manifest is an error: packed shards need what it says.
+    """
+    file = folder / "manifest.json"
     try:
-        length = read_json(folder / "manifest.json").get("sequence_length")
-    except (OSError, ValueError, AttributeError):
+        manifest = read_json(file)
+    except OSError:
         return None
+    except ValueError as e:
+        raise UserError(f"{file}: damaged ({e}); restore it, or prepare the data again") from e
+    length = manifest.get("sequence_length") if isinstance(manifest, dict) else None
     return length if isinstance(length, int) else None
 
 

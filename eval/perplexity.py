@@ -73,6 +73,7 @@ args = parse_first(__name__, lambda: parser().parse_args(), check)
 
 import numpy as np
 
+from data.masks import SUFFIX
 from data.prepare.sources import describe_skipped
 from eval.model import EvalModel, load_eval_model
 from eval.scoring import Request, score_requests
@@ -202,6 +203,8 @@ def main(args: Namespace) -> None:
         f" window {window:,}, stride {stride:,}"
         f"{describe_skipped(skipped, options.document_separator)}"
     )
+    if any(path.with_suffix(SUFFIX).exists() for path in shards):
+        summary += "\nall tokens are scored: the masks of the shards are not read, unlike for the val_loss of training"
     results = {"subject": model.name, "input": args.input, "dtype": args.dtype, "window": window, "stride": stride}
     numbers = {name: getattr(found, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
     cli.write_results(args.output, results | numbers, summary)

@@ -201,6 +201,7 @@ def base_of_adapter(source: Source, wanted: str) -> tuple[str, str]:
             f"--to=peft: the base model {recorded} is not in Hugging Face's format; export it with"
             f" --checkpoint={recorded} --to=hf, and name that folder with --base"
         )
+    wanted = wanted.removeprefix("hf:")
     base = open_pretrained(f"hf:{wanted or name}", "base")
     ours, theirs = write_config(source.config.model_dump()), write_config({"dropout": 0.0} | base.flags)
     for key in ours:

@@ -24,6 +24,8 @@ def model_folder(name: str, where: str, patterns: tuple[str, ...] = DESCRIPTION)
     """
     if os.path.isdir(path := os.path.expanduser(name)):
         return Path(path), ""
+    if name.startswith(("/", "./", "../", "~")):  # no name on the hub begins so
+        raise UserError(f"{where}: no such folder; check the path")
     return download(name, patterns, where), name
 
 

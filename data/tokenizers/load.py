@@ -62,7 +62,7 @@ def load_tokenizer(name: str = "gpt2", vocab_size: int | None = None) -> Tokeniz
     if vocab_size is not None and not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + MAX_UNUSED_IDS:
         raise UserError(
             f"--vocab_size={vocab_size} does not fit tokenizer {name}; give --vocab_size={tokenizer.vocab_size}"
-            f" or a little more"
+            f" or a little more, or --resize_embeddings=1 for a model of --init_from"
         )
     return tokenizer
 

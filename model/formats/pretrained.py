@@ -163,7 +163,14 @@ def _flags_of_run(path: Path, where: str) -> dict[str, Any]:
             continue
         if isinstance(flags, dict):
             return flags
-    raise UserError(f"{where}: contains no checkpoint")
+    raise UserError(f"{where}: contains no checkpoint{_other_kind(path)}")
+
+
+def _other_kind(path: Path) -> str:
+    """Returns a hint for an error if the folder holds a model or an adapter of Hugging Face, otherwise ""."""
+    kinds = (("adapter_config.json", "peft", "a PEFT adapter"), ("config.json", "hf", "a Hugging Face model"))
+    found = (f"; it holds {what}: give {kind}:{path}" for file, kind, what in kinds if (path / file).is_file())
+    return next(found, "")
 
 
 def flags_to_resume(output_dir: str, resume: str) -> dict[str, Any]:
@@ -234,7 +241,7 @@ def newest_checkpoint(path: Path, report: Any = print) -> Path:
 
     found = find_checkpoint(path, report, skip="optimizer/")
     if found is None:
-        raise UserError(f"{path}: contains no checkpoint")
+        raise UserError(f"{path}: contains no checkpoint{_other_kind(path)}")
     return found
 
 

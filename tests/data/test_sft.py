@@ -467,6 +467,8 @@ def test_data_that_does_not_fit_the_run_is_one_line(config, tmp_path):
     first.unlink()
     refused("--input_train_bin: .*x_train_000001.mask is missing")
     first.write_bytes(content)
+    (config.folder / MANIFEST).write_bytes(b"")
+    refused("manifest.json: damaged .*; restore it, or prepare the data again")
     (config.folder / MANIFEST).unlink()
     for name in ("x_train_000001.bin", "x_train_000001.mask"):
         shutil.copy(config.folder / name, config.folder / name.replace("_000001", "_000009"))

@@ -217,6 +217,14 @@ def test_shards_without_a_tokenizer(checkpoint, model_251, shards, evaluate, tmp
     assert f"loss {loss:.4f} nats" in out and "bits per byte unknown" in out and "window 32, stride 32" in out
 
 
+def test_a_line_says_that_masks_beside_the_shards_are_ignored(checkpoint, evaluate, tmp_path):
+    write_shard(tmp_path / "a_val_000.bin", np.arange(40), 251)
+    flags = [f"--checkpoint={checkpoint}", f"--input={tmp_path}/a_val_000.bin", *WHOLE]
+    assert "are not read" not in evaluate(perplexity, *flags)
+    (tmp_path / "a_val_000.mask").write_bytes(bytes(40))
+    assert "39 tokens" in (out := evaluate(perplexity, *flags)) and "the masks of the shards are not read" in out
+
+
 def test_shards_are_one_text_and_their_bytes_are_counted(text_checkpoint, evaluate, tmp_path, plain_losses, model):
     tokenizer = load_tokenizer()
     ids = [

@@ -158,7 +158,8 @@ def test_mistakes_are_one_line(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = ["--checkpoint", trained / "run", "--output", tmp_path / "x"]
     assert "--base=nowhere: has no effect with --to=hf" in export(*run, "--to=hf", "--base=nowhere")
-    assert "--base=hf:nowhere: no such folder" in export(*run, "--to=peft", "--base=nowhere")
+    for base in ("nowhere", "hf:nowhere"):
+        assert "--base=hf:nowhere: no such folder" in export(*run, "--to=peft", "--base", base)
     assert "--to=peft: --checkpoint=hf:" in export(*run[2:], "--checkpoint", f"hf:{trained / 'base'}", "--to=peft")
     other = Path(tmp_path / "other")
     AutoModelForCausalLM.from_config(GPT2Config(vocab_size=257, n_embd=32, n_head=2, n_layer=2)).save_pretrained(other)

@@ -352,7 +352,7 @@ def test_no_code_of_a_folder_is_run(tmp_path):
 def test_a_missing_or_empty_folder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, said in [
-        (str(tmp_path / "nowhere"), "no such folder"),
+        (str(tmp_path / "nowhere"), "no such folder; check the path"),
         ("no such name", "no such folder"),
         ("../x", "no such folder"),
         ("", "the name is empty"),

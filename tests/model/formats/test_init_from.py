@@ -1,13 +1,14 @@
 """--init_from takes the flags of a pretrained model, and refuses flags that contradict them."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from cfg.config import load_config, to_yaml
 from data.tokenizers.load import tokenizer_size
-from model.formats.pretrained import open_pretrained
+from model.formats.pretrained import newest_checkpoint, open_pretrained
 from util.errors import UserError
 
 LLAMA = {
@@ -85,10 +86,10 @@ def test_a_learned_position_table_cannot_grow(tmp_path):
 def test_another_vocabulary_needs_resize_embeddings(folder):
     with pytest.raises(UserError, match="--vocab_size=2000, but .* has 1000; or resize it with --resize_embeddings=1"):
         load(folder, "--vocab_size=2000")
-    with pytest.raises(UserError, match="needs both tokenizers, but the model of --init_from has no"):
+    with pytest.raises(UserError, match="needs both tokenizers, but .* has no tokenizer; convert .*--tokenizer="):
         load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=gpt2")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="needs both tokenizers, but --tokenizer=none"):
+    with pytest.raises(UserError, match="needs both tokenizers, but --tokenizer=none; give --tokenizer"):
         load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=none")
     assert load(folder, "--vocab_size=2000", "--resize_embeddings=1", "--tokenizer=gpt2").vocab_size == 2000
     flags = [f"--init_from=hf:{folder}", "--resize_embeddings=1", "--tokenizer=gpt2"]
@@ -127,3 +128,13 @@ def test_a_rawgpt_run_or_checkpoint(tmp_path):
     for nothing in (tmp_path, tmp_path / "nowhere", "gpt2"):
         with pytest.raises(UserError, match="--init_from=.*: (contains no checkpoint|no such run or checkpoint)"):
             load_config([f"--init_from={nothing}"], 1, open_pretrained)
+
+
+@pytest.mark.parametrize("file, kind", [("config.json", "hf"), ("adapter_config.json", "peft")])
+def test_a_folder_of_hugging_face_without_its_prefix_is_an_error_that_names_the_prefix(tmp_path, file, kind):
+    (tmp_path / file).write_text("{}")
+    hint = f"contains no checkpoint; it holds a .*: give {kind}:{re.escape(str(tmp_path))}"
+    with pytest.raises(UserError, match=hint):
+        load_config([f"--init_from={tmp_path}"], 1, open_pretrained)
+    with pytest.raises(UserError, match=hint):
+        newest_checkpoint(tmp_path)
