@@ -177,6 +177,11 @@ class Loader:
     def has_masks(self) -> bool:
         return self.masks is not None
 
+    def counted_tokens(self) -> int:
+        """Returns the number of tokens that are counted as targets. Reads all masks."""
+        masks = [] if self.masks is None else self.masks.shards
+        return sum(np.count_nonzero(np.memmap(m.path, np.uint8, "r")) for m in masks) if masks else len(self.stream)
+
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns epochs and windows, both (n,) int64, of the samples with these numbers."""
         epochs, places = np.divmod(samples, self.windows)

@@ -134,6 +134,10 @@ class MixedLoader:
     def has_masks(self) -> bool:
         return any(loader.has_masks for loader in self.loaders)
 
+    def counted_tokens(self) -> int:
+        """Returns the number of tokens of all sources that are counted as targets. Reads all masks."""
+        return sum(loader.counted_tokens() for loader in self.loaders)
+
     @property
     def windows(self) -> int:
         """The number of windows of all sources together."""

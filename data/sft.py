@@ -112,7 +112,9 @@ def split(found: list[Conversation], val_share: float) -> tuple[list[Conversatio
     last = sorted(digests)[val_count - 1] if val_count else b""
     sides = [[c for c, d in zip(found, digests, strict=True) if (d <= last) is val] for val in (False, True)]
     if not sides[0]:
-        raise UserError(f"--val_share={val_share} leaves no conversation for training; lower it, or give more data")
+        raise UserError(
+            f"--val_share={val_share} leaves no conversation for training; use --val_share=0, or give more data"
+        )
     return sides[0], sides[1]
 
 

@@ -43,10 +43,11 @@ def print_banner(
         source += (
             f", {trained:,} of them trained ({trained / model.gpt.num_params():.2%}, LoRA of rank {config.lora_rank})"
         )
+    counted = f", {train_data.counted_tokens():,} of them counted" if train_data.has_masks else ""
     print(
         f"{model.gpt.num_params():,} parameters{source}, {config.dtype},"
         f" {ranks.world_size} × {device_name(ranks.device)}{model.strategy()}\n"
-        f"{sum(shard.count for shard in train_data.shards):,} training tokens; {config.total_batch_size:,} a step ="
+        f"{sum(shard.count for shard in train_data.shards):,} training tokens{counted}; {config.total_batch_size:,} a step ="
         f" {config.batch_size} × {config.sequence_length} × {ranks.world_size} ranks × {micro_steps} micro-steps\n"
         f"{optim.describe(optimizer, config)}"
     )

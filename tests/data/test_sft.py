@@ -419,7 +419,7 @@ def test_the_loader_returns_the_mask_of_a_batch(config):
         assert (found == np.concatenate(parts)).all()
     val = open_val_data(config(), config.fingerprint)
     assert [row.tolist() for row in val.gather_mask([0]).int()] == [read(config.folder, "*_val_*.bin")[1][:65].tolist()]
-    assert "mask_ends" in data.fingerprint["shards"][0]
+    assert "mask_ends" in data.fingerprint["shards"][0] and data.counted_tokens() == mask.sum()
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
@@ -449,6 +449,7 @@ def test_a_mixture_counts_all_tokens_of_sources_without_masks(config, tmp_path):
     found = np.stack([data.mask(step).numpy() for step in (1, 2)])
     assert sorted(found.all(-1).sum(-1)) == [1, 1]
     plain = open_train_data(config(data=f"{tmp_path}/plain/*_train_*.bin"), config.fingerprint)
+    assert data.counted_tokens() == read(config.folder, "*_train_*.bin")[1].sum() + plain.counted_tokens()
     assert plain.mask(1) is None and plain.gather_mask([0]) is None
 
 
