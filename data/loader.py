@@ -179,8 +179,9 @@ class Loader:
 
     def counted_tokens(self) -> int:
         """Returns the number of tokens that are counted as targets. Reads all masks."""
-        masks = [] if self.masks is None else self.masks.shards
-        return sum(np.count_nonzero(np.memmap(m.path, np.uint8, "r")) for m in masks) if masks else len(self.stream)
+        if self.masks is None:
+            return len(self.stream)
+        return sum(int(np.count_nonzero(np.memmap(shard.path, np.uint8, "r"))) for shard in self.masks.shards)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns epochs and windows, both (n,) int64, of the samples with these numbers."""
