@@ -48,8 +48,8 @@ def print_banner(
         f"{model.gpt.num_params():,} parameters{source}, {config.dtype},"
         f" {ranks.world_size} × {device_name(ranks.device)}{model.strategy()}\n"
         f"{sum(shard.count for shard in train_data.shards):,} training tokens{counted};"
-        f" {config.total_batch_size:,} a step = {config.batch_size} × {config.sequence_length} × {ranks.world_size} ranks"
-        f" × {micro_steps} micro-steps\n"
+        f" {config.total_batch_size:,} a step = {config.batch_size} × {config.sequence_length}"
+        f" × {ranks.world_size} ranks × {micro_steps} micro-steps\n"
         f"{optim.describe(optimizer, config)}"
     )
     if isinstance(train_data, MixedLoader):
