@@ -159,8 +159,7 @@ def test_adapters_start_from_one_that_was_written(bases, tmp_path, family):
         assert torch.equal(value(name, shapes.get(name, tensor.shape)), tensor), name
     padded = value("wte.weight", torch.Size((64, 16)))
     assert torch.equal(padded[:61], tensors["wte.weight"]) and not padded[61:].any()
-    with pytest.raises(KeyError):
-        value("ln_f.weight", torch.Size((16,)))
+    assert value("ln_f.weight", torch.Size((16,))) is None
 
 
 def test_a_scale_of_rslora_is_an_alpha(bases, tmp_path):
