@@ -20,7 +20,8 @@ def default_sighup():
 
 
 @pytest.mark.fault("the console goes away", "the run ends with a checkpoint; under nohup it continues")
-@pytest.mark.parametrize("nohup", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nohup", [False, True])
 def test_a_run_without_a_console_ends_with_a_checkpoint_or_continues_under_nohup(
     trainer, metrics, wait_for, injected, tmp_path, nohup
 ):

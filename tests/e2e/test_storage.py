@@ -286,6 +286,7 @@ def test_a_disk_error_on_one_rank_at_the_start_ends_all_ranks(
 
 
 @pytest.mark.fault("a second run starts on an --output_dir in use", "exit code 2 and one line; the first run continues")
+@pytest.mark.slow
 def test_two_runs_do_not_share_an_output_dir(trainer, injected, wait_for, kill_all, tmp_path):
     output_dir = tmp_path / "run"
     first = trainer.start(output_dir, "--num_iterations=100000", "--save_every_niter=0")

@@ -496,6 +496,7 @@ def test_an_internal_error_keeps_its_traceback(model, tasks, checkpoint, monkeyp
         run(f"--checkpoint={checkpoint}", "--tasks=like_blimp", f"--include_path={tasks}")
 
 
+@pytest.mark.slow
 def test_the_command_file_does_not_hide_the_library_of_the_same_name(tasks, tmp_path):
     flags = ["--checkpoint=nowhere", "--tasks=like_blimp", f"--include_path={tasks}"]
     done = subprocess.run([sys.executable, ROOT / "eval/lm_eval.py", *flags], capture_output=True, text=True)

@@ -219,7 +219,7 @@ def test_the_embedding_norm_precedes_the_positions():
     assert torch.equal(x, normalised + model.wpe(torch.arange(48)))
 
 
-@pytest.mark.parametrize("width", [128, 384, 768])
+@pytest.mark.parametrize("width", [128, 384, pytest.param(768, marks=pytest.mark.slow)])
 def test_the_first_loss_is_a_uniform_guess_plus_half_the_variance_of_the_logits(width):
     """Logits have variance C·0.02²: normalised states of width C times weights of variance 0.02²."""
     config = load_config([f"--n_embd={width}", "--n_head=4", "--n_layer=2", "--sequence_length=128"], world_size=1)
