@@ -181,7 +181,7 @@ class Loader:
         """Returns the number of tokens that are counted as targets. Reads all masks."""
         if self.masks is None:
             return len(self.stream)
-        return sum(int(np.count_nonzero(np.memmap(shard.path, np.uint8, "r"))) for shard in self.masks.shards)
+        return sum(int(np.count_nonzero(np.fromfile(shard.path, np.uint8))) for shard in self.masks.shards)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns epochs and windows, both (n,) int64, of the samples with these numbers."""

@@ -19,13 +19,7 @@ from model.attention import CausalSelfAttention, Mask, Rotary, UpdateCache, docu
 from model.kv_cache import KVCache
 from model.layers import MLP, make_norm, rotary_table
 from model.lora import VOCABULARY, adapter_value, is_adapter
-from model.loss import (
-    IGNORE_INDEX,
-    ChunkLoss,
-    chunk_loss_and_grad,
-    linear_cross_entropy,
-    token_losses,
-)
+from model.loss import IGNORE_INDEX, ChunkLoss, chunk_loss_and_grad, linear_cross_entropy, token_losses
 
 INIT_STD = 0.02  # GPT-2's
 FLEX_TILE = 128  # FlexAttention skips whole tiles: shorter rows have none to skip, and use its kernel for decoding

@@ -216,9 +216,9 @@ def make_mesh(config: Config, world_size: int, device_type: str) -> DeviceMesh:
 def shard(model: GPT, config: Config, ranks: Ranks) -> DeviceMesh:
     """Applies FSDP2 to each block, and to the rest (embeddings, last norm, head) as the root. Returns the mesh.
 
-    Master weights (but for frozen ones in --base_dtype), gradients and their reduction are fp32. Weights gathered for
-    computing are in --dtype. Stage 3
-    frees a block's gathered weights after its forward pass, except the last block's, which backward needs at once.
+    Master weights (except frozen ones, which are in --base_dtype), gradients and their reduction are fp32. Weights
+    gathered for computing are in --dtype. Stage 3 frees a block's gathered weights after its forward pass, except the
+    last block's, which backward needs at once.
     """
     mesh = make_mesh(config, ranks.world_size, ranks.device.type)
     # In fp32 nothing is cast, unless frozen weights are in 16 bits: autograd would keep their casts between the passes.

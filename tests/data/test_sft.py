@@ -24,7 +24,7 @@ from data.open import open_train_data, open_val_data
 from data.prepare.conversations import messages_of
 from data.prepare.job import MANIFEST
 from data.prepare.packing import pack
-from data.shards import open_shard
+from data.shards import open_shard, write_shard
 from data.tokenizers.load import load_tokenizer
 from model.gpt import GPT, init_weights
 from util.errors import UserError
@@ -438,6 +438,14 @@ def test_the_loss_of_packed_conversations_is_that_of_each_alone(config, position
                 counted = range(start + 1, end)
                 alone -= sum(log_p[i - start - 1, ids[i]].item() for i in counted if mask[i])
     assert packed == pytest.approx(alone, rel=1e-5) and packed > 100
+
+
+def test_an_empty_shard_counts_no_tokens(config):
+    write_shard(config.folder / "x_train_000000.bin", np.empty(0, np.uint16), 259)
+    (config.folder / "x_train_000000.mask").touch()
+    (config.folder / MANIFEST).unlink()  # it does not list this shard
+    data = open_train_data(config(), config.fingerprint)
+    assert data.counted_tokens() == read(config.folder, "*_train_*.bin")[1].sum()
 
 
 def test_a_mixture_counts_all_tokens_of_sources_without_masks(config, tmp_path):

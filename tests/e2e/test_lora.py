@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from data.shards import write_shard
 from data.tokenizers.load import load_tokenizer
 from tests import reference
+from tests.checkpoints import cut_back
 
 VOCAB = 251  # of the tiny shards
 SHAPE = ["--n_kv_head=1", "--mlp=swiglu", "--positions=rotary", "--norm=rmsnorm", "--bias=0", "--tie_embeddings=0"]
@@ -42,15 +43,6 @@ def lora(trainer, base):
     flags = [f"--init_from={base}", *LORA, "--val_loss_every=10"]
     trainer.run(base.parent / "lora", *flags, "--keep_last=9")
     return flags, base.parent / "lora"
-
-
-def cut_back(run, to, step=10):
-    """Copies a run without its checkpoints after `step`."""
-    shutil.copytree(run, to)
-    for checkpoint in (to / "checkpoints").glob("step_*"):
-        if int(checkpoint.name[-8:]) > step:
-            shutil.rmtree(checkpoint)
-    return to
 
 
 class PlainLoRA(nn.Module):

@@ -1,9 +1,10 @@
 """--optimizer=muon gives the same numbers in every strategy, resumes bit-equal, and loads checkpoints of any stage."""
 
-import shutil
 from pathlib import Path
 
 import pytest
+
+from tests.checkpoints import cut_back
 
 FAILING = str(Path(__file__).with_name("failing_training.py"))
 FLAGS = ["--optimizer=muon", "--mlp=swiglu", "--positions=rotary", "--norm=rmsnorm", "--n_kv_head=1", "--keep_every=10"]
@@ -16,15 +17,6 @@ def stage_0(trainer, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("muon") / "run"
     trainer.run(output_dir, *FLAGS, ranks=2)
     return output_dir
-
-
-def cut_back(run, to, step=10):
-    """Copies a run without its checkpoints after `step`."""
-    shutil.copytree(run, to)
-    for checkpoint in (to / "checkpoints").glob("step_*"):
-        if int(checkpoint.name[-8:]) > step:
-            shutil.rmtree(checkpoint)
-    return to
 
 
 def assert_close(ours, reference, limit=5e-6):
