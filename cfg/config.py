@@ -149,7 +149,8 @@ def model_config(flags: dict[str, Any], where: str) -> ModelConfig:
 
 def default_output_dir(config: Config) -> str:
     """Returns outdir/run-NAME. NAME is the preset or LAYERSxWIDTH, and after -from- the model of --init_from."""
-    name = Path(config.cfg).stem or f"{config.n_layer}x{config.n_embd}"
+    file = Path(config.cfg)  # a preset's name may contain a dot
+    name = (file.stem if file.suffix in (".yaml", ".yml") else file.name) or f"{config.n_layer}x{config.n_embd}"
     if config.init_from != "scratch":
         name += "-from-" + re.split("[:/]", config.init_from.rstrip("/"))[-1]
     return DEFAULT_OUTPUT_DIR.replace("NAME", name)

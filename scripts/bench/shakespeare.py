@@ -1,9 +1,9 @@
 """Tiny Shakespeare on a CPU, compared with nanoGPT: `python scripts/bench/shakespeare.py --nanogpt DIR`.
 
-Runs nanoGPT's own train.py with the recipe for a CPU in its README, then `train_gpt.py --cfg=shakespeare-bytes`, one
-after the other on --threads threads. The time of a run is that of its whole command. Then eval/perplexity.py scores the
-validation split, the last tenth of the text, with both models, each with its own context. nanoGPT predicts characters.
-All of them are ASCII, so its loss in bits per character is in bits per byte.
+Runs nanoGPT's own train.py with the recipe for a CPU in its README, then train_gpt.py with --cfg=shakespeare-bytes and
+with --cfg=modern-shakespeare, one after the other on --threads threads. The time of a run is that of its whole command.
+Then eval/perplexity.py scores the validation split, the last tenth of the text, with each model and its own context.
+nanoGPT predicts characters. All of them are ASCII, so its loss in bits per character is in bits per byte.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from util.errors import CommandParser, UserError, run_command
 ROOT = Path(__file__).resolve().parents[2]
 NANOGPT = """train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --block_size=64
     --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0""".split()
+PRESETS = ("shakespeare-bytes", "modern-shakespeare")
 
 
 def main() -> None:
@@ -41,8 +42,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         results = {"nanoGPT": run_nanogpt(args.nanogpt, folder, args.threads)}
-        print(json.dumps(results), flush=True)
-        results["rawgpt"] = run_rawgpt(folder, args.threads, flags)
+        for preset in PRESETS:
+            print(json.dumps(results), flush=True)
+            results[preset] = run_rawgpt(preset, folder, args.threads, flags)
     print(json.dumps(results | {"threads": args.threads, "flags": flags}))
 
 
@@ -57,12 +59,12 @@ def run_nanogpt(source: Path, folder: Path, threads: int) -> dict[str, Any]:
     return times | score(f"nanogpt:{copy}/out-shakespeare-char/ckpt.pt", data / "val.bin", threads)
 
 
-def run_rawgpt(folder: Path, threads: int, flags: list[str]) -> dict[str, Any]:
-    """Trains the preset and returns times and bits per byte."""
-    data, output = folder / "shards", folder / "run"
+def run_rawgpt(preset: str, folder: Path, threads: int, flags: list[str]) -> dict[str, Any]:
+    """Trains a preset and returns times and bits per byte."""
+    data, output = folder / "shards", folder / preset
     run(["data/tiny_shakespeare.py", "--tokenizer=bytes", f"--output_dir={data}"], ROOT, threads)
     where = [f"--input_train_bin={data}", f"--input_val_bin={data}", f"--output_dir={output}", "--device=cpu"]
-    times = run(["train_gpt.py", "--cfg=shakespeare-bytes", *where, *flags], ROOT, threads)
+    times = run(["train_gpt.py", f"--cfg={preset}", *where, *flags], ROOT, threads)
     return times | score(str(output), data / "tiny_shakespeare_val.bin", threads)
 
 

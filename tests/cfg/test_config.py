@@ -477,6 +477,7 @@ def test_runs_of_different_presets_and_shapes_have_different_folders(tmp_path):
         (): "outdir/run-12x768",
         ("--n_layer=3",): "outdir/run-3x768",
         ("--cfg=gpt2-124m",): "outdir/run-gpt2-124m",
+        ("--cfg=modern-1.5b",): "outdir/run-modern-1.5b",
         ("--cfg=gpt2-124m", "--output_dir=x"): "x",
         (mine,): "outdir/run-preset",
         ("--cfg=shakespeare",): "outdir/shakespeare",

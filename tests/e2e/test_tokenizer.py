@@ -143,11 +143,12 @@ def test_tiny_shakespeare_with_a_trained_tokenizer(command, world, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_preset_of_bytes_trains_on_tiny_shakespeare(command, metrics, tmp_path):
+@pytest.mark.parametrize("preset", ["shakespeare-bytes", "modern-shakespeare"])
+def test_a_preset_of_bytes_trains_on_tiny_shakespeare(command, metrics, tmp_path, preset):
     command("data/tiny_shakespeare.py", "--tokenizer=bytes", "--output_dir", tmp_path / "data")
     data = [f"--input_train_bin={tmp_path}/data", f"--input_val_bin={tmp_path}/data", f"--output_dir={tmp_path}/run"]
     short = ["--num_iterations=40", "--warmup_iters=10", "--val_max_steps=4", "--device=cpu"]
-    command("train_gpt.py", "--cfg=shakespeare-bytes", *data, *short)
+    command("train_gpt.py", f"--cfg={preset}", *data, *short)
     assert metrics(tmp_path / "run")[-1]["val_bpb"] < 4.5  # at random 8.0
 
 

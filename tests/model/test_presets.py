@@ -22,7 +22,11 @@ PARAMETERS = {
     "modern-350m": 404_916_224,
     "modern-1.5b": 1_520_090_880,
 }
-HIDDEN = {"modern-124m": 84_934_656, "modern-350m": 301_989_888, "modern-1.5b": 1_327_104_000}
+HIDDEN = {
+    "modern-124m": 84_934_656,
+    "modern-350m": 301_989_888,
+    "modern-1.5b": 1_327_104_000,
+}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -56,3 +60,15 @@ def test_a_preset_trains_on_twenty_tokens_per_parameter_and_a_modern_one_on_ten(
 def test_the_modern_preset_trains_on_half_of_the_tokens_of_gpt2():
     gpt2, modern = (load_config([f"--cfg={name}-124m"], world_size=8) for name in ("gpt2", "modern"))
     assert gpt2.num_iterations // 2 == modern.num_iterations and gpt2.total_batch_size == modern.total_batch_size
+
+
+@pytest.mark.parametrize("name", ["modern-350m", "modern-1.5b", "modern-shakespeare"])
+def test_a_modern_preset_has_the_model_and_optimizer_of_modern_124m(name):
+    base, config = (load_config([f"--cfg={n}"], world_size=1).model_dump() for n in ("modern-124m", name))
+    model = "positions norm norm_weight embedding_norm mlp bias qk_norm logit_softcap tie_embeddings embedding_std"
+    optimizer = "optimizer matrix_lr scalar_lr beta1 beta2 adam_eps weight_decay warmup_iters"
+    schedule = "schedule cooldown_frac learning_rate_decay_frac"
+    for flag in f"{model} head_init zero_init {optimizer} {schedule}".split():
+        assert config[flag] == base[flag], flag
+    for flag in ("embedding_lr", "head_lr"):
+        assert config[flag] == pytest.approx(base[flag] * (768 / config["n_embd"]) ** 0.5, rel=0.02), flag
