@@ -139,7 +139,7 @@ def test_each_source_has_its_epochs(folder, shuffle):
 
 def test_the_order_of_a_source_depends_on_seed_and_name_alone(folder):
     def order(data, m):
-        rows = torch.cat([data.batch(step) for step in range(1, 200)])[:, 0]
+        rows = torch.cat([data.batch(step) for step in range(1, 24)])[:, 0]
         return rows[rows // 20_000 == m].tolist()[:60]
 
     assert order(make(folder), 1) == order(make(folder, "b=0.9:,a=0.1:", batch=4), 1)
@@ -151,9 +151,10 @@ def test_the_order_of_a_source_depends_on_seed_and_name_alone(folder):
 @few
 @given(steps=st.lists(st.integers(1, 3000), min_size=1, max_size=6), parts=st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_a_batch_depends_on_the_step_alone_and_its_parts_concatenate(folder, steps, parts):
-    data = make(folder, batch=12)
+    data, other = make(folder, batch=12), make(folder, batch=12)
+    batches = {step: other.batch(step) for step in reversed(steps)}
     for step in steps:
-        whole = make(folder, batch=12).batch(step)
+        whole = batches[step]
         assert whole.shape == (12, T + 1) and whole.dtype == torch.int32
         assert torch.equal(torch.cat([data.batch(step, part, parts) for part in range(parts)]), whole)
 

@@ -34,6 +34,7 @@ def test_stage_1_equals_stage_0_bit_for_bit_and_resumes_its_checkpoint(
     assert all((ours[name] == value).all() for name, value in theirs.items())
 
 
+@pytest.mark.slow
 def test_one_process_resumes_the_checkpoint_of_a_sharded_run(trainer, trace, stage_0, tmp_path):
     trainer.run(tmp_path / "sharded", *FLAGS, "--zero_stage=3", ranks=2)
     assert_close(trace(tmp_path / "sharded"), trace(stage_0))

@@ -156,6 +156,7 @@ def test_an_error_in_a_save_or_in_pruning_keeps_the_last_checkpoint(chain, injec
     injected(len(POINTS))
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "metrics.jsonl cannot be written; a file is too large for the system; the newest checkpoint cannot be read,"
     " when it is chosen or when it is loaded",

@@ -98,6 +98,7 @@ def test_every_stage_stopped_by_a_signal_resumes_bit_equal(trainer, trace, metri
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")  # ==: all digits
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_resumed_in_another_stage_on_other_ranks(trainer, trace, one_process, tmp_path):
     """A chain of starts: each resumes from a checkpoint of another stage and number of ranks."""
     chain = [(2, 3), (1, 0), (4, 1), (2, 2), (1, 3)]
