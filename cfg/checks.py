@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Flags in which a leading ~ means the home directory.
 PATH_FLAGS = ("input_train_bin", "input_val_bin", "output_dir", "resume", "tokenizer", "hellaswag_data", "lora_init")
+MUON_RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
 
 
 def check_model(c: ModelConfig) -> None:
@@ -113,13 +114,25 @@ def check_lora(c: Config) -> None:
             )
 
 
-def check_rates(optimizer: str, flags: Iterable[str]) -> None:
-    """Raises UserError if one of the `flags` of a command line is a learning rate that the optimizer does not use."""
-    muon = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
-    unused = ("learning_rate",) if optimizer == "muon" else muon
-    if name := next((name for name in flags if name in unused), None):
-        rates = ", ".join(f"--{rate}" for rate in muon) if optimizer == "muon" else "--learning_rate"
-        raise UserError(f"--{name}: has no effect with --optimizer={optimizer}; its rates are set by {rates}")
+def check_rates(c: Config, flags: Iterable[str]) -> None:
+    """Raises UserError if one of the `flags` of a command line is a learning rate that has no effect."""
+    if unused := unused_rates(c.optimizer, c.tie_embeddings).intersection(flags):
+        raise UserError(no_effect(c, min(unused)))
+
+
+def unused_rates(optimizer: str, tied: bool) -> set[str]:
+    """Returns the flags of learning rates that an optimizer does not use; `tied`: the head is the token embedding."""
+    if optimizer != "muon":
+        return set(MUON_RATES)
+    return {"learning_rate", "head_lr"} if tied else {"learning_rate"}
+
+
+def no_effect(c: Config, name: str) -> str:
+    """Returns the message about a learning rate that has no effect."""
+    unused = unused_rates(c.optimizer, c.tie_embeddings)
+    used = ", ".join(f"--{rate}" for rate in ("learning_rate", *MUON_RATES) if rate not in unused)
+    tied = " and --tie_embeddings=1" if c.optimizer == "muon" and name == "head_lr" else ""
+    return f"--{name}={getattr(c, name)}: has no effect with --optimizer={c.optimizer}{tied}; use {used}"
 
 
 def _smaller_batch(c: Config, world_size: int) -> str:

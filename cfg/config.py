@@ -248,7 +248,7 @@ def load_config(
     if saved_flags is not None:
         config = keep_batch(config, saved_flags(config), world_size)
     config = resolve(config, world_size)
-    check_rates(config.optimizer, flags)
+    check_rates(config, flags)
     if pretrained is not None:
         _check_against_pretrained(config, pretrained, values)
     return config

@@ -195,7 +195,9 @@ class OptimizerConfig(Flags):
     )
     learning_rate: float = Field(6e-4, gt=0, description="peak learning rate of adamw")
     matrix_lr: float = Field(0.02, gt=0, description="muon: peak learning rate of the hidden matrices")
-    embedding_lr: float = Field(0.3, gt=0, description="muon: peak learning rate of the embeddings")
+    embedding_lr: float = Field(
+        0.3, gt=0, description="muon: peak learning rate of the embeddings, relative to --embedding_std"
+    )
     head_lr: float = Field(0.004, gt=0, description="muon: peak learning rate of an untied output head")
     scalar_lr: float = Field(0.015, gt=0, description="muon: peak learning rate of biases and norms")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
@@ -214,7 +216,9 @@ class OptimizerConfig(Flags):
         description="weight decay: of weights with two or more dimensions; muon: of hidden matrices, falling to 0",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
+    beta2: float = Field(
+        0.95, ge=0, lt=1, description="AdamW second-moment decay; muon: also of the row variances"
+    )
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     grad_clip: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: off")
     skip_spikes: float = Field(

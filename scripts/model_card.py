@@ -6,6 +6,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+from cfg.checks import unused_rates
 from cfg.flags import ModelConfig, architecture
 from model.formats.checkpoint import read_manifest, read_state, step_of
 from model.formats.pretrained import PretrainedModel
@@ -13,8 +14,8 @@ from train.metrics import read_records
 
 # The flags to show, in this order.
 TRAINING = """init_from input_train_bin tokenizer sequence_length total_batch_size num_iterations optimizer
-    learning_rate schedule warmup_iters learning_rate_decay_frac weight_decay beta1 beta2 grad_clip dropout dtype
-    zero_stage doc_mask seed""".split()
+    learning_rate matrix_lr embedding_lr head_lr scalar_lr schedule warmup_iters learning_rate_decay_frac weight_decay
+    beta1 beta2 grad_clip dropout dtype zero_stage doc_mask seed""".split()
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_embeddings", "base_dtype"]
 MEASURED = {
     "loss": "training loss (nats per token)",
@@ -66,7 +67,8 @@ def run_name(checkpoint: Path) -> str:
 def training_section(path: Path, what: str) -> list[str]:
     """Returns the lines about training and results of `what`, from the checkpoint and the log of its run."""
     flags = read_manifest(path)["config"]
-    shown = TRAINING + (LORA if flags.get("lora_rank") else [])
+    unused = unused_rates(flags.get("optimizer", "adamw"), flags["tie_embeddings"])
+    shown = [name for name in TRAINING if name not in unused] + (LORA if flags.get("lora_rank") else [])
     record = read_state(path)["record"]
     metrics = path.resolve().parent.parent / "metrics.jsonl"
     if step_of(path) >= 0:
@@ -77,7 +79,6 @@ def training_section(path: Path, what: str) -> list[str]:
         found = {f"{k}, {limit} examples" if k.startswith("HellaSwag") else k: v for k, v in found.items()}
     if record.get("val_loss") is not None:
         found["validation perplexity"] = f"{exp(record['val_loss']):.2f}"
-    shown = TRAINING + (LORA if flags.get("lora_rank") else [])
     step, tokens = record.get("step", 0), record.get("tokens", 0)
     return [
         f"{what}, trained with rawgpt for {step:,} steps on {tokens:,} tokens.",

@@ -9,14 +9,16 @@ from cfg.config import Config
 from model.formats.checkpoint import list_checkpoints
 from model.gpt import GPT
 from model.lora import saved_names
+from train.parameter_counts import state_bytes
 from util.errors import UserError
 
 
 def checkpoint_bytes(model: GPT, config: Config) -> int:
-    """Returns the approximate size of a checkpoint: the weights that it holds and AdamW's two moments, in fp32."""
+    """Returns the approximate size of a checkpoint: the weights that it holds and the optimizer's states, in fp32."""
     parameters = dict(model.named_parameters())
     saved = sum(parameters[name].numel() for name in saved_names(parameters, config))
-    return 4 * saved + 8 * sum(p.numel() for p in parameters.values() if p.requires_grad)
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    return 4 * saved + sum(state_bytes(config, name, p.shape, p.numel()) for name, p in trained.items())
 
 
 def warn_of_little_room(config: Config, model: GPT) -> str:

@@ -22,6 +22,7 @@ from util.ranks import Ranks
 CONTEXT_BYTES, FRAGMENTATION = 1.5e9, 0.05
 LATER_BYTES = 0.5e9  # the part of the context that is allocated after the process starts to use its GPU
 MOST_ROWS, MOST_ROWS_ON_CPU = 64, 4  # the largest choices of --batch_size=0
+MUON_STEP_BYTES = 13  # that a step of Muon needs in addition, per element of the largest matrix, on CUDA
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 Parts = dict[str, int]  # part → bytes; a part that is missing has none
 
@@ -243,8 +244,8 @@ def replicated_peaks(config: Config, world_size: int, capacity: float) -> dict[s
 def possible_peaks(config: Config, world_size: int, capacity: float = inf) -> dict[str, Parts]:
     """Returns the bytes by part at each possible peak of a step, on the rank that needs most."""
     peaks = (sharded_peaks if config.zero_stage >= 2 else replicated_peaks)(config, world_size, capacity)
-    if config.optimizer == "muon":  # of its largest matrix: momentum and update in fp32, three copies in bfloat16
-        peaks["optimizer"]["buffers"] = 14 * count(config, 1).all.widest
+    if config.optimizer == "muon":
+        peaks["optimizer"]["buffers"] = MUON_STEP_BYTES * count(config, 1).all.widest
     return peaks
 
 

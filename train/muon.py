@@ -96,10 +96,13 @@ class Muon(Optimizer):
         momentum, gradient, weight = (_local(t) for t in (state["momentum"], p.grad, p))
         momentum.lerp_(gradient, 1 - beta)
         nesterov = _whole(gradient.lerp(momentum, beta), p)
+        variances = state["variance"].to(nesterov.device)  # offloaded states are on the host
         updates = []
-        for part, variance in zip(nesterov.split(group["parts"]), state["variance"].split(group["parts"]), strict=True):
+        for part, variance in zip(nesterov.split(group["parts"]), variances.split(group["parts"]), strict=True):
             updates.append(normalize_rows(orthogonalize(part), variance, group["betas"][1]))
+        state["variance"] = variances.to(state["variance"].device)
         update = _own_rows(torch.cat(updates), p)
+        del nesterov, part, updates
         # Cautious weight decay (Chen et al. 2025, arXiv 2510.12402) acts only where the update reduces the weight too.
         decay = weight * (update * weight > 0) * group["weight_decay"]
         weight.sub_(update + decay, alpha=lr)
@@ -115,7 +118,7 @@ def normalize_rows(update: Tensor, variance: Tensor, beta2: float) -> Tensor:
     variance.lerp_(update.square().mean(1, keepdim=True), 1 - beta2)
     scaled = update * (variance + 1e-10).rsqrt()
     scale = max(1.0, update.size(0) / update.size(1)) ** 0.5
-    return scaled * (scale * update.norm() / (scaled.norm() + 1e-10))
+    return scaled.mul_(scale * update.norm() / (scaled.norm() + 1e-10))
 
 
 def empty_state(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

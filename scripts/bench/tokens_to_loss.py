@@ -58,7 +58,7 @@ MAX_FACTORS = 5
 SEEDS = (2, 3, 4)  # seed 1 chooses the learning rate
 # Each undoes one change of the modern recipe.
 ABLATIONS = {
-    "AdamW instead of Muon": "--optimizer=adamw --beta1=0.9 --adam_eps=1e-8 --weight_decay=0.1",
+    "AdamW instead of Muon": "--optimizer=adamw --beta1=0.9 --adam_eps=1e-8 --weight_decay=0.1 --embedding_std=0.02",
     "cosine to 0.1 of the peak": "--schedule=cosine --learning_rate_decay_frac=0.1",
     "learned positions": "--positions=learned",
     "LayerNorm with weights": "--norm=layernorm --norm_weight=1",
@@ -66,7 +66,7 @@ ABLATIONS = {
     "GELU": "--mlp=gelu",
     "no QK-norm": "--qk_norm=0",
     "no soft cap": "--logit_softcap=0",
-    "tied head": "--tie_embeddings=1 --head_init=normal",
+    "tied head": "--tie_embeddings=1 --head_init=normal --embedding_std=0.02",
     "GPT-2's initial projections and head": "--zero_init=0 --head_init=normal",
 }
 
@@ -99,6 +99,8 @@ class Setting:
         rates = dict(RATES[self.recipe])
         if self.without == "AdamW instead of Muon":
             rates = RATES["gpt2"]
+        if self.without == "tied head":
+            del rates["head_lr"]
         warmup = [] if self.recipe == "modern" else [f"--warmup_iters={self.steps // 20}"]
         return [
             *FLAGS[self.recipe],

@@ -17,6 +17,7 @@ LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
 STRATEGIES = {
     "stage 3": "--zero_stage=3",
     "stage 2, offloaded": "--zero_stage=2 --cpu_offload=1 --activation_checkpointing=selective",
+    "Muon, offloaded": "--zero_stage=2 --cpu_offload=1 --optimizer=muon",
     "recompute block": "--activation_checkpointing=block",
     "recompute selective": "--activation_checkpointing=selective",
 }
@@ -43,7 +44,7 @@ def train_steps(bench, one_rank):
 
 @pytest.fixture(scope="module")
 def plain_steps():
-    """Ten steps of a plain run for each dtype, shared by the strategies."""
+    """Ten steps of a plain run for each dtype and optimizer, shared by the strategies."""
     return {}
 
 
@@ -51,10 +52,11 @@ def plain_steps():
 def check_strategy(bench, train_steps, plain_steps, figures):
     def check(dtype, flags):
         count = 3 if bench.quick else 10
-        if dtype not in plain_steps:
-            plain_steps[dtype] = train_steps(count, f"--dtype={dtype}")
+        plain = f"--dtype={dtype}", *(flag for flag in flags.split() if "optimizer" in flag)
+        if plain not in plain_steps:
+            plain_steps[plain] = train_steps(count, *plain)
         steps = train_steps(count, f"--dtype={dtype}", *flags.split())
-        numbers = zip(itertools.chain(*steps), itertools.chain(*plain_steps[dtype]), strict=True)
+        numbers = zip(itertools.chain(*steps), itertools.chain(*plain_steps[plain]), strict=True)
         figures({"relative difference": max(abs(a / b - 1) for a, b in numbers)}, at_most=LIMITS[dtype])
 
     return check

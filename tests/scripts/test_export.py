@@ -180,7 +180,7 @@ def test_an_architecture_that_transformers_lacks_is_refused_and_the_flag_is_name
 def test_nanochat_is_trained_sharded_exported_and_continued(trainer, metrics, tmp_path):
     """Its norms have no parameters to shard. With a head of zeros the first loss is that of a uniform guess."""
     start = ["--tie_embeddings=0", "--embedding_std=1", "--head_init=zero", "--zero_init=1"]
-    shape = [*FAMILIES["nanochat"], *start, "--n_kv_head=1", "--num_iterations=3", "--learning_rate=1e-2"]
+    shape = [*FAMILIES["nanochat"], *start, "--n_kv_head=1", "--num_iterations=3", "--optimizer=muon"]
     batch = "--total_batch_size=128"
     trainer.run(tmp_path / "run", *shape, batch, "--zero_stage=3", ranks=2)
     trainer.run(tmp_path / "alone", *shape, batch)
@@ -191,6 +191,8 @@ def test_nanochat_is_trained_sharded_exported_and_continued(trainer, metrics, tm
     assert [r["loss"] for r in sharded] == pytest.approx([r["loss"] for r in alone], abs=5e-6)
 
     export("--checkpoint", tmp_path / "run", "--to=hf", "--output", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| matrix_lr | `0.02` |" in card and "| learning_rate |" not in card
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(theirs).__name__ == "NanoChatForCausalLM" and theirs.config.pad_token_id is None
     ours, _, _ = load_model(tmp_path / "run", torch.device("cpu"))

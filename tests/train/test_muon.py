@@ -1,14 +1,20 @@
 """Muon against an SVD and against a plain implementation of one step."""
 
 import math
+import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfg.config import load_config
 from model.gpt import GPT, init_weights
-from train.muon import normalize_rows, orthogonalize
-from train.optim import make_optimizer, set_schedules
+from train.disk_space import checkpoint_bytes
+from train.memory import MUON_STEP_BYTES
+from train.muon import Muon, normalize_rows, orthogonalize
+from train.optim import make_optimizer, make_states, set_schedules
+from train.summary import warnings
 from util.errors import UserError
 
 BAND = 0.84, 1.15  # of singular values after five Polar Express steps from 0.001 on
@@ -66,7 +72,7 @@ FLAGS = [
     *("--matrix_lr=0.03", "--embedding_lr=0.2", "--head_lr=0.01", "--scalar_lr=0.02", "--schedule=constant"),
 ]
 PARTS = {"c_attn": [32, 16, 16], "attn.c_proj": [32], "c_fc": [48, 48], "mlp.c_proj": [32]}
-RATES = {"wte": 0.2, "lm_head": 0.01, "ln_": 0.02}
+RATES = {"wte": 0.2 * 0.02, "lm_head": 0.01, "ln_": 0.02}  # the embedding's is relative to --embedding_std
 
 
 def test_steps_are_those_of_a_plain_implementation():
@@ -112,7 +118,71 @@ def test_frozen_parameters_are_not_updated_and_need_no_matrices():
     assert not any(group["parts"] for group in optimizer.param_groups)
 
 
+def test_the_room_for_a_checkpoint_is_that_of_weights_and_states():
+    config = load_config([*FLAGS, "--device=cpu"], 1)
+    model = GPT(config)
+    tensors = [*model.parameters(), *make_states(make_optimizer(model, config, 1), model).values()]
+    assert checkpoint_bytes(model, config) == sum(t.nbytes for t in tensors if t.dim())
+
+
 def test_a_rate_of_the_other_optimizer_is_an_error():
-    for flags in (["--optimizer=muon", "--learning_rate=1"], ["--head_lr=1"]):
-        with pytest.raises(UserError, match=f"{flags[-1][:-2]}: has no effect with --optimizer="):
+    for flags in (["--optimizer=muon", "--learning_rate=1"], ["--head_lr=1"], ["--optimizer=muon", "--head_lr=1"]):
+        with pytest.raises(UserError, match=f"{flags[-1]}.0: has no effect with --optimizer="):
             load_config(flags, 1)
+
+
+def test_a_rate_in_a_preset_that_has_no_effect_is_a_warning():
+    (warning,) = warnings(load_config(["--cfg=sft", "--optimizer=muon"], 1), torch.device("cpu"), [], [])
+    assert warning == (
+        "--learning_rate=2e-05: has no effect with --optimizer=muon; use --matrix_lr, --embedding_lr, --scalar_lr"
+    )
+    assert not warnings(load_config(["--cfg=modern-124m"], 1), torch.device("cpu"), [], [])
+
+
+def test_the_default_rates_train_gpt2s_model():
+    torch.manual_seed(0)
+    flags = ["--n_layer=1", "--n_head=2", "--n_embd=256", "--vocab_size=61", "--sequence_length=16"]
+    config = load_config([*flags, "--optimizer=muon", "--device=cpu", "--num_iterations=20"], 1)
+    model = GPT(config)
+    init_weights(model, 1)
+    optimizer, tokens, losses = make_optimizer(model, config, 1), torch.randint(61, (8, 17)), []
+    for step in range(1, 21):
+        loss = model(tokens[:, :-1], tokens[:, 1:])[0] / tokens[:, 1:].numel()
+        loss.backward()
+        set_schedules(optimizer, step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert max(losses) < losses[0] + 0.2 and losses[-1] < losses[0] - 1
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it and alive, and their highest number."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.highest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        in_place_or_view = any(r.alias_info for r in func._schema.returns)
+        if isinstance(result, torch.Tensor) and not in_place_or_view:
+            self.freed(-result.untyped_storage().nbytes())
+            weakref.finalize(result.untyped_storage(), self.freed, result.untyped_storage().nbytes())
+        return result
+
+    def freed(self, size):
+        self.alive -= size
+        self.highest = max(self.highest, self.alive)
+
+
+@pytest.mark.parametrize("parts", [[4096], [1024, 1024, 1024], [2752, 2752]])
+def test_a_step_needs_the_planned_memory(parts):
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.empty(sum(parts), 1024, device="cuda"))
+        optimizer = Muon([{"params": [p], "parts": parts, "betas": (0.9, 0.95), "weight_decay": 0.1}], lr=0.1)
+        p.grad = torch.empty_like(p)
+        optimizer.step()
+        with Peak() as peak:
+            optimizer.step()
+    assert 0.9 * MUON_STEP_BYTES < peak.highest / p.numel() <= MUON_STEP_BYTES
