@@ -216,9 +216,7 @@ class OptimizerConfig(Flags):
         description="weight decay: of weights with two or more dimensions; muon: of hidden matrices, falling to 0",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
-    beta2: float = Field(
-        0.95, ge=0, lt=1, description="AdamW second-moment decay; muon: also of the row variances"
-    )
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay; muon: also of the row variances")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     grad_clip: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: off")
     skip_spikes: float = Field(
