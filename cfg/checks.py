@@ -116,23 +116,28 @@ def check_lora(c: Config) -> None:
 
 def check_rates(c: Config, flags: Iterable[str]) -> None:
     """Raises UserError if one of the `flags` of a command line is a learning rate that has no effect."""
-    if unused := unused_rates(c.optimizer, c.tie_embeddings).intersection(flags):
-        raise UserError(no_effect(c, min(unused)))
+    if unused := unused_rates(c).intersection(flags):
+        raise UserError(unused_rate_message(c, min(unused)))
 
 
-def unused_rates(optimizer: str, tied: bool) -> set[str]:
-    """Returns the flags of learning rates that an optimizer does not use; `tied`: the head is the token embedding."""
-    if optimizer != "muon":
+def unused_rates(c: Config) -> set[str]:
+    """Returns the flags of the learning rates that have no effect."""
+    if c.optimizer != "muon":
         return set(MUON_RATES)
-    return {"learning_rate", "head_lr"} if tied else {"learning_rate"}
+    has_vectors = c.bias or c.qkv_bias or c.norm_weight
+    return {"learning_rate"} | ({"head_lr"} if c.tie_embeddings else set()) | (set() if has_vectors else {"scalar_lr"})
 
 
-def no_effect(c: Config, name: str) -> str:
-    """Returns the message about a learning rate that has no effect."""
-    unused = unused_rates(c.optimizer, c.tie_embeddings)
-    used = ", ".join(f"--{rate}" for rate in ("learning_rate", *MUON_RATES) if rate not in unused)
-    tied = " and --tie_embeddings=1" if c.optimizer == "muon" and name == "head_lr" else ""
-    return f"--{name}={getattr(c, name)}: has no effect with --optimizer={c.optimizer}{tied}; use {used}"
+def unused_rate_message(c: Config, name: str) -> str:
+    """Returns the message that a learning rate has no effect: why, and what to use instead."""
+    text = f"--{name}={getattr(c, name)}: has no effect "
+    if name == "learning_rate":
+        return f"{text}with --optimizer=muon; use {', '.join(f'--{rate}' for rate in MUON_RATES)}"
+    if c.optimizer != "muon":
+        return f"{text}with --optimizer={c.optimizer}; use --learning_rate, or add --optimizer=muon"
+    if name == "head_lr":
+        return f"{text}with --tie_embeddings=1; --embedding_lr is the rate of a tied head"
+    return f"{text}on a model without biases and norm weights; leave it out"
 
 
 def _smaller_batch(c: Config, world_size: int) -> str:

@@ -263,7 +263,7 @@ def _with_tokenizer_size(config: Config, values: dict[str, Any], tokenizer_size:
 
 def _with_pretrained_flags(pretrained: Any, values: dict[str, Any]) -> Config:
     """Returns the pretrained model's flags, overridden by `values`. The context of a rotary model grows as needed."""
-    left_out = training_only_flags()
+    left_out = training_only_flags() - {"embedding_std"}  # which Muon's rate of the embedding depends on
     shape = {k: v for k, v in pretrained.flags.items() if k in ModelConfig.model_fields and k not in left_out}
     config = _validate(shape | values)
     length = config.sequence_length if "sequence_length" in values else min(config.sequence_length, config.n_positions)

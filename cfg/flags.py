@@ -193,13 +193,16 @@ class OptimizerConfig(Flags):
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="optimizer; muon: Muon for the hidden matrices, AdamW for the rest"
     )
-    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate of adamw")
+    learning_rate: float = Field(6e-4, gt=0, description="peak learning rate with --optimizer=adamw")
     matrix_lr: float = Field(0.02, gt=0, description="muon: peak learning rate of the hidden matrices")
     embedding_lr: float = Field(
-        0.3, gt=0, description="muon: peak learning rate of the embeddings, relative to --embedding_std"
+        0.3,
+        gt=0,
+        description="muon: peak learning rate of the token embedding and of a tied head, as a multiple of"
+        " --embedding_std; of learned positions, as a multiple of 0.02",
     )
     head_lr: float = Field(0.004, gt=0, description="muon: peak learning rate of an untied output head")
-    scalar_lr: float = Field(0.015, gt=0, description="muon: peak learning rate of biases and norms")
+    scalar_lr: float = Field(0.015, gt=0, description="muon: peak learning rate of biases and norm weights")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="shape of the learning rate after warm-up"
     )
@@ -213,9 +216,10 @@ class OptimizerConfig(Flags):
     weight_decay: float = Field(
         0.1,
         ge=0,
-        description="weight decay: of weights with two or more dimensions; muon: of hidden matrices, falling to 0",
+        description="adamw: decay of weights with two or more dimensions; muon: cautious decay of the hidden"
+        " matrices, falling linearly to 0",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay; muon: not of the hidden matrices")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay; muon: also of the row variances")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     grad_clip: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: off")

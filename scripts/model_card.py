@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cfg.checks import unused_rates
-from cfg.flags import ModelConfig, architecture
+from cfg.flags import Config, ModelConfig, architecture
 from model.formats.checkpoint import read_manifest, read_state, step_of
 from model.formats.pretrained import PretrainedModel
 from train.metrics import read_records
@@ -67,7 +67,7 @@ def run_name(checkpoint: Path) -> str:
 def training_section(path: Path, what: str) -> list[str]:
     """Returns the lines about training and results of `what`, from the checkpoint and the log of its run."""
     flags = read_manifest(path)["config"]
-    unused = unused_rates(flags.get("optimizer", "adamw"), flags["tie_embeddings"])
+    unused = unused_rates(Config.model_construct(**flags))
     shown = [name for name in TRAINING if name not in unused] + (LORA if flags.get("lora_rank") else [])
     record = read_state(path)["record"]
     metrics = path.resolve().parent.parent / "metrics.jsonl"

@@ -1,7 +1,7 @@
 """Muon for the hidden matrices and AdamW for all other parameters, in one optimizer.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest matrix
-with orthogonal rows or columns, so that all directions of the update have about the same size.
+with orthonormal rows or columns, so that all singular values of the update are about 1.
 
 torch.optim.Muon (torch 2.9 to 2.13) is not used: it takes 2-D tensors only, always computes in bfloat16, has no AdamW
 groups for the other parameters, and cannot take sharded parameters.
@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-# Coefficients a, b, c of the five steps x -> a·x + b·(xxᵀ)x + c·(xxᵀ)²x. Amsel et al. 2025 (arXiv 2505.16932) choose
-# them so that the whole iteration takes all singular values from [0.001, 1] as close to 1 as possible. Their safety
-# factor of 1.02 keeps it stable in bfloat16.
+# Coefficients a, b, c of the five steps x -> a·x + b·(xxᵀ)x + c·(xxᵀ)²x, from modded-nanogpt. Computed by the method of
+# Amsel et al. 2025 (arXiv 2505.16932), they take all singular values from [0.001, 1] as close to 1 as possible. The
+# safety factor of 1.02 keeps the iteration stable in bfloat16.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -52,7 +52,7 @@ class Muon(Optimizer):
 
     `parts` are the numbers of rows of the matrices in a parameter, such as query, key and value in c_attn. Each matrix
     is orthogonalised separately. If a parameter is sharded, its momentum is gathered on all ranks, one parameter at a
-    time. Each rank then keeps the rows of its shard. Orthogonalising the shards would be another optimizer.
+    time, and each rank keeps the rows of its shard. Orthogonalising each shard separately would give another update.
     """
 
     def __init__(self, groups: Any, **defaults: Any):
@@ -91,7 +91,7 @@ class Muon(Optimizer):
         )
 
     def _muon(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Updates one matrix."""
+        """Updates one parameter, matrix by matrix."""
         state, beta, lr = self.state[p], group["momentum"], group["lr"]
         momentum, gradient, weight = (_local(t) for t in (state["momentum"], p.grad, p))
         momentum.lerp_(gradient, 1 - beta)
@@ -103,17 +103,18 @@ class Muon(Optimizer):
         state["variance"] = variances.to(state["variance"].device)
         update = _own_rows(torch.cat(updates), p)
         del nesterov, part, updates
-        # Cautious weight decay (Chen et al. 2025, arXiv 2510.12402) acts only where the update reduces the weight too.
+        # Cautious weight decay (Chen et al. 2025, arXiv 2510.12402) decays only the
+        # weights that the update moves towards zero.
         decay = weight * (update * weight > 0) * group["weight_decay"]
         weight.sub_(update + decay, alpha=lr)
 
 
 def normalize_rows(update: Tensor, variance: Tensor, beta2: float) -> Tensor:
-    """Returns `update` with rows scaled by their history, and with the scale of Muon for the shape.
+    """Returns `update` with its rows normalised, times √max(1, rows/columns). It changes `variance` (rows, 1).
 
     NorMuon (Li et al. 2025, arXiv 2510.05491) divides each row by the root of the running mean of its square, kept in
-    `variance` (rows, 1), so that no neuron gets much larger updates than others. The Frobenius norm stays that of
-    `update`. Then √max(1, rows/columns) makes the step's effect on the output independent of the shape.
+    `variance`, so that no neuron gets much larger updates than others. It then restores the Frobenius norm of `update`.
+    The factor makes the step's effect on the output independent of the shape.
     """
     variance.lerp_(update.square().mean(1, keepdim=True), 1 - beta2)
     scaled = update * (variance + 1e-10).rsqrt()
@@ -137,7 +138,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _whole(own: Tensor, p: Tensor) -> Tensor:
-    """Returns the whole matrix of which `own` is this rank's part, as `p` is sharded. All ranks must call it."""
+    """Gathers the whole tensor from each rank's part `own`, which is sharded like `p`. All ranks must call it."""
     if not isinstance(p, DTensor):
         return own
     device = torch.device(p.device_mesh.device_type)  # offloaded tensors are on the host
@@ -147,7 +148,7 @@ def _whole(own: Tensor, p: Tensor) -> Tensor:
 
 
 def _own_rows(whole: Tensor, p: Tensor) -> Tensor:
-    """Returns this rank's part of a whole matrix, as `p` is sharded, on the device of `p`."""
+    """Returns this rank's part of a whole tensor, sharded like `p`, on the device of `p`."""
     if not isinstance(p, DTensor):
         return whole
     own = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()

@@ -136,10 +136,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def set_schedules(optimizer: Optimizer, step: int, config: Config) -> float:
-    """Sets what changes from step to step, and returns the learning rate.
+    """Sets every group's learning rate for this step, and returns it: AdamW's, or that of Muon's matrices.
 
-    Muon's other groups have rates relative to it. Its momentum rises from 0.85 to 0.95 over the first 300 steps, and
-    its weight decay falls linearly to 0.
+    With Muon the rates of the other groups are proportional to it. Muon's momentum rises from 0.85 to 0.95 over the
+    first 300 steps, and its weight decay falls linearly to 0.
     """
     rate = learning_rate(step, config)
     for group in optimizer.param_groups:

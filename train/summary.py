@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from cfg.checks import no_effect, unused_rates
+from cfg.checks import unused_rate_message, unused_rates
 from cfg.config import Config
 from data.fingerprint import tokenizer_in_manifest
 from data.loader import Loader
@@ -72,9 +72,9 @@ def warnings(config: Config, device: torch.device, train: list[Shard], val: list
         found.append(
             f"--warmup_iters={config.warmup_iters} does not end within --num_iterations={config.num_iterations}"
         )
-    unused = sorted(unused_rates(config.optimizer, config.tie_embeddings))  # of a preset; flags have been checked
+    unused = sorted(unused_rates(config))  # of a preset; flags have been checked
     if name := next((n for n in unused if getattr(config, n) != Config.model_fields[n].default), None):
-        found.append(no_effect(config, name))
+        found.append(unused_rate_message(config, name))
     if config.dtype == "float16" and device.type == "cpu":
         found.append("float16 on a CPU is slow and meant for trying out what a GPU does; float32 is faster")
     if config.lora_rank and config.resize_embeddings and not config.lora_embeddings:

@@ -2,8 +2,8 @@
 
 Runs nanoGPT's own train.py with the recipe for a CPU in its README, then train_gpt.py with --cfg=shakespeare-bytes and
 with --cfg=modern-shakespeare, one after the other on --threads threads. The time of a run is that of its whole command.
-Then eval/perplexity.py scores the validation split, the last tenth of the text, with each model and its own context.
-nanoGPT predicts characters. All of them are ASCII, so its loss in bits per character is in bits per byte.
+Then eval/perplexity.py scores the validation split, the last tenth of the text, with each model, at the context length
+of its training. nanoGPT predicts characters. All of them are ASCII, so bits per character are bits per byte.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from cfg.config import load_config
 from data import assets
 from util.errors import CommandParser, UserError, run_command
 
@@ -39,6 +40,8 @@ def main() -> None:
     args, flags = parser.parse_known_args()  # other flags are for train_gpt.py
     if not (args.nanogpt / "train.py").is_file():
         raise UserError(f"--nanogpt={args.nanogpt}: has no train.py; name the folder of a copy of nanoGPT")
+    for preset in PRESETS:
+        load_config([f"--cfg={preset}", *flags], 1)  # finds a mistake before nanoGPT trains
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         results = {"nanoGPT": run_nanogpt(args.nanogpt, folder, args.threads)}

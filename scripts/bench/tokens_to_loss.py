@@ -1,10 +1,10 @@
-"""Tokens to GPT-2's loss: `python scripts/bench/tokens_to_loss.py FILES --folder DIR`.
+"""Compares the modern recipe with GPT-2's: `python scripts/bench/tokens_to_loss.py FILES --folder DIR`.
 
-Trains small models on the CPU: the recipe of GPT-2 on 3M tokens, and that of --cfg=modern-124m on a half and on a third
-of them. Each recipe runs once at two learning rates, and at further ones while the best is the lowest or the highest
-tried, each half or twice the last; then with three other seeds at the best. The modern recipe also runs on a third of
-the tokens without each of its changes, and GPT-2 with an untied head. All runs have the same size, shards, and
-validation tokens.
+Trains small models on the CPU: with GPT-2's recipe on 3M tokens, and with that of --cfg=modern-124m on a half and on a
+third of them. A factor scales all learning rates of a recipe. Each recipe runs once at two factors. While the best is
+the lowest or the highest, half or twice of it is tried too, up to five in all. Three other seeds run at the best. The
+modern recipe also runs on a third of the tokens with one part replaced by GPT-2's, and GPT-2's with an untied head. All
+runs have the same depth, width, shards and validation tokens.
 
 The vocabulary (4,096 tokens), the shards and the runs are in DIR, and the results in --output. Repeat the command to
 resume: runs in --output are skipped, interrupted runs resume. Prints the results as tables in Markdown; with --show it
@@ -45,7 +45,7 @@ SIZE = f"""--n_layer=3 --n_embd=128 --n_head=2 --sequence_length=256 --batch_siz
 RATES = {
     "gpt2": {"learning_rate": 4e-3},
     "gpt2-untied": {"learning_rate": 4e-3},
-    "modern": {"matrix_lr": 0.025, "embedding_lr": 0.73, "head_lr": 0.0098, "scalar_lr": 0.015},
+    "modern": {"matrix_lr": 0.025, "embedding_lr": 0.73, "head_lr": 0.0098},
 }
 FLAGS = {
     "gpt2": ["--schedule=cosine", "--learning_rate_decay_frac=0.1"],
@@ -56,7 +56,7 @@ RECIPES = (("gpt2", 1.0), ("modern", 1 / 2), ("modern", 1 / 3), ("gpt2-untied", 
 FACTORS = (0.5, 1.0)  # those tried first
 MAX_FACTORS = 5
 SEEDS = (2, 3, 4)  # seed 1 chooses the learning rate
-# Each undoes one change of the modern recipe.
+# Each replaces one part of the modern recipe by GPT-2's, with the settings that this part needs.
 ABLATIONS = {
     "AdamW instead of Muon": "--optimizer=adamw --beta1=0.9 --adam_eps=1e-8 --weight_decay=0.1 --embedding_std=0.02",
     "cosine to 0.1 of the peak": "--schedule=cosine --learning_rate_decay_frac=0.1",
@@ -73,7 +73,7 @@ ABLATIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A run: the recipe, the part of TOKENS, the factor of its learning rates, the seed, and the change undone."""
+    """A run: recipe, part of TOKENS, factor of the learning rates, seed, and the part replaced by GPT-2's, if any."""
 
     recipe: str
     part: float
@@ -99,6 +99,8 @@ class Setting:
         rates = dict(RATES[self.recipe])
         if self.without == "AdamW instead of Muon":
             rates = RATES["gpt2"]
+        if self.without == "LayerNorm with weights":
+            rates["scalar_lr"] = 0.015
         if self.without == "tied head":
             del rates["head_lr"]
         warmup = [] if self.recipe == "modern" else [f"--warmup_iters={self.steps // 20}"]
@@ -128,7 +130,7 @@ def main() -> None:
         raise UserError(f"--output={args.output}: no results yet; run the command without --show")
     if not args.show:
         if args.folder is None or not args.input:
-            raise UserError("FILE and --folder: missing; name the text, and a folder for shards and runs")
+            raise UserError("--folder: missing; give FILE, the text, and a folder for vocabulary, shards and runs")
         prepare(args.input, args.folder)
         train_all(results, args)
     print(tables(results))
@@ -212,7 +214,7 @@ def best_factor(results: dict[Setting, dict[str, Any]], recipe: str, part: float
 
 
 def without(results: dict[Setting, dict[str, Any]], change: str) -> Setting:
-    """Returns the modern recipe on a third of the tokens without one change, at its own best rates or AdamW's."""
+    """Returns the modern recipe on a third of the tokens without one part, at its own best rates or AdamW's."""
     adamw = change == "AdamW instead of Muon"
     factor = best_factor(results, "gpt2", 1.0) if adamw else best_factor(results, "modern", 1 / 3)
     return Setting("modern", 1 / 3, factor, without=change)
@@ -232,6 +234,8 @@ def train(setting: Setting, folder: Path) -> dict[str, Any]:
     status = read_json(output / "status.json")["status"] if (output / "status.json").exists() else "not started"
     if status in ("stopped", "interrupted", "out of time", "running"):  # running: it was killed
         raise UserError(f"{setting.name}: {status}; repeat the command to resume")
+    if code not in (0, 3):  # such as a full disk; 3: the run diverged
+        raise UserError(f"{setting.name}: exit code {code}, see {output}/console.log; repeat the command to try again")
     if code:
         return {"failed": f"exit code {code}: {(output / 'console.log').read_text().splitlines()[-1]}"}
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -240,9 +244,10 @@ def train(setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def tables(results: dict[Setting, dict[str, Any]]) -> str:
-    """Returns the results as Markdown: the recipes compared, the learning rates, the changes undone."""
+    """Returns the results as Markdown: the recipes compared, the learning rates, the parts replaced."""
     losses = {setting: result["val_loss"] for setting, result in results.items() if "val_loss" in result}
-    text = "| recipe | tokens | learning rates | validation loss, mean of n seeds | n | difference | p |\n"
+    text = "| recipe | tokens | learning rates | validation loss, mean of n seeds | n | difference from gpt2"
+    text += " | p (one-sided Welch) |\n"
     text += "|---|---|---|---|---|---|---|\n"
     seeded = sorted((s for s in losses if s.seed != 1), key=lambda s: (s.name, s.seed))
     groups = {
@@ -262,7 +267,7 @@ def tables(results: dict[Setting, dict[str, Any]]) -> str:
     for recipe, part in RECIPES:
         runs = [Setting(recipe, part, factor) for factor in factors]
         text += f"| {recipe} | {runs[0].tokens:,} |" + "".join(f" {outcome(results.get(s))} |" for s in runs) + "\n"
-    text += f"\n| modern on {TOKENS / 3e6:g}M tokens without | validation loss | difference |\n|---|---|---|\n"
+    text += f"\n| modern on {TOKENS / 3e6:g}M tokens with | validation loss, one seed | difference |\n|---|---|---|\n"
     for s in (s for s in results if s.without):
         whole = losses.get(Setting("modern", 1 / 3, best_factor(results, "modern", 1 / 3)))
         change = f"{losses[s] - whole:+.4f}" if whole is not None and s in losses else ""

@@ -56,7 +56,7 @@ def test_a_sharded_run_resumes_bit_equal(trainer, trace, tmp_path, strategy):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("strategy", [*STAGES, *SLOW])
-def test_every_strategy_gives_the_numbers_of_one_process(trainer, trace, stage_0, tmp_path, strategy, ranks):
+def test_every_strategy_gives_the_numbers_of_stage_0(trainer, trace, stage_0, tmp_path, strategy, ranks):
     batch = ["--batch_size=2"] if ranks == 2 else ["--batch_size=1"]
     trainer.run(tmp_path / "run", *FLAGS, *batch, *(STAGES | SLOW)[strategy], ranks=ranks)
     assert_close(trace(tmp_path / "run"), trace(stage_0))

@@ -89,7 +89,7 @@ def test_results_are_read_back_as_they_were_written(tmp_path):
 @pytest.mark.parametrize(
     "content, flags, message",
     [
-        (None, [], "FILE and --folder: missing"),
+        (None, [], "--folder: missing; give FILE, the text"),
         (None, ["x.txt", "--folder=runs", "--jobs=0"], "--jobs=0: must be at least 1"),
         (None, ["missing.txt", "--folder=runs"], "missing.txt: no such file"),
         (None, ["--show"], "results.json: no results yet"),
@@ -120,4 +120,5 @@ def test_a_model_is_trained_and_a_stopped_run_is_not_taken_for_a_result(tmp_path
     with pytest.raises(UserError, match="repeat the command to resume"):
         bench.train(Setting("gpt2", 0.5, 1.0), tmp_path)
     monkeypatch.setattr(bench, "SIZE", [*bench.SIZE, "--n_head=5"])
-    assert "exit code 2: error: " in bench.train(Setting("gpt2", 0.5, 2.0), tmp_path)["failed"]
+    with pytest.raises(UserError, match="exit code 2, see .*console.log"):
+        bench.train(Setting("gpt2", 0.5, 2.0), tmp_path)
