@@ -496,6 +496,13 @@ def test_a_pretrained_model_has_its_own_folder():
         assert config.output_dir == f"outdir/run-12x768-from-{name}"
 
 
+def test_of_the_initial_values_of_a_pretrained_model_only_embedding_std_is_kept():
+    """Muon's rate of the embedding is a multiple of it."""
+    flags = {"n_positions": 1024, "embedding_std": 1.0, "zero_init": True}
+    config = load_config(["--init_from=own/run"], 1, lambda text: PretrainedModel("", Path(), "", flags, "none"))
+    assert config.embedding_std == 1 and not config.zero_init
+
+
 # Command lines
 
 
