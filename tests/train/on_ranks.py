@@ -147,16 +147,21 @@ LORA = {
 
 
 def check_lora(ranks, folder):
-    """Adapters get the same values in four steps of every strategy, and frozen parameters stay as they are."""
-    for family, more in LORA.items():
+    """Adapters get the same values in four steps of every strategy, and frozen parameters stay as they are.
+
+    The strategies alternate between the families. Each is compared with stage 0.
+    """
+    for turn, (family, more) in enumerate(LORA.items()):
         strategies = settings(ranks.world_size)
         strategies["offload"] = ["--zero_stage=3", "--cpu_offload=1", "--sync_every_microbatch=1"]
         expected, norms = {}, []
-        for name, flags in strategies.items():
+        for k, (name, flags) in enumerate(strategies.items()):
+            if k and (k + turn) % 2:
+                continue
             setting = Setting(ranks, *flags, *more, *FAMILIES[family], "--learning_rate=1e-3")
             assert setting.parallel.differing_parameter() is None
             before = setting.whole()
-            ours = [setting.step(k) for k in range(4)]
+            ours = [setting.step(seed) for seed in range(4)]
             after = setting.whole()
             trained = {n for n, p in setting.model.named_parameters() if p.requires_grad}
             for n in dict(setting.model.named_parameters()):
@@ -217,7 +222,7 @@ def check_collectives(ranks, folder):
     for name, flags in settings(W).items():
         for every in (0, 1):
             setting = Setting(ranks, *flags, f"--sync_every_microbatch={every}")
-            for k in range(2):  # DDP lays out its buckets
+            for k in range(2 if setting.config.zero_stage < 2 else 1):  # DDP lays out its buckets
                 setting.step(k)
             with comm_counter() as mode:
                 setting.step(2)
